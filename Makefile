@@ -1,0 +1,101 @@
+# The whole interface. Needs python3 (with venv and headers), g++ and make; all else comes from the package registry
+# into $(BUILD), cmake and ninja included. A second call does only what changed.
+PYTHON ?= python3
+BUILD ?= build
+ARGS ?=
+
+VENV := $(BUILD)/venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# The backend's own settings. One build folder for all calls, so that only what changed is compiled again.
+SETTINGS := --config-settings=cmake.define.OSTINATO_WERROR=ON --config-settings=build-dir
+
+SOURCES := $(shell find csrc src -type f -not -name '*.so' -not -path '*/__pycache__/*')
+PACKAGE := $(SOURCES) CMakeLists.txt pyproject.toml README.md LICENSE
+CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp')
+# What runs without torch: the engine by itself and the NumPy face of it.
+ENGINE_TESTS := tests/test_core.py tests/test_numpy.py
+
+.PHONY: help demo test lint bench docs wheel sanitize clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make demo      train a GRU on real ragged sequences, beside torch.nn'
+	@echo 'make test      every test: pytest, doctests, and the engine under sanitizers'
+	@echo 'make lint      formatting, types, import rules, weak symbols'
+	@echo 'make bench     ours and torch.nn interleaved in one process'
+	@echo 'make docs      doctests, examples in Markdown and links'
+	@echo 'make wheel     a wheel in dist/, tried in an environment without a compiler'
+	@echo 'make sanitize  the tests of the engine under ASan and UBSan'
+	@echo 'make clean     remove all that the others made'
+	@echo 'PYTHON=python3.12 chooses the interpreter, ARGS="-k gru" goes to pytest or to the script.'
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/python examples/japanese_vowels.py $(ARGS)
+
+test: sanitize
+	$(BIN)/python -m pytest --doctest-modules --pyargs ./tests ostinato $(ARGS)
+
+lint: $(VENV)/package.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	MYPYPATH=$(BUILD)/cmake/stubs $(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+	PYTHONPATH=src $(BIN)/lint-imports
+	$(BIN)/python tools/check_symbols.py $(BUILD)/cmake
+	@wc -l $(SOURCES) | awk '$$2 != "total" && $$1 > 600 {print "note: " $$2 " has " $$1 " lines; over 600, a file states why"}'
+
+bench: $(VENV)/package.stamp
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+docs: $(VENV)/package.stamp
+	$(BIN)/python tools/check_docs.py
+	$(BIN)/python -m pytest --doctest-modules --pyargs ostinato $(ARGS)
+
+# PATH holds neither compiler nor cmake while the wheel is tried.
+wheel: $(VENV)/package.stamp
+	rm -rf dist $(BUILD)/wheel
+	PIP_CONSTRAINT=constraints.txt $(PIP) wheel --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv $(BUILD)/wheel
+	cd $(BUILD)/wheel && PATH=$$PWD/bin bin/python -m pip --disable-pip-version-check --quiet install \
+		-c $(CURDIR)/constraints.txt $(CURDIR)/dist/*.whl pytest hypothesis
+	PATH=$(abspath $(BUILD))/wheel/bin $(BUILD)/wheel/bin/python -m ostinato info
+	PATH=$(abspath $(BUILD))/wheel/bin $(BUILD)/wheel/bin/python -m pytest $(ENGINE_TESTS) $(ARGS)
+
+# Python itself is not instrumented, so the runtimes are loaded before it; libstdc++ too, or the first exception ends in
+# a failed check of ASan's own. Python's allocations live until exit, hence no leak report. The first report ends the
+# run; --capture=sys leaves it on the terminal.
+sanitize: $(BUILD)/sanitize.stamp
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(BUILD)/sanitize \
+	$(BIN)/python -m pytest --capture=sys $(ENGINE_TESTS)
+
+clean:
+	rm -rf $(BUILD) dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# torch first and by its exact version: a range could bring another build, several GB larger.
+$(VENV)/torch.stamp: constraints.txt
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) install "$$(grep '^torch==' constraints.txt)"
+	touch $@
+
+$(VENV)/tools.stamp: $(VENV)/torch.stamp
+	$(PIP) install -c constraints.txt cmake nanobind ninja scikit-build-core
+	touch $@
+
+$(VENV)/package.stamp: $(VENV)/tools.stamp $(PACKAGE)
+	$(PIP) install -c constraints.txt --no-build-isolation $(SETTINGS)=$(BUILD)/cmake '.[lint,test,torch]'
+	touch $@
+
+$(BUILD)/sanitize.stamp: $(VENV)/package.stamp
+	rm -rf $(BUILD)/sanitize
+	$(PIP) install --no-deps --no-build-isolation --target $(BUILD)/sanitize $(SETTINGS)=$(BUILD)/cmake-sanitize \
+		--config-settings=cmake.define.OSTINATO_SANITIZE=ON --config-settings=install.strip=false .
+	touch $@
+
+# sktime carries the data set as files; none of its code runs, so none of its dependencies come.
+$(VENV)/demo.stamp: $(VENV)/package.stamp
+	$(PIP) install -c constraints.txt matplotlib safetensors tqdm
+	$(PIP) install -c constraints.txt --no-deps sktime
+	touch $@

@@ -1,0 +1,126 @@
+// The Python face of the engine: names and sizes, releasing the GIL. Addresses come as integers (design, decision 4);
+// whoever calls has checked shapes, dtypes, strides and devices. What can be checked from sizes alone is checked here.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <array>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/engine.h"
+
+namespace nb = nanobind;
+using namespace ostinato;
+
+namespace {
+
+using Address = uintptr_t;
+// weight_ih, weight_hh, bias_ih, bias_hh, weight_hr of the first direction, then of the second; 0 where absent.
+using Addresses = std::vector<Address>;
+// steps, rows, batch, input, hidden, projection, directions
+using SizeList = std::array<int64_t, 7>;
+
+template <class P = const void*>
+P at(Address address) {
+    return reinterpret_cast<P>(address);
+}
+
+Cell cell_of(int cell) {
+    if (cell < 0 || cell > static_cast<int>(Cell::kLstm)) throw std::invalid_argument("cell must be 0..3");
+    return static_cast<Cell>(cell);
+}
+
+Sizes sizes_of(const SizeList& s, Address batch_sizes) {
+    for (int64_t size : s)
+        if (size < 0) throw std::invalid_argument("sizes must not be negative");
+    if (s[4] < 1) throw std::invalid_argument("hidden must be positive");
+    if (s[6] != 1 && s[6] != 2) throw std::invalid_argument("directions must be 1 or 2");
+    return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], at<const int64_t*>(batch_sizes)};
+}
+
+template <class P>
+void fill(Weights<P> (&out)[2], const Addresses& in, int64_t directions) {
+    if (in.size() != static_cast<size_t>(5 * directions)) throw std::invalid_argument("expected 5 addresses per direction");
+    for (int64_t d = 0; d < directions; d++) {
+        const Address* a = in.data() + 5 * d;
+        out[d] = {at<P>(a[0]), at<P>(a[1]), at<P>(a[2]), at<P>(a[3]), at<P>(a[4])};
+    }
+}
+
+void layer_forward(int cell, bool is_double, const SizeList& sizes, Address batch_sizes, Address x, Address h_0, Address c_0,
+                   const Addresses& weights, Address y, Address h_n, Address c_n, Address reserve, int threads) {
+    Forward call{};
+    call.sizes = sizes_of(sizes, batch_sizes);
+    fill(call.weights, weights, call.sizes.directions);
+    call.x = at(x), call.h_0 = at(h_0), call.c_0 = at(c_0);
+    call.y = at<void*>(y), call.h_n = at<void*>(h_n), call.c_n = at<void*>(c_n), call.reserve = at<void*>(reserve);
+    nb::gil_scoped_release release;
+    forward(cell_of(cell), is_double, call, threads);
+}
+
+void layer_backward(int cell, bool is_double, const SizeList& sizes, Address batch_sizes, Address x, Address h_0, Address c_0,
+                    const Addresses& weights, Address y, Address reserve, Address dy, Address dh_n, Address dc_n, Address dx,
+                    Address dh_0, Address dc_0, const Addresses& grads, int threads) {
+    Backward call{};
+    call.sizes = sizes_of(sizes, batch_sizes);
+    fill(call.weights, weights, call.sizes.directions);
+    fill(call.grads, grads, call.sizes.directions);
+    call.x = at(x), call.h_0 = at(h_0), call.c_0 = at(c_0), call.y = at(y), call.reserve = at(reserve);
+    call.dy = at(dy), call.dh_n = at(dh_n), call.dc_n = at(dc_n);
+    call.dx = at<void*>(dx), call.dh_0 = at<void*>(dh_0), call.dc_0 = at<void*>(dc_0);
+    nb::gil_scoped_release release;
+    backward(cell_of(cell), is_double, call, threads);
+}
+
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (int i = 0; const char* name = isa_name(i); i++) names.emplace_back(name);
+    return names;
+}
+
+void set_isa(const std::string& name) {
+    if (select_isa(name.c_str())) return;
+    std::string known;
+    for (const std::string& isa : instruction_sets()) known += (known.empty() ? "" : ", ") + isa;
+    throw std::invalid_argument("instruction set must be one of " + known + ", got " + name);
+}
+
+// OSTINATO_NUM_THREADS, or 0 where it is not set.
+int forced_threads() {
+    const char* text = std::getenv("OSTINATO_NUM_THREADS");
+    if (!text || !*text) return 0;
+    char* end = nullptr;
+    const long threads = std::strtol(text, &end, 10);
+    if (*end || threads < 1 || threads > 256)
+        throw std::invalid_argument("OSTINATO_NUM_THREADS must be a number from 1 to 256, got " + std::string(text));
+    return static_cast<int>(threads);
+}
+
+}  // namespace
+
+NB_MODULE(_core, m) {
+    m.doc() = "The compiled engine: recurrent layers over raw addresses. Use ostinato.nn or ostinato.numpy instead.";
+    m.def("layer_forward", &layer_forward, nb::arg("cell"), nb::arg("is_double"), nb::arg("sizes"), nb::arg("batch_sizes"),
+          nb::arg("x"), nb::arg("h_0"), nb::arg("c_0"), nb::arg("weights"), nb::arg("y"), nb::arg("h_n"), nb::arg("c_n"),
+          nb::arg("reserve"), nb::arg("threads"),
+          "One layer forward. Addresses of dense arrays (csrc/cpu/engine.h), 0 for an absent one.");
+    m.def("layer_backward", &layer_backward, nb::arg("cell"), nb::arg("is_double"), nb::arg("sizes"), nb::arg("batch_sizes"),
+          nb::arg("x"), nb::arg("h_0"), nb::arg("c_0"), nb::arg("weights"), nb::arg("y"), nb::arg("reserve"), nb::arg("dy"),
+          nb::arg("dh_n"), nb::arg("dc_n"), nb::arg("dx"), nb::arg("dh_0"), nb::arg("dc_0"), nb::arg("grads"),
+          nb::arg("threads"), "Gradients of one layer. 0 for a gradient that is zero (in) or not wanted (out).");
+    m.def(
+        "reserve_bytes",
+        [](int cell, bool is_double, const SizeList& sizes) {
+            return reserve_bytes(cell_of(cell), is_double, sizes_of(sizes, 0));
+        },
+        nb::arg("cell"), nb::arg("is_double"), nb::arg("sizes"), "Bytes that forward keeps for backward.");
+    m.def("instruction_sets", &instruction_sets, "Instruction sets that this processor can run, best first.");
+    m.def("isa", [] { return std::string(active_isa()); }, "The instruction set in use.");
+    m.def("set_isa", &set_isa, nb::arg("name"), "Uses another instruction set from now on, in every thread.");
+    m.attr("forced_threads") = forced_threads();
+    if (const char* forced = std::getenv("OSTINATO_ISA"); forced && *forced) set_isa(forced);
+}

@@ -1,0 +1,120 @@
+// One step of each cell, forward and backward, over a value type V: the only gate arithmetic in C++ and in CUDA.
+// Equation numbers are those of docs/math.md.
+//
+// V is a lane vector on the CPU (cpu/vec.h) or a scalar on the GPU. It brings +, -, *, mixed with plain numbers, and
+// fma(a, b, c), sigmoid, tanh, relu, where_positive. No standard headers, so that NVRTC takes this file as it is.
+//
+// A walker (cpu/sequence.h) drives a cell through the constants below and never names a gate:
+//   kGates   rows of weight_hh per unit, in torch's order.
+//   kJoint   gates [0, kJoint) receive input and hidden product in one sum; the others receive the hidden product
+//            in a[g] and the input product apart in `x` (only n of the GRU: its hidden product is scaled by r).
+//   kSaved   values per unit that forward keeps for backward.
+//   kGrads   gate gradients per unit that backward returns; slot g < kGates is the gradient of the hidden product of
+//            gate g, and input_slot(g) that of its input product.
+//   kHasCell a second state c;  kUsesPrevious, kUsesOutput: backward reads h_{t-1}, h_t.
+#pragma once
+
+#ifdef __CUDACC__
+#define OSTINATO_CELL __device__ __forceinline__
+#else
+#define OSTINATO_CELL inline
+#endif
+
+namespace ostinato {
+// Anonymous, because this header is compiled once per instruction set and no copy may replace another at link time.
+namespace {
+
+// Elman network, equation 2: h' = tanh(a) or relu(a).
+template <bool kRelu>
+struct Rnn {
+    static constexpr int kGates = 1, kJoint = 1, kSaved = 0, kGrads = 1;
+    static constexpr bool kHasCell = false, kUsesPrevious = false, kUsesOutput = true;
+    static constexpr int input_slot(int gate) { return gate; }
+
+    template <class V>
+    OSTINATO_CELL static V forward(const V* a, V, V, V&, V*) {
+        if constexpr (kRelu)
+            return relu(a[0]);
+        else
+            return tanh(a[0]);
+    }
+
+    // Returns the part of dL/dh_{t-1} that does not pass through weight_hh.
+    template <class V>
+    OSTINATO_CELL static V backward(V dh, V&, const V*, V, V, V h, V* da) {
+        if constexpr (kRelu)
+            da[0] = where_positive(h, dh);
+        else
+            da[0] = dh * fma(-h, h, V(1));
+        return V(0);
+    }
+};
+
+// Gated recurrent unit, reset after the product: r, z, n.
+struct Gru {
+    static constexpr int kGates = 3, kJoint = 2, kSaved = 4, kGrads = 4;
+    static constexpr bool kHasCell = false, kUsesPrevious = true, kUsesOutput = false;
+    static constexpr int input_slot(int gate) { return gate == 2 ? 3 : gate; }
+
+    template <class V>
+    OSTINATO_CELL static V forward(const V* a, V x, V h, V&, V* saved) {
+        const V r = sigmoid(a[0]);
+        const V z = sigmoid(a[1]);
+        const V q = a[2];
+        const V n = tanh(fma(r, q, x));
+        saved[0] = r, saved[1] = z, saved[2] = n, saved[3] = q;
+        return fma(z, h - n, n);
+    }
+
+    template <class V>
+    OSTINATO_CELL static V backward(V dh, V&, const V* saved, V h_previous, V, V, V* da) {
+        const V r = saved[0], z = saved[1], n = saved[2], q = saved[3];
+        const V dn = dh * (V(1) - z) * fma(-n, n, V(1));
+        da[0] = dn * q * (r * (V(1) - r));
+        da[1] = dh * (h_previous - n) * (z * (V(1) - z));
+        da[2] = dn * r;
+        da[3] = dn;
+        return dh * z;
+    }
+};
+
+// Long short-term memory: i, f, g, o. With a projection, h here is the state before it.
+struct Lstm {
+    static constexpr int kGates = 4, kJoint = 4, kSaved = 5, kGrads = 4;
+    static constexpr bool kHasCell = true, kUsesPrevious = false, kUsesOutput = false;
+    static constexpr int input_slot(int gate) { return gate; }
+
+    template <class V>
+    OSTINATO_CELL static V forward(const V* a, V, V, V& c, V* saved) {
+        const V i = sigmoid(a[0]);
+        const V f = sigmoid(a[1]);
+        const V g = tanh(a[2]);
+        const V o = sigmoid(a[3]);
+        c = fma(f, c, i * g);
+        saved[0] = i, saved[1] = f, saved[2] = g, saved[3] = o, saved[4] = c;
+        return o * tanh(c);
+    }
+
+    // dc enters as dL/dc_t from step t+1 and leaves as dL/dc_{t-1}.
+    template <class V>
+    OSTINATO_CELL static V backward(V dh, V& dc, const V* saved, V, V c_previous, V, V* da) {
+        const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
+        const V tc = tanh(saved[4]);
+        dc = fma(dh * o, fma(-tc, tc, V(1)), dc);
+        da[0] = dc * g * (i * (V(1) - i));
+        da[1] = dc * c_previous * (f * (V(1) - f));
+        da[2] = dc * i * fma(-g, g, V(1));
+        da[3] = dh * tc * (o * (V(1) - o));
+        dc = dc * f;
+        return V(0);
+    }
+
+    // The state before the projection, from what forward saved.
+    template <class V>
+    OSTINATO_CELL static V output(const V* saved) {
+        return saved[3] * tanh(saved[4]);
+    }
+};
+
+}  // namespace
+}  // namespace ostinato

@@ -1,0 +1,383 @@
+// The backward walk.
+//
+// Steps are visited in the opposite of walk order. A step first gathers dL/dh_t: the gradient of y_t plus what step t+1 sends
+// back through weight_hh (a product with the gate gradients of t+1), then turns it into its own gate gradients. The steps
+// of a chunk are followed by the products that need no order: dx, the weight gradients (one product over all rows of the
+// chunk, continuing one chain in memory) and the bias sums. Gate gradients live in two alternating chunk buffers, because the first
+// step of a chunk still reads the last one of the chunk before.
+#pragma once
+
+#include "sequence.h"
+
+namespace ostinato {
+namespace {
+
+template <class T, class C>
+class BackwardWalk {
+    static constexpr int L = Vec<T>::kLanes, G = C::kGates, R = C::kGrads;
+    using RowProduct = Product<T, RowMatrix<T>>;
+
+public:
+    BackwardWalk(const Backward& call, int members, void* scratch)
+        : f_(call),
+          size_(call.sizes),
+          arena_(scratch),
+          steps_(call.sizes, arena_),
+          shares_(call.sizes, members, G * call.sizes.hidden * call.sizes.output()),
+          relay_(ceil_div(ceil_div(call.sizes.output(), L), kGroup), arena_) {
+        const int64_t D = size_.directions, B = size_.batch, O = size_.output(), H = size_.hidden;
+        hp_ = padded(H), op_ = padded(O);
+        blocks_ = ceil_div(O, L);
+        panel_ = G * H * L;
+        chunk_rows_ = chunk_rows(size_, R * hp_ * sizeof(T));
+        panels_ = arena_.take<T>(D * blocks_ * panel_);
+        for (int i = 0; i < 2; i++) grads_[i] = arena_.take<T>(D * chunk_rows_ * R * hp_);
+        zeros_ = arena_.take<T>(op_);
+        pointers_ = arena_.take<const T*>(members * B);
+        table_ = arena_.take<const T*>(chunk_rows_);
+        if (C::kUsesPrevious) direct_ = arena_.take<T>(D * B * op_);
+        if (C::kHasCell) dc_ = arena_.take<T>(D * B * hp_);
+        if (size_.projection) {
+            panels_hr_ = arena_.take<T>(D * ceil_div(H, L) * O * L);
+            dh_ = arena_.take<T>(D * chunk_rows_ * op_);
+            unprojected_ = arena_.take<T>(D * chunk_rows_ * hp_);
+        }
+        if (f_.dx && D == 2) dx_ = arena_.take<T>(chunk_rows_ * size_.input);
+        product_scratch_ = arena_.take<T>(members * RowProduct::scratch());
+    }
+
+    int64_t scratch_bytes() const { return arena_.used(); }
+
+    void run(Team& team) {
+        steps_.fill();
+        for (int64_t i = 0; i < op_; i++) zeros_[i] = 0;
+        for (int64_t d = 0; d < size_.directions; d++) prepare(d, team);
+        if (f_.dx && size_.directions == 2) fill_zero(static_cast<T*>(f_.dx), size_.rows * size_.input);
+        int64_t s1[2] = {size_.steps, size_.steps};
+        bool first = true;
+        // s0 == -1 is the step before the first: it computes nothing but the gradient of h_0.
+        while (s1[0] > -1 || (size_.directions == 2 && s1[1] > -1)) {
+            for (int64_t d = 0; d < size_.directions; d++) {
+                int64_t s0 = s1[d];
+                while (s0 > 0 && steps_.rows_between(d, s0 - 1, s1[d]) <= chunk_rows_) s0--;
+                if (s0 == 0) s0 = -1;
+                chunk_[d].next_first_row = chunk_[d].first_row;
+                chunk_[d].s0 = max(s0, -1), chunk_[d].s1 = s1[d];
+                chunk_[d].first_row = s1[d] > max(s0, 0) ? steps_.first_row(d, max(s0, 0), s1[d]) : 0;
+                chunk_[d].parity ^= 1;
+            }
+            walk(team);
+            for (int64_t d = 0; d < size_.directions; d++) {
+                reduce(d, first, team);
+                s1[d] = chunk_[d].s0;
+            }
+            first = false;
+        }
+        for (int64_t d = 0; d < size_.directions; d++) finish(d);
+    }
+
+private:
+    static constexpr int64_t kGroup = 4;
+
+    struct Chunk {
+        int64_t s0 = 0, s1 = 0;  // steps [s0, s1)
+        int64_t first_row = 0, next_first_row = 0;  // first packed row of this chunk and of the one walked before it
+        int parity = 0;
+    };
+
+    static const T* in(const void* p) { return static_cast<const T*>(p); }
+    static void fill_zero(T* p, int64_t n) {
+        for (int64_t i = 0; i < n; i++) p[i] = 0;
+    }
+
+    // Packs W_hh by its rows, [block][gate][j < H][lane], and loads the gradient of c_n.
+    void prepare(int64_t d, Team& team) {
+        const int64_t H = size_.hidden, O = size_.output(), B = size_.batch;
+        const auto& w = f_.weights[d];
+        T* panels = panels_ + d * blocks_ * panel_;
+        team.run(blocks_, [&](int64_t block, int) {
+            RowMatrix<T>{in(w.hh), O, O, nullptr}.pack(panels + block * panel_, L, 0, G * H, block * L);
+        });
+        if (size_.projection) {
+            T* panels_hr = panels_hr_ + d * ceil_div(H, L) * O * L;
+            team.run(ceil_div(H, L), [&](int64_t block, int) {
+                RowMatrix<T>{in(w.hr), H, H, nullptr}.pack(panels_hr + block * O * L, L, 0, O, block * L);
+            });
+        }
+        if constexpr (C::kUsesPrevious) fill_zero(direct_ + d * B * op_, B * op_);
+        if constexpr (C::kHasCell)
+            for (int64_t b = 0; b < B; b++)
+                for (int64_t j = 0; j < hp_; j++)
+                    dc_[(d * B + b) * hp_ + j] = f_.dc_n && j < H ? in(f_.dc_n)[(d * B + b) * H + j] : T(0);
+    }
+
+    void walk(Team& team) {
+        if (shares_.together) {
+            relay_.reset();
+            team.run(team.members(), [&](int64_t, int member) {
+                relay_.run(chunk_[0].s1 - chunk_[0].s0, member, team.members(), [&](int64_t i, int64_t group) {
+                    const Step step(*this, 0, chunk_[0].s1 - 1 - i, member);
+                    step.run(0, size_.batch, group * kGroup, min(blocks_, (group + 1) * kGroup));
+                });
+            });
+            return;
+        }
+        team.run(shares_.tiles * size_.directions, [&](int64_t task, int member) {
+            const int64_t d = task % size_.directions, b0 = task / size_.directions * shares_.tile_rows;
+            const int64_t b1 = min(b0 + shares_.tile_rows, size_.batch);
+            for (int64_t s = chunk_[d].s1 - 1; s >= chunk_[d].s0; s--) Step(*this, d, s, member).run(b0, b1, 0, blocks_);
+        });
+    }
+
+    // Gate gradients of step s, [rows, R * Hp].
+    T* grads_of(int64_t d, int64_t s) const {
+        const Chunk& chunk = chunk_[d];
+        const bool here = s < chunk.s1;
+        return grads_[here ? chunk.parity : chunk.parity ^ 1] +
+               (d * chunk_rows_ + steps_.first_row(d, s) - (here ? chunk.first_row : chunk.next_first_row)) * R * hp_;
+    }
+
+    // Row b of h_{t-1} at step s.
+    const T* previous_row(int64_t d, int64_t s, int64_t b) const {
+        const int64_t O = size_.output();
+        if (b < steps_.rows(d, s - 1))
+            return in(f_.y) + (steps_.first_row(d, s - 1) + b) * size_.directions * O + d * O;
+        return f_.h_0 ? in(f_.h_0) + (d * size_.batch + b) * O : zeros_;
+    }
+
+    // One step of one direction; s == -1 stands before the first.
+    struct Step {
+        const BackwardWalk& w;
+        const Sizes& z;
+        int64_t d, s, n, n_next;  // rows active at this step and at the next
+        int64_t row0;             // first packed row
+        T *grads, *grads_next, *dh, *unprojected;
+        const T** rows;
+
+        Step(const BackwardWalk& walk, int64_t direction, int64_t step, int member)
+            : w(walk), z(walk.size_), d(direction), s(step), n(w.steps_.rows(d, s)), n_next(w.steps_.rows(d, s + 1)) {
+            row0 = n ? w.steps_.first_row(d, s) : 0;
+            grads = n ? w.grads_of(d, s) : nullptr;
+            grads_next = n_next ? w.grads_of(d, s + 1) : nullptr;
+            const int64_t in_chunk = d * w.chunk_rows_ + row0 - w.chunk_[d].first_row;
+            dh = z.projection && n ? w.dh_ + in_chunk * w.op_ : nullptr;
+            unprojected = z.projection && n ? w.unprojected_ + in_chunk * w.hp_ : nullptr;
+            rows = w.pointers_ + member * z.batch;
+        }
+
+        void run(int64_t b0, int64_t b1, int64_t u0, int64_t u1) const {
+            for (int64_t b = b0; b < min(b1, n_next); b++) rows[b] = grads_next + b * R * w.hp_;
+            // Rows that go on at step s + 1, and rows that began there: their gradient is that of h_0.
+            walk_tiles<1>(Carried{*this}, b0, min(min(b1, n), n_next), u0, u1);
+            if (w.f_.dh_0) walk_tiles<1>(Begun{*this}, max(b0, n), min(b1, n_next), u0, u1);
+            // Rows that end here start from the gradient of h_n.
+            const T* dh_n = w.f_.dh_n ? in(w.f_.dh_n) + d * z.batch * z.output() : nullptr;
+            for (int64_t b = max(b0, min(n, n_next)); b < min(b1, n); b++)
+                for (int64_t u = u0; u < u1; u++)
+                    arrive(b, u * L,
+                           dh_n ? load_n(dh_n + b * z.output() + u * L, min(L, z.output() - u * L)) : Vec<T>(0));
+            if (!z.projection) return;
+            for (int64_t b = b0; b < min(b1, n); b++) rows[b] = dh + b * w.op_;
+            walk_tiles<1>(Unprojected{*this}, b0, min(b1, n), 0, ceil_div(z.hidden, L));
+        }
+
+        // What step s + 1 sends back: the chain starts from its direct part and runs over its gate gradients.
+        template <int MR, int NJ>
+        void carry(Vec<T> (&acc)[NJ][MR][1], int64_t b, int64_t u) const {
+            for (int j = 0; j < NJ; j++)
+                for (int r = 0; r < MR; r++)
+                    acc[j][r][0] = C::kUsesPrevious ? Vec<T>::load(w.direct_ + (d * z.batch + b + r) * w.op_ + (u + j) * L)
+                                                    : Vec<T>(0);
+            for (int g = 0; g < G; g++) {
+                RowPointers<T, MR> a;
+                for (int r = 0; r < MR; r++) a.row[r] = rows[b + r] + g * w.hp_;
+                accumulate<MR, NJ, 1>(acc, a, w.panels_ + (d * w.blocks_ + u) * w.panel_ + g * z.hidden * L, w.panel_, z.hidden);
+            }
+        }
+
+        struct Carried {
+            const Step& step;
+            template <int MR, int NJ>
+            void tile(int64_t b, int64_t u) const {
+                Vec<T> acc[NJ][MR][1];
+                step.carry<MR, NJ>(acc, b, u);
+                for (int j = 0; j < NJ; j++)
+                    for (int r = 0; r < MR; r++) step.arrive(b + r, (u + j) * L, acc[j][r][0]);
+            }
+        };
+
+        struct Begun {
+            const Step& step;
+            template <int MR, int NJ>
+            void tile(int64_t b, int64_t u) const {
+                const Sizes& z = step.z;
+                T* dh_0 = static_cast<T*>(step.w.f_.dh_0) + step.d * z.batch * z.output();
+                Vec<T> acc[NJ][MR][1];
+                step.carry<MR, NJ>(acc, b, u);
+                for (int j = 0; j < NJ; j++)
+                    for (int r = 0; r < MR; r++)
+                        store_n(acc[j][r][0], dh_0 + (b + r) * z.output() + (u + j) * L, min(L, z.output() - (u + j) * L));
+            }
+        };
+
+        struct Unprojected {
+            const Step& step;
+            template <int MR, int NJ>
+            void tile(int64_t b, int64_t u) const {
+                const auto& w = step.w;
+                const int64_t O = step.z.output(), panel = O * L;
+                Vec<T> acc[NJ][MR][1] = {};
+                RowPointers<T, MR> a;
+                for (int r = 0; r < MR; r++) a.row[r] = step.rows[b + r];
+                accumulate<MR, NJ, 1>(acc, a, w.panels_hr_ + (step.d * ceil_div(step.z.hidden, L) + u) * panel, panel, O);
+                for (int j = 0; j < NJ; j++)
+                    for (int r = 0; r < MR; r++) step.cell(b + r, (u + j) * L, acc[j][r][0]);
+            }
+        };
+
+        // dL/dh_t of one row and block of outputs is complete: carry plus the gradient of y_t.
+        void arrive(int64_t b, int64_t unit, Vec<T> carry) const {
+            const int64_t O = z.output();
+            if (w.f_.dy)
+                carry = carry + load_n(in(w.f_.dy) + (row0 + b) * z.directions * O + d * O + unit, min(L, O - unit));
+            if (dh)
+                carry.store(dh + b * w.op_ + unit);
+            else
+                cell(b, unit, carry);
+        }
+
+        void cell(int64_t b, int64_t unit, Vec<T> dh_t) const {
+            const int64_t hp = w.hp_, lanes = min(L, z.hidden - unit);
+            Vec<T> saved[C::kSaved + 1], h_previous(0), c_previous(0), h(0), dc(0), da[R];
+            const T* reserve = in(w.f_.reserve) + (d * z.rows + row0 + b) * C::kSaved * hp;
+            for (int i = 0; i < C::kSaved; i++) saved[i] = Vec<T>::load(reserve + i * hp + unit);
+            if constexpr (C::kUsesPrevious) h_previous = load_n(w.previous_row(d, s, b) + unit, lanes);
+            if constexpr (C::kUsesOutput)
+                h = load_n(in(w.f_.y) + (row0 + b) * z.directions * z.hidden + d * z.hidden + unit, lanes);
+            T* dc_row = nullptr;
+            if constexpr (C::kHasCell) {
+                dc_row = w.dc_ + (d * z.batch + b) * hp + unit;
+                dc = Vec<T>::load(dc_row);
+                if (b < w.steps_.rows(d, s - 1))
+                    c_previous = Vec<T>::load(in(w.f_.reserve) +
+                                              ((d * z.rows + w.steps_.first_row(d, s - 1) + b) * C::kSaved + C::kSaved - 1) * hp + unit);
+                else if (w.f_.c_0)
+                    c_previous = load_n(in(w.f_.c_0) + (d * z.batch + b) * z.hidden + unit, lanes);
+                if (unprojected) C::output(saved).store(unprojected + b * hp + unit);
+            }
+            const Vec<T> direct = C::backward(dh_t, dc, saved, h_previous, c_previous, h, da);
+            for (int i = 0; i < R; i++) da[i].store(grads + (b * R + i) * hp + unit);
+            if constexpr (C::kUsesPrevious) direct.store(w.direct_ + (d * z.batch + b) * w.op_ + unit);
+            if constexpr (C::kHasCell) dc.store(dc_row);
+        }
+    };
+
+    // The products of a chunk: dx, and the gradients of the weights and biases.
+    void reduce(int64_t d, bool first, Team& team) {
+        const int64_t s0 = max(chunk_[d].s0, 0), s1 = chunk_[d].s1, I = size_.input, O = size_.output(), H = size_.hidden;
+        const int64_t n = s1 > s0 ? steps_.rows_between(d, s0, s1) : 0, row0 = chunk_[d].first_row;
+        const T* grads = grads_[chunk_[d].parity] + d * chunk_rows_ * R * hp_;
+        const auto& dw = f_.grads[d];
+        if (f_.dx && n) {
+            T* dx = static_cast<T*>(f_.dx) + row0 * I;
+            RowProduct product;
+            product.rows = n, product.columns = I, product.depth = H, product.segments = G;
+            for (int g = 0; g < G; g++) product.a[g] = grads + C::input_slot(g) * hp_;
+            product.a_row = R * hp_;
+            product.c[0] = size_.directions == 2 ? dx_ : dx;
+            product.ldc = I;
+            product.b = {in(f_.weights[d].ih), I, I, nullptr};
+            product.run(team, product_scratch_);
+            // Two directions are two chains and one addition, in whatever order the chunks meet.
+            if (size_.directions == 2)
+                for (int64_t i = 0; i < n * I; i++) dx[i] += dx_[i];
+        }
+        if (dw.ih) weight_gradient(grads, true, {in(f_.x) + row0 * I, I, I, nullptr}, n, dw.ih, first, team);
+        if (dw.hh) {
+            for (int64_t s = s0; s < s1; s++)
+                for (int64_t b = 0; b < steps_.rows(d, s); b++)
+                    table_[steps_.first_row(d, s) - row0 + b] = previous_row(d, s, b);
+            weight_gradient(grads, false, {nullptr, 0, O, table_}, n, dw.hh, first, team);
+        }
+        bias_gradient(grads, true, n, dw.bias_ih, first, team);
+        bias_gradient(grads, false, n, dw.bias_hh, first, team);
+        if (dw.hr && (n || first)) {
+            RowProduct product;
+            product.rows = O, product.columns = H, product.depth = n;
+            product.a[0] = dh_ + d * chunk_rows_ * op_, product.a_row = 1, product.a_column = op_;
+            product.c[0] = static_cast<T*>(dw.hr), product.ldc = H;
+            product.resume = !first;
+            product.b = {unprojected_ + d * chunk_rows_ * hp_, hp_, H, nullptr};
+            run_or_clear(product, team);
+        }
+    }
+
+    // dW[gate] = grads[gate]^T * rows, summed over the rows of the chunk.
+    void weight_gradient(const T* grads, bool input_side, RowMatrix<T> rows, int64_t n, void* dw, bool first, Team& team) {
+        RowProduct product;
+        product.rows = size_.hidden, product.columns = rows.columns, product.depth = n, product.batches = G;
+        for (int g = 0; g < G; g++) {
+            product.a[g] = grads + (input_side ? C::input_slot(g) : g) * hp_;
+            product.c[g] = static_cast<T*>(dw) + g * size_.hidden * rows.columns;
+        }
+        product.a_row = 1, product.a_column = R * hp_;
+        product.ldc = rows.columns;
+        product.resume = !first;
+        product.b = rows;
+        run_or_clear(product, team);
+    }
+
+    // A sum over no rows is zero, or what it was.
+    void run_or_clear(RowProduct& product, Team& team) {
+        if (product.depth) return product.run(team, product_scratch_);
+        if (!product.resume)
+            for (int b = 0; b < product.batches; b++) fill_zero(product.c[b], product.rows * product.columns);
+    }
+
+    void bias_gradient(const T* grads, bool input_side, int64_t n, void* db, bool first, Team& team) {
+        if (!db) return;
+        const int64_t H = size_.hidden, blocks = ceil_div(H, 4 * L);
+        team.run(G * blocks, [&](int64_t task, int) {
+            const int64_t g = task / blocks, j0 = task % blocks * 4 * L;
+            const T* column = grads + (input_side ? C::input_slot(static_cast<int>(g)) : g) * hp_ + j0;
+            T* out = static_cast<T*>(db) + g * H + j0;
+            Vec<T> sum[4];
+            for (int v = 0; v < 4; v++) {
+                const int64_t lanes = max(0, min(L, H - j0 - v * L));
+                sum[v] = first || !lanes ? Vec<T>(0) : load_n(out + v * L, lanes);
+                for (int64_t i = 0; lanes && i < n; i++) sum[v] = sum[v] + load_n(column + i * R * hp_ + v * L, lanes);
+                if (lanes) store_n(sum[v], out + v * L, lanes);
+            }
+        });
+    }
+
+    // Rows that were never active pass the gradients of h_n and c_n through.
+    void finish(int64_t d) {
+        const int64_t O = size_.output(), B = size_.batch, H = size_.hidden;
+        if (f_.dh_0)
+            for (int64_t b = steps_.rows(0, 0); b < B; b++)
+                for (int64_t j = 0; j < O; j++) {
+                    const int64_t i = (d * B + b) * O + j;
+                    static_cast<T*>(f_.dh_0)[i] = f_.dh_n ? in(f_.dh_n)[i] : T(0);
+                }
+        if (C::kHasCell && f_.dc_0)
+            for (int64_t b = 0; b < B; b++)
+                for (int64_t j = 0; j < H; j++)
+                    static_cast<T*>(f_.dc_0)[(d * B + b) * H + j] = dc_[(d * B + b) * hp_ + j];
+    }
+
+    const Backward& f_;
+    const Sizes& size_;
+    Arena arena_;
+    Steps steps_;
+    Shares shares_;
+    Relay relay_;
+    Chunk chunk_[2];
+    int64_t hp_, op_, blocks_, panel_, chunk_rows_;
+    T *panels_, *grads_[2], *zeros_, *direct_ = nullptr, *dc_ = nullptr, *dx_ = nullptr;
+    T *panels_hr_ = nullptr, *dh_ = nullptr, *unprojected_ = nullptr, *product_scratch_;
+    const T **pointers_, **table_;
+};
+
+}  // namespace
+}  // namespace ostinato

@@ -1,0 +1,141 @@
+// Chooses the instruction set, the number of threads and the scratch memory of a call. Compiled for the baseline.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "engine.h"
+#include "threads.h"
+
+namespace ostinato {
+
+extern const KernelTable kernels_portable;
+#ifdef OSTINATO_HAVE_AVX2
+extern const KernelTable kernels_avx2;
+#endif
+#ifdef OSTINATO_HAVE_AVX512
+extern const KernelTable kernels_avx512;
+#endif
+
+namespace {
+
+struct Isa {
+    const char* name;
+    const KernelTable* table;
+};
+
+struct Isas {
+    Isa found[3];
+    int count = 0;
+
+    Isas() {
+        // __builtin_cpu_supports also asks whether the operating system saves the wide registers.
+#ifdef OSTINATO_HAVE_AVX512
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512vl"))
+            found[count++] = {"avx512", &kernels_avx512};
+#endif
+#ifdef OSTINATO_HAVE_AVX2
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[count++] = {"avx2", &kernels_avx2};
+#endif
+        found[count++] = {"portable", &kernels_portable};
+    }
+};
+
+const Isas& isas() {
+    static const Isas all;
+    return all;
+}
+
+std::atomic<const Isa*> g_active{nullptr};
+
+const Isa& active() {
+    const Isa* isa = g_active.load(std::memory_order_acquire);
+    return isa ? *isa : isas().found[0];
+}
+
+// Scratch of the calling thread, kept between calls up to kKept bytes: fresh pages cost more than a small layer does.
+// It holds no state: every call writes before it reads.
+class Scratch {
+public:
+    explicit Scratch(int64_t bytes) : bytes_(bytes) {
+        if (bytes > t_kept.bytes) {
+            p_ = allocate(bytes);
+            if (bytes <= kKept) t_kept.adopt(p_, bytes);
+        } else {
+            p_ = t_kept.p;
+        }
+    }
+    ~Scratch() {
+        if (bytes_ > kKept) std::free(p_);
+    }
+    void* get() const { return p_; }
+
+private:
+    static constexpr int64_t kKept = 32 << 20;
+
+    struct Kept {
+        void* p = nullptr;
+        int64_t bytes = 0;
+        void adopt(void* fresh, int64_t size) {
+            std::free(p);
+            p = fresh, bytes = size;
+        }
+        ~Kept() { std::free(p); }
+    };
+
+    static void* allocate(int64_t bytes) {
+        void* p = std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64));
+        if (!p) throw std::bad_alloc();
+        return p;
+    }
+
+    static thread_local Kept t_kept;
+    void* p_;
+    int64_t bytes_;
+};
+
+thread_local Scratch::Kept Scratch::t_kept;
+
+// Below this many multiply-adds, waking a worker costs more than it brings.
+constexpr int64_t kWorthATeam = 1 << 18;
+
+int members_for(Cell cell, const Sizes& sizes, int threads) {
+    const int64_t work = sizes.rows * gates_of(cell) * sizes.hidden * (sizes.input + sizes.output());
+    return work < kWorthATeam ? 1 : threads;
+}
+
+}  // namespace
+
+int64_t reserve_bytes(Cell cell, bool is_double, const Sizes& sizes) {
+    return sizes.directions * sizes.rows * saved_of(cell) * padded(sizes.hidden) * (is_double ? 8 : 4);
+}
+
+void forward(Cell cell, bool is_double, const Forward& call, int threads) {
+    const Kernel& kernel = active().table->kernels[static_cast<int>(cell)][is_double];
+    Team team(members_for(cell, call.sizes, threads));
+    Scratch scratch(kernel.forward_scratch(call.sizes, team.members()));
+    kernel.forward(call, team, scratch.get());
+}
+
+void backward(Cell cell, bool is_double, const Backward& call, int threads) {
+    const Kernel& kernel = active().table->kernels[static_cast<int>(cell)][is_double];
+    Team team(members_for(cell, call.sizes, threads));
+    Scratch scratch(kernel.backward_scratch(call.sizes, team.members()));
+    kernel.backward(call, team, scratch.get());
+}
+
+const char* isa_name(int index) { return index < isas().count ? isas().found[index].name : nullptr; }
+
+const char* active_isa() { return active().name; }
+
+bool select_isa(const char* name) {
+    for (int i = 0; i < isas().count; i++)
+        if (std::strcmp(isas().found[i].name, name) == 0) {
+            g_active.store(&isas().found[i], std::memory_order_release);
+            return true;
+        }
+    return false;
+}
+
+}  // namespace ostinato

@@ -1,0 +1,82 @@
+// What the engine computes: one recurrent layer, one or two directions, forward and backward. Addresses and sizes only.
+//
+// Legend: T steps, B batch rows, N rows of the packed layout (the sum of batch_sizes; T * B where there are none),
+// I input, H hidden, O output (the projection's size, or H), G gates, D directions. All arrays are dense and row-major.
+#pragma once
+
+#include <cstdint>
+
+namespace ostinato {
+
+enum class Cell : int { kRnnTanh, kRnnRelu, kGru, kLstm };
+
+// Gates per unit: rows of weight_ih = gates * H.
+constexpr int64_t gates_of(Cell cell) { return cell == Cell::kLstm ? 4 : cell == Cell::kGru ? 3 : 1; }
+
+// Values per unit and row that forward keeps for backward (cells.h, kSaved).
+constexpr int64_t saved_of(Cell cell) { return cell == Cell::kLstm ? 5 : cell == Cell::kGru ? 4 : 0; }
+
+struct Sizes {
+    int64_t steps, rows, batch, input, hidden, projection, directions;
+    const int64_t* batch_sizes;  // [T] non-increasing, active rows per step; null: B at every step
+
+    int64_t output() const { return projection ? projection : hidden; }
+};
+
+// Parameters of one direction, or in backward their gradients; null where absent or not wanted.
+template <class Pointer>
+struct Weights {
+    Pointer ih = nullptr, hh = nullptr;  // [G*H, I], [G*H, O]
+    Pointer bias_ih = nullptr, bias_hh = nullptr;  // [G*H]
+    Pointer hr = nullptr;  // [O, H]
+};
+
+// Arrays belong to the caller and are of one floating type. `reserve` is opaque: forward fills reserve_bytes() of it if it
+// is not null, backward reads it. Nothing may overlap what is written.
+struct Forward {
+    Sizes sizes;
+    Weights<const void*> weights[2];
+    const void *x, *h_0, *c_0;  // [N, I], [D, B, O] or null (zeros), [D, B, H] or null
+    void *y, *h_n, *c_n, *reserve;  // [N, D*O], [D, B, O], [D, B, H] or null, reserve or null
+};
+
+// The gradients of y, h_n and c_n come in (null: zero); the wanted ones of x, h_0, c_0 and the weights go out.
+struct Backward {
+    Sizes sizes;
+    Weights<const void*> weights[2];
+    const void *x, *h_0, *c_0, *y, *reserve;
+    const void *dy, *dh_n, *dc_n;
+    void *dx, *dh_0, *dc_0;
+    Weights<void*> grads[2];
+};
+
+class Team;
+
+// Entry points of one instruction set for one cell and floating type. scratch holds at least scratch_bytes(...) bytes, aligned to 64,
+// its contents arbitrary.
+struct Kernel {
+    int64_t (*forward_scratch)(const Sizes&, int members);
+    void (*forward)(const Forward&, Team&, void* scratch);
+    int64_t (*backward_scratch)(const Sizes&, int members);
+    void (*backward)(const Backward&, Team&, void* scratch);
+};
+
+struct KernelTable {
+    Kernel kernels[4][2];  // [Cell][0: float32, 1: float64]
+};
+
+// Units are stored in multiples of this many in reserve and scratch, so that both are the same on every instruction set.
+constexpr int64_t padded(int64_t units) { return (units + 15) / 16 * 16; }
+
+// ---- dispatch.cpp ----
+
+int64_t reserve_bytes(Cell cell, bool is_double, const Sizes& sizes);
+void forward(Cell cell, bool is_double, const Forward& call, int threads);
+void backward(Cell cell, bool is_double, const Backward& call, int threads);
+
+// Names of the instruction sets that this processor can run, best first; null at `index` past the end.
+const char* isa_name(int index);
+const char* active_isa();
+bool select_isa(const char* name);
+
+}  // namespace ostinato

@@ -1,0 +1,223 @@
+// Matrix products: register tiles over packed panels, and a blocked product over all steps built from them.
+//
+// Legend: A is [M, K], B is [K, N], C is [M, N]. L lanes per vector, a panel holds B for some columns, k-major.
+//
+// Every element of C is one chain of fused multiply-adds in ascending k (design, decision 7). Blocking over k stores the
+// partial sum and loads it again, which is exact; blocking over M and N only chooses who computes an element.
+//
+// Arithmetic: a tile holds MR x NJ x NV accumulators, 24 of 32 registers (AVX-512, NEON) or 12 of 16 (AVX2). Per k it
+// loads NJ * NV panel vectors and broadcasts MR scalars for MR * NJ * NV multiply-adds: at 8 x 3 that is 11 loads for 24.
+// Memory: a panel of kDepth x (3 vectors) fits the first-level cache (24 KiB at AVX-512) and is reused for every row
+// of the task; the A block of a task (kTaskRows x kDepth) stays in the second level and is reused for every panel.
+#pragma once
+
+#include "threads.h"
+#include "vec.h"
+
+namespace ostinato {
+namespace {
+
+constexpr int kAccumulators = kRegisters == 32 ? 24 : 12;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// A as MR row pointers, each row contiguous in k.
+template <class T, int MR>
+struct RowPointers {
+    const T* row[MR];
+    T at(int r, int64_t k) const { return row[r][k]; }
+};
+
+// A packed k-major: element (r, k) at k * MR + r.
+template <class T, int MR>
+struct PackedRows {
+    const T* p;
+    T at(int r, int64_t k) const { return p[k * MR + r]; }
+};
+
+// acc[j][r][v] += sum over k of A(r, k) * panel_j[k][v], in ascending k.
+// panel: NJ panels, panel_stride elements apart, each [depth][NV][L].
+template <int MR, int NJ, int NV, class T, class A>
+inline void accumulate(Vec<T> (&acc)[NJ][MR][NV], const A& a, const T* panel, int64_t panel_stride, int64_t depth) {
+    constexpr int L = Vec<T>::kLanes;
+    for (int64_t k = 0; k < depth; k++) {
+        Vec<T> b[NJ][NV];
+        _Pragma("GCC unroll 8") for (int j = 0; j < NJ; j++)
+            _Pragma("GCC unroll 8") for (int v = 0; v < NV; v++)
+                b[j][v] = Vec<T>::load(panel + j * panel_stride + (k * NV + v) * L);
+        _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++) {
+            const Vec<T> s(a.at(r, k));
+            _Pragma("GCC unroll 8") for (int j = 0; j < NJ; j++)
+                _Pragma("GCC unroll 8") for (int v = 0; v < NV; v++) acc[j][r][v] = fma(s, b[j][v], acc[j][r][v]);
+        }
+    }
+}
+
+// Writes L columns of B = W^T, i.e. L rows of a row-major W, as [depth][stride] lanes: dst[k * stride + lane].
+// rows: how many of the L rows exist; the others become zero.
+template <class T>
+inline void pack_transposed(const T* w, int64_t ld, int64_t rows, int64_t depth, T* dst, int64_t stride) {
+    constexpr int L = Vec<T>::kLanes;
+    for (int64_t k = 0; k < depth; k += L) {
+        const int64_t n = min(L, depth - k);
+        Vec<T> tile[L];
+        for (int i = 0; i < L; i++) tile[i] = i < rows ? load_n(w + i * ld + k, n) : Vec<T>(0);
+        transpose(tile);
+        for (int64_t i = 0; i < n; i++) tile[i].store(dst + (k + i) * stride);
+    }
+}
+
+// ---- sources of B: pack(dst, k0, depth, column) writes L columns from `column` on, dst[k * stride + lane] ----
+
+// B = W^T for a weight of shape [gates * hidden, K]; column c is row (c / padded) * hidden + c % padded of W.
+// With padded a multiple of the lanes, a vector never crosses a gate, and columns past `hidden` are zero.
+template <class T>
+struct TransposedWeight {
+    const T* w;
+    int64_t ld, hidden, padded;
+    void pack(T* dst, int64_t stride, int64_t k0, int64_t depth, int64_t column) const {
+        const int64_t gate = column / padded, unit = column % padded;
+        const int64_t rows = max(0, min(Vec<T>::kLanes, hidden - unit));
+        pack_transposed(w + (gate * hidden + unit) * ld + k0, ld, rows, depth, dst, stride);
+    }
+};
+
+// B given by its rows, each contiguous: row k at base + k * ld, or at table[k] where there is a table.
+template <class T>
+struct RowMatrix {
+    const T* base;
+    int64_t ld, columns;
+    const T* const* table;
+    void pack(T* dst, int64_t stride, int64_t k0, int64_t depth, int64_t column) const {
+        const int64_t n = max(0, min(Vec<T>::kLanes, columns - column));
+        for (int64_t k = 0; k < depth; k++) {
+            const T* row = table ? table[k0 + k] : base + (k0 + k) * ld;
+            load_n(row + (n ? column : 0), n).store(dst + k * stride);
+        }
+    }
+};
+
+// C[b] = start + A[b] * B for `batches` pairs that share B; or, with segments > 1, one C whose k runs through
+// A[0], A[1], ... one after another, `depth` each.
+template <class T, class B>
+struct Product {
+    int64_t rows = 0, columns = 0, depth = 0;  // M, N (of C; B may be packed wider), K of one segment
+    int batches = 1, segments = 1;
+    const T* a[4] = {};
+    int64_t a_row = 0, a_column = 1;  // element (m, k) at a + m * a_row + k * a_column; one of them is 1
+    T* c[4] = {};
+    int64_t ldc = 0;
+    const T* start = nullptr;  // [N] added first (readable up to a multiple of the lanes), or none
+    bool resume = false;       // the chain goes on from what C holds
+    B b{};
+
+    static constexpr int L = Vec<T>::kLanes, NR = 3, MR = kAccumulators / NR;
+    static constexpr int64_t kDepth = 128, kTaskRows = 480, kTaskColumns = 384;
+
+    // Elements of scratch that one member of the team needs.
+    static constexpr int64_t scratch() { return kDepth * (kTaskColumns + kTaskRows); }
+
+    int64_t task_columns = 0, column_tasks = 0, row_tasks = 0;
+    T* scratch_base = nullptr;
+
+    // Runs on the whole team; scratch_base is [members][scratch()].
+    void run(Team& team, T* scratch_elements) {
+        if (rows == 0 || columns == 0) return;
+        scratch_base = scratch_elements;
+        const int64_t share = round_up(ceil_div(columns, team.members()), NR * L);
+        task_columns = min(max(share, NR * L), kTaskColumns);
+        column_tasks = ceil_div(columns, task_columns);
+        row_tasks = ceil_div(rows, kTaskRows);
+        team.run(batches * column_tasks * row_tasks, [this](int64_t task, int member) { block(task, member); });
+    }
+
+    void block(int64_t task, int member) const {
+        const int64_t n0 = (task % column_tasks) * task_columns, n1 = min(columns, n0 + task_columns);
+        task /= column_tasks;
+        const int64_t m0 = (task % row_tasks) * kTaskRows, m1 = min(rows, m0 + kTaskRows);
+        const int batch = static_cast<int>(task / row_tasks);
+        T* panels = scratch_base + member * scratch();
+        T* packed_a = panels + kDepth * kTaskColumns;
+        bool first = !resume;
+        for (int segment = 0; segment < segments; segment++) {
+            const T* as = a[batch + segment];
+            for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
+                const int64_t kn = min(kDepth, depth - k0);
+                for (int64_t n = n0; n < n1; n += NR * L)
+                    for (int v = 0; v < NR; v++)
+                        pack_column(panels + (n - n0) * kn + v * L, segment * depth + k0, kn, n + v * L);
+                if (a_column != 1) pack_rows(as, packed_a, m0, m1, k0, kn);
+                for (int64_t n = n0; n < n1; n += NR * L)
+                    for (int64_t m = m0; m < m1; m += MR)
+                        tile_rows(min(MR, m1 - m), as, packed_a + (m - m0) * kn, panels + (n - n0) * kn, c[batch], m, n, k0,
+                                  kn, first);
+                first = false;
+            }
+        }
+    }
+
+    void pack_column(T* dst, int64_t k0, int64_t kn, int64_t column) const {
+        if (column < columns)
+            b.pack(dst, NR * L, k0, kn, column);
+        else
+            for (int64_t k = 0; k < kn; k++) Vec<T>(0).store(dst + k * NR * L);
+    }
+
+    // A^T is read along its rows (a_row == 1): tiles of MR, k-major; rows past the end repeat nothing and hold zero.
+    void pack_rows(const T* as, T* dst, int64_t m0, int64_t m1, int64_t k0, int64_t kn) const {
+        for (int64_t m = m0; m < m1; m += MR, dst += MR * kn) {
+            const int64_t n = min(MR, m1 - m);
+            for (int64_t k = 0; k < kn; k++) {
+                const T* source = as + m + (k0 + k) * a_column;
+                for (int64_t r = 0; r < MR; r++) dst[k * MR + r] = r < n ? source[r] : T(0);
+            }
+        }
+    }
+
+    void tile_rows(int64_t n_rows, const T* as, const T* packed, const T* panel, T* cs, int64_t m, int64_t n, int64_t k0,
+                   int64_t kn, bool first) const {
+        if (a_column != 1) return tile<MR>(PackedRows<T, MR>{packed}, n_rows, panel, cs, m, n, kn, first);
+        // Rows past the end read the last one again; what they compute is not stored.
+        RowPointers<T, MR> a_rows;
+        for (int r = 0; r < MR; r++) a_rows.row[r] = as + (m + min(r, n_rows - 1)) * a_row + k0;
+        if (n_rows > MR / 2) return tile<MR>(a_rows, n_rows, panel, cs, m, n, kn, first);
+        RowPointers<T, MR / 2> half;
+        for (int r = 0; r < MR / 2; r++) half.row[r] = a_rows.row[r];
+        if (n_rows > 1) return tile<MR / 2>(half, n_rows, panel, cs, m, n, kn, first);
+        tile<1>(RowPointers<T, 1>{{half.row[0]}}, 1, panel, cs, m, n, kn, first);
+    }
+
+    template <int R, class A>
+    void tile(const A& a_rows, int64_t n_rows, const T* panel, T* cs, int64_t m, int64_t n, int64_t kn, bool first) const {
+        Vec<T> acc[1][R][NR];
+        const bool whole = n + NR * L <= columns;
+        _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) {
+            const T* row = cs + (m + min(r, n_rows - 1)) * ldc + n;
+            _Pragma("GCC unroll 8") for (int v = 0; v < NR; v++) {
+                const int64_t valid = max(0, min(L, columns - n - v * L));
+                if (!first)
+                    acc[0][r][v] = whole ? Vec<T>::load(row + v * L) : load_n(row + (valid ? v * L : 0), valid);
+                else
+                    acc[0][r][v] = start && valid ? Vec<T>::load(start + n + v * L) : Vec<T>(0);
+            }
+        }
+        accumulate<R, 1, NR>(acc, a_rows, panel, 0, kn);
+        _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) {
+            if (r >= n_rows) break;
+            T* row = cs + (m + r) * ldc + n;
+            _Pragma("GCC unroll 8") for (int v = 0; v < NR; v++) {
+                const int64_t valid = max(0, min(L, columns - n - v * L));
+                if (whole)
+                    acc[0][r][v].store(row + v * L);
+                else if (valid)
+                    store_n(acc[0][r][v], row + v * L, valid);
+            }
+        }
+    }
+};
+
+}  // namespace
+}  // namespace ostinato

@@ -1,0 +1,177 @@
+// How a sequence is walked: what the forward and the backward walk share. Nothing here knows a gate.
+//
+// A direction visits its steps in walk order s = 0..T-1; step s is time t(s), T-1-s for the reverse direction. At time t
+// the first rows_at(t) rows of the batch are active. Of these, the rows that were active at step s-1 continue from there;
+// the others begin at h_0. That one rule covers both directions of a packed batch: forward, rows only ever end; reverse,
+// rows only ever begin, each at its own last step. (Resets would be one more reason for a row to begin.)
+//
+// Who computes what. Rows are independent, so a batch is cut into row tiles and each member walks its tile through all
+// steps without a barrier. Where there are fewer rows than that is worth, the members walk together and share the unit
+// blocks of each step through a Relay. Either way an element is the same chain of operations.
+#pragma once
+
+#include "../cells.h"
+#include "engine.h"
+#include "gemm.h"
+
+namespace ostinato {
+namespace {
+
+// Hands out scratch in 64-byte multiples. Without a base it only counts: the same plan then measures and allocates.
+class Arena {
+public:
+    explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+
+    template <class T>
+    T* take(int64_t elements) {
+        char* p = base_ + used_;
+        used_ += round_up(elements * static_cast<int64_t>(sizeof(T)), 64);
+        return base_ ? reinterpret_cast<T*>(p) : nullptr;
+    }
+    int64_t used() const { return used_; }
+
+private:
+    char* base_;
+    int64_t used_ = 0;
+};
+
+// Rows that one chunk of steps may hold, so that what a walk keeps per row (bytes_per_row) stays near the processor.
+inline int64_t chunk_rows(const Sizes& sizes, int64_t bytes_per_row) {
+    constexpr int64_t kChunkBytes = 2 << 20;
+    return max(sizes.batch, min(sizes.rows, kChunkBytes / bytes_per_row));
+}
+
+// The order of steps and where their rows lie. offsets: [T + 1], filled by the constructor.
+struct Steps {
+    const Sizes& sizes;
+    int64_t* offsets;
+
+    Steps(const Sizes& s, Arena& arena) : sizes(s), offsets(arena.take<int64_t>(s.steps + 1)) {}
+
+    void fill() const {
+        offsets[0] = 0;
+        for (int64_t t = 0; t < sizes.steps; t++) offsets[t + 1] = offsets[t] + at(t);
+    }
+    int64_t at(int64_t t) const { return sizes.batch_sizes ? sizes.batch_sizes[t] : sizes.batch; }
+    int64_t time(int64_t direction, int64_t s) const { return direction ? sizes.steps - 1 - s : s; }
+    // Active rows at step s; none before the first step or after the last.
+    int64_t rows(int64_t direction, int64_t s) const { return s < 0 || s >= sizes.steps ? 0 : at(time(direction, s)); }
+    // First packed row of step s, and of the steps [s0, s1), which are contiguous in either direction.
+    int64_t first_row(int64_t direction, int64_t s) const { return offsets[time(direction, s)]; }
+    int64_t first_row(int64_t direction, int64_t s0, int64_t s1) const {
+        return offsets[direction ? sizes.steps - s1 : s0];
+    }
+    int64_t rows_between(int64_t direction, int64_t s0, int64_t s1) const {
+        return direction ? offsets[sizes.steps - s0] - offsets[sizes.steps - s1] : offsets[s1] - offsets[s0];
+    }
+};
+
+// Rows of a register tile with NV vectors per unit block, and blocks side by side so that few rows still give enough
+// independent chains to hide the latency of a multiply-add.
+template <int NV>
+constexpr int max_tile_rows() {
+    return kAccumulators / (NV == 1 ? 3 : NV);
+}
+template <int NV, int MR>
+constexpr int blocks_side_by_side() {
+    constexpr int fit = kAccumulators / (MR * NV);
+    return fit >= 4 ? 4 : fit >= 3 ? 3 : fit >= 2 ? 2 : 1;
+}
+
+// Calls f.template operator()<MR, NJ>(b, u) so that every (row, unit block) of [b0, b1) x [u0, u1) is covered once, the
+// rows innermost: a panel is read for all of them while it is near.
+template <int NV, class F>
+struct TileWalk {
+    const F& f;
+
+    template <int MR>
+    void blocks(int64_t b, int64_t u, int64_t u1) const {
+        constexpr int NJ = blocks_side_by_side<NV, MR>();
+        for (; u + NJ <= u1; u += NJ) f.template tile<MR, NJ>(b, u);
+        if constexpr (NJ > 1)
+            for (; u < u1; u++) f.template tile<MR, 1>(b, u);
+    }
+
+    template <int MR>
+    void rows(int64_t mr, int64_t b, int64_t u, int64_t u1) const {
+        if constexpr (MR > 1) {
+            if (mr < MR) return rows<MR - 1>(mr, b, u, u1);
+        }
+        blocks<MR>(b, u, u1);
+    }
+
+    void run(int64_t b0, int64_t b1, int64_t u0, int64_t u1) const {
+        if (b0 >= b1) return;
+        constexpr int MR = max_tile_rows<NV>();
+        const int64_t mr = ceil_div(b1 - b0, ceil_div(b1 - b0, MR));  // tiles of nearly equal height
+        if (b1 - b0 == mr) return rows<MR>(mr, b0, u0, u1);
+        constexpr int64_t kGroup = 4;
+        for (int64_t u = u0; u < u1; u += kGroup)
+            for (int64_t b = b0; b < b1; b += mr) rows<MR>(min(mr, b1 - b), b, u, min(u1, u + kGroup));
+    }
+};
+
+template <int NV, class F>
+inline void walk_tiles(const F& f, int64_t b0, int64_t b1, int64_t u0, int64_t u1) {
+    TileWalk<NV, F>{f}.run(b0, b1, u0, u1);
+}
+
+// Members that walk the same steps together. Each step is cut into groups; a group is claimed by one compare-and-swap, a
+// member's own groups first and then any that is left, and a step is over when all its groups are done. So a member that the
+// kernel has put to sleep costs at most the group it holds, and one that never came costs nothing.
+struct Relay {
+    static constexpr int64_t kLine = 8;  // one claim per cache line
+    int64_t groups;
+    int64_t* claimed;  // [groups][kLine], the next step to be claimed
+    int64_t* done;     // groups finished since the start
+
+    Relay(int64_t n, Arena& arena)
+        : groups(n), claimed(arena.take<int64_t>(n * kLine)), done(arena.take<int64_t>(kLine)) {}
+
+    void reset() const {
+        for (int64_t g = 0; g < groups; g++) __atomic_store_n(claimed + g * kLine, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(done, 0, __ATOMIC_RELEASE);
+    }
+
+    // body(step, group) for steps [0, steps) in order; what a step wrote is visible to the next.
+    template <class Body>
+    void run(int64_t steps, int member, int members, const Body& body) const {
+        const int64_t home = member * groups / members;
+        for (int64_t s = 0; s < steps; s++) {
+            for (int64_t i = 0; i < groups; i++) {
+                const int64_t g = home + i < groups ? home + i : home + i - groups;
+                int64_t expected = s;
+                if (__atomic_load_n(claimed + g * kLine, __ATOMIC_RELAXED) != s ||
+                    !__atomic_compare_exchange_n(claimed + g * kLine, &expected, s + 1, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+                    continue;
+                body(s, g);
+                __atomic_fetch_add(done, 1, __ATOMIC_RELEASE);
+            }
+            Backoff backoff;
+            while (__atomic_load_n(done, __ATOMIC_ACQUIRE) < (s + 1) * groups) backoff.wait();
+        }
+    }
+};
+
+// How a walk is shared: row tiles, or all rows together by unit blocks.
+struct Shares {
+    int64_t tile_rows, tiles;
+    bool together;
+
+    // work: multiply-adds of one step for one row.
+    Shares(const Sizes& sizes, int members, int64_t work) {
+        const int64_t per_direction = max(1, members / sizes.directions);
+        // Ragged rows end at different times: smaller tiles, claimed longest first, even that out.
+        const int64_t wanted = sizes.batch_sizes ? 4 * per_direction : per_direction;
+        tile_rows = max(1, ceil_div(sizes.batch, per_direction));
+        if (wanted > per_direction) tile_rows = min(tile_rows, max(8, ceil_div(sizes.batch, wanted)));
+        tiles = ceil_div(sizes.batch, tile_rows);
+        // A relay's barrier costs some hundred nanoseconds a step, so a step must be worth several of them.
+        constexpr int64_t kWorthRelay = 1 << 15;
+        together = members > 1 && sizes.directions == 1 && !sizes.projection && sizes.batch < 2 * members &&
+                   work * sizes.batch >= kWorthRelay;
+    }
+};
+
+}  // namespace
+}  // namespace ostinato

@@ -1,0 +1,54 @@
+// The worker pool: a call borrows it as a Team, runs phases of independent tasks, and gives it back.
+//
+// Promises (design, decision 8):
+//   - Tasks are claimed one at a time, the caller claims too, and it waits only for tasks that a worker has claimed. Where
+//     another process holds the cores, workers arrive late or never and the caller does the work alone.
+//   - A second Python thread finds the pool busy and runs alone. Nothing blocks.
+//   - Workers spin for some tens of microseconds after a phase, then sleep in the kernel.
+//   - After fork, the child starts with a new, empty pool.
+#pragma once
+
+#include <cstdint>
+
+namespace ostinato {
+
+class Team {
+public:
+    // Borrows the pool for up to `threads` members, the caller included; one member if the pool is busy.
+    explicit Team(int threads);
+    ~Team();
+    Team(const Team&) = delete;
+    Team& operator=(const Team&) = delete;
+
+    int members() const { return members_; }
+
+    // Calls body(task, member) once for each task in [0, tasks) and returns when all are done. member < members().
+    template <class Body>
+    void run(int64_t tasks, const Body& body) {
+        run_tasks(tasks, &call<Body>, &body);
+    }
+
+private:
+    using Call = void (*)(const void* body, int64_t task, int member);
+
+    template <class Body>
+    static void call(const void* body, int64_t task, int member) {
+        (*static_cast<const Body*>(body))(task, member);
+    }
+
+    void run_tasks(int64_t tasks, Call call, const void* body);
+
+    int members_ = 1;
+    bool borrowed_ = false;
+};
+
+// One polite turn of a spin loop: a pause at first, then the processor is offered to others.
+class Backoff {
+public:
+    void wait();
+
+private:
+    int turns_ = 0;
+};
+
+}  // namespace ostinato

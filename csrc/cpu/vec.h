@@ -1,0 +1,238 @@
+// The lane type: a native vector of T, written once over GCC/Clang vector extensions and compiled per instruction set.
+//
+// Only what the extensions cannot say is spelled in intrinsics: the fused multiply-add and partial loads and stores.
+// Every operation is exactly rounded or made of exactly rounded ones in a fixed order, and the compiler may not contract
+// (-ffp-contract=off), so each lane holds the same bits on every instruction set.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace ostinato {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kRegisters = 32;
+#elif defined(__AVX2__) && defined(__FMA__)
+constexpr int kVectorBytes = 32, kRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16, kRegisters = 32;
+#else
+constexpr int kVectorBytes = 16, kRegisters = 16;
+#endif
+
+// Loads and stores take any address: GCC's vector types may alias, `aligned(1)` says that nothing is assumed.
+template <class T>
+struct Native;
+template <>
+struct Native<float> {
+    typedef float Raw __attribute__((vector_size(kVectorBytes)));
+    typedef float Loose __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));
+    typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+    typedef int32_t Mask __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct Native<double> {
+    typedef double Raw __attribute__((vector_size(kVectorBytes)));
+    typedef double Loose __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));
+    typedef uint64_t Bits __attribute__((vector_size(kVectorBytes)));
+    typedef int64_t Mask __attribute__((vector_size(kVectorBytes)));
+};
+
+template <class T>
+struct Vec {
+    using Raw = typename Native<T>::Raw;
+    using Bits = typename Native<T>::Bits;
+    using Mask = typename Native<T>::Mask;
+    static constexpr int kLanes = kVectorBytes / sizeof(T);
+
+    Raw v;
+
+    Vec() = default;
+    explicit Vec(Raw raw) : v(raw) {}
+    explicit Vec(T scalar) : v(scalar - Raw{}) {}
+    explicit Vec(int scalar) : Vec(static_cast<T>(scalar)) {}
+
+    static Vec load(const T* p) { return Vec(Raw(*reinterpret_cast<const typename Native<T>::Loose*>(p))); }
+    void store(T* p) const { *reinterpret_cast<typename Native<T>::Loose*>(p) = v; }
+
+    friend Vec operator+(Vec a, Vec b) { return Vec(a.v + b.v); }
+    friend Vec operator-(Vec a, Vec b) { return Vec(a.v - b.v); }
+    friend Vec operator*(Vec a, Vec b) { return Vec(a.v * b.v); }
+    friend Vec operator/(Vec a, Vec b) { return Vec(a.v / b.v); }
+    friend Vec operator-(Vec a) { return Vec(-a.v); }
+};
+
+template <class T>
+inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4)
+        return Vec<T>(_mm512_fmadd_ps(a.v, b.v, c.v));
+    else
+        return Vec<T>(_mm512_fmadd_pd(a.v, b.v, c.v));
+#elif defined(__AVX2__) && defined(__FMA__)
+    if constexpr (sizeof(T) == 4)
+        return Vec<T>(_mm256_fmadd_ps(a.v, b.v, c.v));
+    else
+        return Vec<T>(_mm256_fmadd_pd(a.v, b.v, c.v));
+#elif defined(__aarch64__)
+    if constexpr (sizeof(T) == 4)
+        return Vec<T>(vfmaq_f32(c.v, a.v, b.v));
+    else
+        return Vec<T>(vfmaq_f64(c.v, a.v, b.v));
+#else
+    // No fused instruction in the baseline: libm's is exact (and slow), and the bits are the same.
+    for (int i = 0; i < Vec<T>::kLanes; i++) {
+        if constexpr (sizeof(T) == 4)
+            c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
+        else
+            c.v[i] = __builtin_fma(a.v[i], b.v[i], c.v[i]);
+    }
+    return c;
+#endif
+}
+
+// The first n lanes (0 <= n <= kLanes); the others are zero, and nothing past p[n-1] is touched.
+template <class T>
+inline Vec<T> load_n(const T* p, int64_t n) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4)
+        return Vec<T>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p));
+    else
+        return Vec<T>(_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p));
+#else
+    if (n == Vec<T>::kLanes) return Vec<T>::load(p);
+    T lanes[Vec<T>::kLanes] = {};
+    for (int64_t i = 0; i < n; i++) lanes[i] = p[i];
+    return Vec<T>::load(lanes);
+#endif
+}
+
+template <class T>
+inline void store_n(Vec<T> x, T* p, int64_t n) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4)
+        _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), x.v);
+    else
+        _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), x.v);
+#else
+    if (n == Vec<T>::kLanes) return x.store(p);
+    T lanes[Vec<T>::kLanes];
+    x.store(lanes);
+    for (int64_t i = 0; i < n; i++) p[i] = lanes[i];
+#endif
+}
+
+// Transposes kLanes x kLanes in registers: log2(kLanes) rounds of perfect shuffles.
+template <class T, size_t... I>
+inline void transpose(Vec<T>* rows, std::index_sequence<I...>) {
+    constexpr int L = Vec<T>::kLanes;
+    using Raw = typename Vec<T>::Raw;
+    for (int round = 1; round < L; round *= 2) {
+        Raw next[L];
+        _Pragma("GCC unroll 16") for (int i = 0; i < L / 2; i++) {
+            const Raw a = rows[i].v, b = rows[i + L / 2].v;
+            next[2 * i] = __builtin_shufflevector(a, b, (I % 2 ? L + I / 2 : I / 2)...);
+            next[2 * i + 1] = __builtin_shufflevector(a, b, (I % 2 ? L + (L + I) / 2 : (L + I) / 2)...);
+        }
+        _Pragma("GCC unroll 16") for (int i = 0; i < L; i++) rows[i].v = next[i];
+    }
+}
+
+template <class T>
+inline void transpose(Vec<T>* rows) {
+    transpose(rows, std::make_index_sequence<Vec<T>::kLanes>{});
+}
+
+// ---- activations ----
+
+template <class T>
+struct ExpConstants;
+template <>
+struct ExpConstants<float> {
+    static constexpr float kLow = -87.0f, kHigh = 88.0f;  // 2^n stays a normal number in between
+    static constexpr float kLog2e = 1.44269504088896341f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+    static constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+    static constexpr int kMantissa = 23, kTerms = 7;
+    static constexpr uint32_t kOne = 0x3f800000u, kSign = 0x80000000u;
+};
+template <>
+struct ExpConstants<double> {
+    static constexpr double kLow = -708.0, kHigh = 709.0;
+    static constexpr double kLog2e = 1.44269504088896340736, kLn2High = 0.693147180369123816490;
+    static constexpr double kLn2Low = 1.90821492927058770002e-10;
+    static constexpr double kMagic = 6755399441055744.0;
+    static constexpr int kMantissa = 52, kTerms = 13;
+    static constexpr uint64_t kOne = 0x3ff0000000000000u, kSign = 0x8000000000000000u;
+};
+
+template <class T>
+constexpr T inverse_factorial(int k) {
+    double product = 1;  // exact up to 18!
+    for (int i = 2; i <= k; i++) product *= i;
+    return static_cast<T>(1 / product);
+}
+
+// e^x - 1 = scale * p + (scale - 1) and e^x = scale * p + scale, with scale = 2^n and p = e^r - 1, |r| <= ln(2) / 2.
+// The Taylor series of p to r^7 (float) or r^13 (double) ends below half a unit in the last place. NaN passes through p.
+template <class T>
+inline void exp_parts(Vec<T> x, Vec<T>& scale, Vec<T>& p) {
+    using C = ExpConstants<T>;
+    using Raw = typename Vec<T>::Raw;
+    using Bits = typename Vec<T>::Bits;
+    x.v = x.v < C::kLow ? Vec<T>(C::kLow).v : x.v;
+    x.v = x.v > C::kHigh ? Vec<T>(C::kHigh).v : x.v;
+    const Vec<T> shifted = fma(x, Vec<T>(C::kLog2e), Vec<T>(C::kMagic));
+    const Vec<T> n = shifted - Vec<T>(C::kMagic);
+    Vec<T> r = fma(n, Vec<T>(-C::kLn2High), x);
+    r = fma(n, Vec<T>(-C::kLn2Low), r);
+    Vec<T> q(inverse_factorial<T>(C::kTerms));
+    _Pragma("GCC unroll 16") for (int k = C::kTerms - 1; k >= 2; k--) q = fma(q, r, Vec<T>(inverse_factorial<T>(k)));
+    p = fma(r * r, q, r);
+    scale = Vec<T>((Raw)(((Bits)shifted.v << C::kMantissa) + C::kOne));
+}
+
+// 1 / (1 + e^-x)
+template <class T>
+inline Vec<T> sigmoid(Vec<T> x) {
+    Vec<T> scale, p;
+    exp_parts(-x, scale, p);
+    const Vec<T> y = Vec<T>(1) / (fma(scale, p, scale) + Vec<T>(1));
+    // The clamp inside exp_parts would leave a denormal where the limit is zero.
+    return Vec<T>(x.v < -ExpConstants<T>::kHigh ? typename Vec<T>::Raw{} : y.v);
+}
+
+// sign(x) * -m / (m + 2) with m = e^(-2|x|) - 1: no cancellation near zero.
+template <class T>
+inline Vec<T> tanh(Vec<T> x) {
+    using Raw = typename Vec<T>::Raw;
+    using Bits = typename Vec<T>::Bits;
+    const Bits sign = (Bits)x.v & ExpConstants<T>::kSign;
+    const Vec<T> magnitude((Raw)((Bits)x.v ^ sign));
+    Vec<T> scale, p;
+    exp_parts(magnitude * Vec<T>(-2), scale, p);
+    const Vec<T> m = fma(scale, p, scale - Vec<T>(1));
+    const Vec<T> y = -m / (m + Vec<T>(2));
+    return Vec<T>((Raw)((Bits)y.v ^ sign));
+}
+
+template <class T>
+inline Vec<T> relu(Vec<T> x) {
+    return Vec<T>(x.v < T(0) ? typename Vec<T>::Raw{} : x.v);
+}
+
+// x where y is positive or NaN, zero elsewhere: the gradient of relu in terms of its output y.
+template <class T>
+inline Vec<T> where_positive(Vec<T> y, Vec<T> x) {
+    return Vec<T>(y.v <= T(0) ? typename Vec<T>::Raw{} : x.v);
+}
+
+}  // namespace
+}  // namespace ostinato

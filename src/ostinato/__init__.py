@@ -1,0 +1,40 @@
+"""Recurrent layers with PyTorch's interface, weights and numbers, on kernels of their own.
+
+- `ostinato.nn`: RNNCell, GRUCell, LSTMCell, RNN, GRU and LSTM for torch.
+- `ostinato.numpy`: inference and streaming on NumPy arrays, without torch.
+- `ostinato.ops`: the operators under the modules. `ostinato.cuda`: what runs on a GPU.
+- `ostinato.reference`: the specification, each cell's step and the plain loop.
+
+Modules are loaded when they are first used, so `import ostinato` never imports torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from ostinato import cuda, nn, numpy, ops, reference
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__", "cuda", "nn", "numpy", "ops", "reference"]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return importlib.import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ImportError(
+            f"{__name__}.{name} needs PyTorch: pip install {__name__}[torch]", name="torch"
+        ) from error
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,83 @@
+"""What layers and cells say of the arguments of forward, and how they bring them to one dtype."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+
+def state_pair(kind: str, hx: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Return h and c of an LSTM's hx: None, or two tensors in a tuple, a list or one stack."""
+    if hx is None:
+        return None, None
+    if isinstance(hx, Tensor) and hx.dim() and hx.size(0) == 2:
+        # torch indexes hx, so a stack of both states has always worked for unbatched input.
+        hx = hx.unbind(0)
+    if not isinstance(hx, (tuple, list)):
+        reject_type(kind, "hx", "a tuple or list of two Tensors (h_0, c_0), or None", hx)
+    if len(hx) != 2:
+        raise RuntimeError(f"{kind}: expected hx to hold two states (h_0, c_0), got {len(hx)}")
+    h, c = hx
+    if not isinstance(h, Tensor):
+        reject_type(kind, "hx[0]", "a Tensor", h)
+    if not isinstance(c, Tensor):
+        reject_type(kind, "hx[1]", "a Tensor", c)
+    return h, c
+
+
+def attribute(module: torch.nn.Module, name: str) -> Tensor:
+    """Return a weight that is no plain parameter: parametrized, or replaced by a tensor."""
+    weight = getattr(module, name)
+    if not isinstance(weight, Tensor):
+        reject_type(type(module).__name__, name, "a Tensor", weight)
+    return weight
+
+
+def cast(
+    dtype: torch.dtype, input: Tensor, h_0: Tensor | None, c_0: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Bring real floating point arguments to `dtype`; others go on to the dtype check unchanged."""
+    if not dtype.is_floating_point:
+        return input, h_0, c_0
+    if input.is_floating_point():
+        input = input.to(dtype)
+    if h_0 is not None and h_0.is_floating_point():
+        h_0 = h_0.to(dtype)
+    if c_0 is not None and c_0.is_floating_point():
+        c_0 = c_0.to(dtype)
+    return input, h_0, c_0
+
+
+def without_autocast(input: Tensor) -> torch.autocast:
+    """Return a region in which the operators under a layer keep the dtypes that they are given."""
+    kind = input.device.type
+    # A device without autocast, such as meta, has nothing to switch off; "cpu" stands in for it.
+    return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)
+
+
+def reject_type(kind: str, argument: str, expected: str, got: object) -> NoReturn:
+    """Raise for an argument of another Python type."""
+    raise TypeError(f"{kind}: {argument} must be {expected}, got {type(got).__name__}")
+
+
+def reject_dtype(kind: str, argument: str, got: Tensor, dtype: torch.dtype) -> NoReturn:
+    """Raise for an argument of another dtype than the weights."""
+    raise ValueError(
+        f"{kind} {argument} dtype ({got.dtype}) does not match weight dtype ({dtype}). "
+        f"Convert {argument}: {argument}.to({dtype}), or convert model: model.to({got.dtype})"
+    )
+
+
+def reject_weight(
+    kind: str, name: str, shape: tuple[int, ...], got: Tensor, input: Tensor
+) -> NoReturn:
+    """Raise for a weight that was given another shape, dtype or device after construction."""
+    if got.shape != shape:
+        raise RuntimeError(f"{kind}: {name} must have shape {shape}, got {tuple(got.shape)}")
+    if got.dtype != input.dtype:
+        raise ValueError(f"{kind}: {name} must have input's dtype, {input.dtype}, got {got.dtype}")
+    raise RuntimeError(
+        f"{kind}: {name} must be on input's device, {input.device}, got {got.device}"
+    )

@@ -1,0 +1,517 @@
+"""RNN, GRU and LSTM: whole sequences in layers and directions.
+
+Legend: T steps, B batch, N packed rows, I input_size, H hidden_size, O size of an output
+(proj_size, or H), L layers, D directions.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from ostinato import ops
+from ostinato.nn._arguments import (
+    attribute,
+    cast,
+    reject_dtype,
+    reject_type,
+    reject_weight,
+    state_pair,
+    without_autocast,
+)
+
+_Run = tuple[Tensor, Tensor, Tensor | None]
+
+
+class _Layers(torch.nn.RNNBase):
+    """What RNN, GRU and LSTM share: every check, and the way through layers and directions."""
+
+    # Stands in messages; the class name would differ in a parametrized or derived module.
+    _kind: ClassVar[str]
+    _gates: ClassVar[int]
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        """The weights of this moment, in the order of `_flat_weights_names`.
+
+        torch keeps a list here and refreshes it in forward. User code reads it, so it exists; as a
+        property it can not go stale between two forwards.
+        """
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: list[Tensor | None]) -> None:
+        for name, weight in zip(self._flat_weights_names, weights, strict=True):
+            if weight is not None:
+                setattr(self, name, weight)
+
+    def _init_flat_weights(self) -> None:
+        # torch's own assigns the list to itself, which would overwrite what a parametrized weight
+        # is computed from.
+        self._flat_weight_refs = [
+            None if weight is None else weakref.ref(weight)  # type: ignore[arg-type]
+            for weight in self._flat_weights
+        ]
+        self.flatten_parameters()
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """Check the arguments in torch's order, bring them to (T, B, I), and run the layers."""
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx)
+        if not isinstance(input, Tensor):
+            reject_type(self._kind, "input", "a Tensor or a PackedSequence", input)
+        dim = input.dim()
+        if dim not in (2, 3):
+            # torch's RNN says one word more than its siblings.
+            word = " tensor" if self._kind == "RNN" else ""
+            raise ValueError(
+                f"{self._kind}: Expected input to be 2D or 3D, got {dim}D{word} instead"
+            )
+        h_0, c_0 = self._states(hx)
+        if (h_0 is not None and h_0.dim() != dim) or (c_0 is not None and c_0.dim() != dim):
+            self._reject_dims(dim, h_0, c_0)
+        if dim == 2:
+            # One sequence is a batch of one; batch_first says nothing about it.
+            h_0 = None if h_0 is None else h_0.unsqueeze(1)
+            c_0 = None if c_0 is None else c_0.unsqueeze(1)
+            output, h_n, c_n = self._run(input.unsqueeze(1), None, None, h_0, c_0)
+            c_n = None if c_n is None else c_n.squeeze(1)
+            return self._result(output.squeeze(1), h_n.squeeze(1), c_n)
+        if self.batch_first:
+            output, h_n, c_n = self._run(input.transpose(0, 1), None, None, h_0, c_0)
+            return self._result(output.transpose(0, 1), h_n, c_n)
+        return self._result(*self._run(input, None, None, h_0, c_0))
+
+    def _forward_packed(self, input: PackedSequence, hx: Any) -> Any:
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        h_0, c_0 = self._states(hx)
+        output, h_n, c_n = self._run(data, batch_sizes, sorted_indices, h_0, c_0)
+        if unsorted_indices is not None:
+            h_n = h_n.index_select(1, unsorted_indices)
+            c_n = None if c_n is None else c_n.index_select(1, unsorted_indices)
+        packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+        return self._result(packed, h_n, c_n)
+
+    def _states(self, hx: Any) -> tuple[Tensor | None, Tensor | None]:
+        """Return (h_0, c_0) of what the caller gave as `hx`."""
+        if hx is not None and not isinstance(hx, Tensor):
+            reject_type(self._kind, "hx", "a Tensor or None", hx)
+        return hx, None
+
+    def _result(self, output: Any, h_n: Tensor, c_n: Tensor | None) -> Any:
+        return output, h_n
+
+    def _run(
+        self,
+        input: Tensor,
+        batch_sizes: Tensor | None,
+        sorted_indices: Tensor | None,
+        h_0: Tensor | None,
+        c_0: Tensor | None,
+    ) -> _Run:
+        """Check dtypes and sizes, then walk through the layers.
+
+        Args:
+            input: (T, B, I), or packed (N, I) with `batch_sizes`.
+            batch_sizes: rows active at each step, or None.
+            sorted_indices: which of the caller's rows each packed row is, or None.
+            h_0: (L * D, B, O) in the caller's order of rows, or None.
+            c_0: (L * D, B, H) likewise, or None.
+
+        Returns:
+            output (T, B, D * O) or (N, D * O), h_n and c_n in the packed order of rows.
+        """
+        weights = self._weights()
+        autocast = torch._C._is_any_autocast_enabled()
+        if autocast:
+            input, h_0, c_0 = cast(weights[0].dtype, input, h_0, c_0)
+        self._check_input(weights[0].dtype, input, batch_sizes)
+        if h_0 is not None:
+            self._check_states(weights[0].dtype, input, batch_sizes, h_0, c_0)
+        self._check_weights(input, weights)
+        if sorted_indices is not None and h_0 is not None:
+            h_0 = h_0.index_select(1, sorted_indices)
+            c_0 = None if c_0 is None else c_0.index_select(1, sorted_indices)
+        if not autocast:
+            return self._walk(input, batch_sizes, h_0, c_0, weights)
+        with without_autocast(input):
+            return self._walk(input, batch_sizes, h_0, c_0, weights)
+
+    def _weights(self) -> list[Tensor]:
+        # nn.Module takes 0.6 us to answer an attribute, its dict 0.05.
+        plain = self._parameters.get
+        return [
+            attribute(self, name) if (weight := plain(name)) is None else weight
+            for name in self._flat_weights_names
+        ]
+
+    def _check_input(self, dtype: torch.dtype, input: Tensor, batch_sizes: Tensor | None) -> None:
+        if input.dtype != dtype:
+            reject_dtype("RNN", "input", input, dtype)
+        if batch_sizes is not None and input.dim() != 2:
+            raise RuntimeError(f"input must have 2 dimensions, got {input.dim()}")
+        if input.size(-1) != self.input_size:
+            raise RuntimeError(
+                "input.size(-1) must be equal to input_size. "
+                f"Expected {self.input_size}, got {input.size(-1)}"
+            )
+
+    def _check_states(
+        self,
+        dtype: torch.dtype,
+        input: Tensor,
+        batch_sizes: Tensor | None,
+        h_0: Tensor,
+        c_0: Tensor | None,
+    ) -> None:
+        if batch_sizes is None:
+            batch = input.size(1)
+        elif batch_sizes.numel():
+            batch = int(batch_sizes[0])
+        else:
+            # Without a first step only the states say how many rows there are.
+            batch = h_0.size(1) if h_0.dim() > 1 else 0
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        expected = (rows, batch, self.proj_size or self.hidden_size)
+        if h_0.shape != expected:
+            self._reject_size(0, expected, h_0)
+        expected = (rows, batch, self.hidden_size)
+        if c_0 is not None and c_0.shape != expected:
+            self._reject_size(1, expected, c_0)
+        if h_0.dtype != dtype:
+            reject_dtype("RNN", "hx" if c_0 is None else "hx[0]", h_0, dtype)
+        if c_0 is not None and c_0.dtype != dtype:
+            reject_dtype("RNN", "hx[1]", c_0, dtype)
+
+    def _check_weights(self, input: Tensor, weights: list[Tensor]) -> None:
+        """Check what a call of `ops.layer`, which checks its own layer, can not see."""
+        rows, out = self._gates * self.hidden_size, self.proj_size or self.hidden_size
+        if self.num_layers == 1:
+            # Weights may fit each other, but not this module.
+            if weights[1].shape != (rows, out):
+                name = self._flat_weights_names[1]
+                reject_weight(self._kind, name, (rows, out), weights[1], input)
+            return
+        # A wrong weight of a later layer has to be found before the first one runs.
+        directions = 2 if self.bidirectional else 1
+        rest: list[tuple[int, ...]] = [(rows, out)]
+        rest += [(rows,), (rows,)] if self.bias else []
+        rest += [(out, self.hidden_size)] if self.proj_size else []
+        shapes = [(rows, self.input_size), *rest] * directions
+        shapes += [(rows, directions * out), *rest] * (directions * (self.num_layers - 1))
+        dtype, device = input.dtype, input.device
+        for name, weight, shape in zip(self._flat_weights_names, weights, shapes, strict=True):
+            if weight.shape != shape or weight.dtype != dtype or weight.device != device:
+                reject_weight(self._kind, name, shape, weight, input)
+
+    def _reject_dims(self, dim: int, h_0: Tensor | None, c_0: Tensor | None) -> NoReturn:
+        assert h_0 is not None
+        batched = "unbatched 2-D" if dim == 2 else "batched 3-D"
+        raise RuntimeError(
+            f"For {batched} input, hx should also be {dim}-D but got {h_0.dim()}-D tensor"
+        )
+
+    def _reject_size(self, index: int, expected: tuple[int, int, int], got: Tensor) -> NoReturn:
+        raise RuntimeError(f"Expected hidden size {expected}, got {list(got.shape)}")
+
+    def _walk(
+        self,
+        input: Tensor,
+        batch_sizes: Tensor | None,
+        h_0: Tensor | None,
+        c_0: Tensor | None,
+        weights: list[Tensor],
+    ) -> _Run:
+        """Run the layers one after the other, with dropout between them."""
+        layers = self.num_layers
+        width = len(weights) // layers
+        # Slicing costs microseconds that a single layer need not pay.
+        h_in = (h_0,) * layers if h_0 is None or layers == 1 else h_0.chunk(layers)
+        c_in = (c_0,) * layers if c_0 is None or layers == 1 else c_0.chunk(layers)
+        h_out: list[Tensor] = []
+        c_out: list[Tensor] = []
+        for k in range(layers):
+            if k and self.dropout and self.training:
+                input = torch.dropout(input, self.dropout, True)
+            input, h_n, c_n = ops.layer(
+                self.mode.lower(),
+                input,
+                batch_sizes,
+                h_in[k],
+                c_in[k],
+                weights[k * width : (k + 1) * width],
+                has_biases=self.bias,
+                bidirectional=self.bidirectional,
+            )
+            h_out.append(h_n)
+            if c_n is not None:
+                c_out.append(c_n)
+        if layers == 1:
+            return input, h_n, c_n
+        return input, torch.cat(h_out), torch.cat(c_out) if c_out else None
+
+
+class RNN(_Layers):
+    """Elman RNN over whole sequences, in layers and directions.
+
+    h_t = phi(W_ih x_t + b_ih + W_hh h_(t-1) + b_hh), phi being tanh or relu (docs/math.md, 2).
+
+    Args:
+        input_size: I, features of an input step.
+        hidden_size: H, features of a state.
+        num_layers: L; each layer after the first reads the output of the one before it.
+        nonlinearity: "tanh" or "relu".
+        bias: whether b_ih and b_hh exist.
+        batch_first: whether batched input and output are (B, T, features); states never are.
+        dropout: probability of zeroing an element of each layer's output but the last, in training.
+        bidirectional: whether a second direction walks from the end; D is then 2.
+        device: where parameters are created.
+        dtype: of the parameters.
+
+    `forward(input, hx=None)` takes
+
+    - input: (T, B, I), (B, T, I) with batch_first, (T, I) for one sequence, or a PackedSequence.
+    - hx: h_0, (L * D, B, H), or (L * D, H) for one sequence; None means zeros.
+
+    and computes in the dtype of the weights under torch.autocast.
+
+    Returns:
+        From `forward`: output, (T, B, D * H) in the layout of `input`, and h_n, shaped as h_0 in
+        the order layer 0, layer 0 reverse, layer 1, ... No steps: an empty output and h_n = h_0.
+
+    Raises:
+        TypeError: an argument of another Python type.
+        ValueError: a size, dropout or nonlinearity out of range; input of another number of
+            dimensions or another dtype than the weights.
+        RuntimeError: sizes that do not fit.
+
+    Example:
+        >>> import torch
+        >>> from ostinato import nn
+        >>> rnn = nn.RNN(10, 20, 2, nonlinearity="relu")
+        >>> output, h_n = rnn(torch.randn(5, 3, 10), torch.randn(2, 3, 20))
+        >>> output.shape, h_n.shape
+        (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
+
+    Source: Elman 1990, doi:10.1207/s15516709cog1402_1, with torch's two biases.
+    """
+
+    _kind = "RNN"
+    _gates = 1
+    nonlinearity: str
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            num_layers: int = 1,
+            nonlinearity: str = "tanh",
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            *,
+            device: Any = None,
+            dtype: Any = None,
+        ) -> None: ...
+
+    else:
+
+        def __init__(self, *args, **kwargs):
+            if len(args) > 3:
+                nonlinearity = args[3]
+                args = args[:3] + args[4:]
+            else:
+                nonlinearity = kwargs.pop("nonlinearity", "tanh")
+            _reject_projection(args, kwargs)
+            if nonlinearity not in ("tanh", "relu"):
+                raise ValueError(
+                    f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
+                )
+            super().__init__(f"RNN_{nonlinearity.upper()}", *args, **kwargs)
+            self.nonlinearity = nonlinearity
+
+
+class GRU(_Layers):
+    """Gated recurrent unit over whole sequences, in layers and directions.
+
+    r = sigmoid(W_ir x_t + b_ir + W_hr h + b_hr), z likewise,
+    n = tanh(W_in x_t + b_in + r * (W_hn h + b_hn)), h_t = (1 - z) * n + z * h with h = h_(t-1)
+    (docs/math.md, 7-10). r multiplies after the product with W_hn: ONNX `linear_before_reset=1`,
+    Keras `reset_after=True`.
+
+    Args:
+        input_size: I, features of an input step.
+        hidden_size: H, features of a state.
+        num_layers: L; each layer after the first reads the output of the one before it.
+        bias: whether b_ih and b_hh exist.
+        batch_first: whether batched input and output are (B, T, features); states never are.
+        dropout: probability of zeroing an element of each layer's output but the last, in training.
+        bidirectional: whether a second direction walks from the end; D is then 2.
+        device: where parameters are created.
+        dtype: of the parameters.
+
+    `forward(input, hx=None)` takes
+
+    - input: (T, B, I), (B, T, I) with batch_first, (T, I) for one sequence, or a PackedSequence.
+    - hx: h_0, (L * D, B, H), or (L * D, H) for one sequence; None means zeros.
+
+    and computes in the dtype of the weights under torch.autocast.
+
+    Returns:
+        From `forward`: output, (T, B, D * H) in the layout of `input`, and h_n, shaped as h_0 in
+        the order layer 0, layer 0 reverse, layer 1, ... No steps: an empty output and h_n = h_0.
+
+    Raises:
+        TypeError: an argument of another Python type.
+        ValueError: a size or dropout out of range; input of another number of dimensions or another
+            dtype than the weights.
+        RuntimeError: sizes that do not fit.
+
+    Example:
+        >>> import torch
+        >>> from ostinato import nn
+        >>> gru = nn.GRU(10, 20, bidirectional=True)
+        >>> output, h_n = gru(torch.randn(5, 3, 10))
+        >>> forward, backward = output.view(5, 3, 2, 20).unbind(2)
+        >>> torch.equal(h_n[0], forward[-1]), torch.equal(h_n[1], backward[0])
+        (True, True)
+
+    Source: Cho et al. 2014, arXiv:1406.1078v1, reset after the matrix product as in cuDNN.
+    """
+
+    _kind = "GRU"
+    _gates = 3
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            num_layers: int = 1,
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            *,
+            device: Any = None,
+            dtype: Any = None,
+        ) -> None: ...
+
+    else:
+
+        def __init__(self, *args, **kwargs):
+            _reject_projection(args, kwargs)
+            super().__init__("GRU", *args, **kwargs)
+
+
+class LSTM(_Layers):
+    """Long short-term memory over whole sequences, in layers and directions, with projection.
+
+    i, f, o = sigmoid(W_i x_t + b_i + W_h h + b_h), g = tanh(likewise), c_t = f * c + i * g,
+    h_t = o * tanh(c_t), then W_hr h_t with proj_size, where h = h_(t-1) and c = c_(t-1)
+    (docs/math.md, 16-22).
+
+    Args:
+        input_size: I, features of an input step.
+        hidden_size: H, features of a cell state.
+        num_layers: L; each layer after the first reads the output of the one before it.
+        bias: whether b_ih and b_hh exist.
+        batch_first: whether batched input and output are (B, T, features); states never are.
+        dropout: probability of zeroing an element of each layer's output but the last, in training.
+        bidirectional: whether a second direction walks from the end; D is then 2.
+        proj_size: features of a projected state, less than H; 0 means no projection. O is
+            proj_size, or H without.
+        device: where parameters are created.
+        dtype: of the parameters.
+
+    `forward(input, hx=None)` takes
+
+    - input: (T, B, I), (B, T, I) with batch_first, (T, I) for one sequence, or a PackedSequence.
+    - hx: (h_0, c_0) as a tuple or a list, (L * D, B, O) and (L * D, B, H), without B for one
+      sequence; None means zeros.
+
+    and computes in the dtype of the weights under torch.autocast.
+
+    Returns:
+        From `forward`: output, (T, B, D * O) in the layout of `input`, and (h_n, c_n), shaped as
+        h_0 and c_0 in the order layer 0, layer 0 reverse, layer 1, ... No steps: an empty output
+        and the initial states.
+
+    Raises:
+        TypeError: an argument of another Python type.
+        ValueError: a size or dropout out of range; input of another number of dimensions or another
+            dtype than the weights.
+        RuntimeError: sizes that do not fit.
+
+    Example:
+        >>> import torch
+        >>> from ostinato import nn
+        >>> lstm = nn.LSTM(10, 20, num_layers=2, proj_size=7)
+        >>> output, (h_n, c_n) = lstm(torch.randn(5, 3, 10))
+        >>> output.shape, h_n.shape, c_n.shape
+        (torch.Size([5, 3, 7]), torch.Size([2, 3, 7]), torch.Size([2, 3, 20]))
+
+    Source: Hochreiter and Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735, with the forget gate of
+    Gers et al. 2000 and without peepholes; projection: Sak et al. 2014, arXiv:1402.1128.
+    """
+
+    _kind = "LSTM"
+    _gates = 4
+
+    # Callers of these know two states: torch's own, as it is for the other layers by inheritance.
+    get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
+    check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = torch.nn.LSTM.permute_hidden  # type: ignore[assignment]
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            input_size: int,
+            hidden_size: int,
+            num_layers: int = 1,
+            bias: bool = True,
+            batch_first: bool = False,
+            dropout: float = 0.0,
+            bidirectional: bool = False,
+            proj_size: int = 0,
+            device: Any = None,
+            dtype: Any = None,
+        ) -> None: ...
+
+    else:
+
+        def __init__(self, *args, **kwargs):
+            super().__init__("LSTM", *args, **kwargs)
+
+    def _states(self, hx: Any) -> tuple[Tensor | None, Tensor | None]:
+        return state_pair(self._kind, hx)
+
+    def _result(self, output: Any, h_n: Tensor, c_n: Tensor | None) -> Any:
+        return output, (h_n, c_n)
+
+    def _reject_dims(self, dim: int, h_0: Tensor | None, c_0: Tensor | None) -> NoReturn:
+        assert h_0 is not None
+        assert c_0 is not None
+        batched = "unbatched 2-D" if dim == 2 else "batched 3-D"
+        raise RuntimeError(
+            f"For {batched} input, hx and cx should also be {dim}-D "
+            f"but got ({h_0.dim()}-D, {c_0.dim()}-D) tensors"
+        )
+
+    def _reject_size(self, index: int, expected: tuple[int, int, int], got: Tensor) -> NoReturn:
+        raise RuntimeError(f"Expected hidden[{index}] size {expected}, got {list(got.shape)}")
+
+
+def _reject_projection(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse proj_size, which RNNBase takes by name and as the eighth of its arguments."""
+    if "proj_size" in kwargs or (len(args) > 7 and args[7] != 0):
+        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")

@@ -1,0 +1,379 @@
+"""The specification: what each recurrent cell computes, and the plain loop over packed rows.
+
+Every function runs on NumPy arrays and on torch tensors alike, in any float or complex dtype that
+the library itself has, and imports neither: the namespace is found from the array. Nothing is
+written in place, so torch's autograd differentiates through it as often as asked, also under
+`torch.func.vmap`.
+Equation numbers refer to docs/math.md.
+
+Legend: T steps, B batch, N packed rows (N = sum of batch_sizes), I input, H hidden,
+O output of a step (proj_size, or H), D directions, G gates (1 RNN, 3 GRU, 4 LSTM).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
+
+# One array of one library. There is no common base class to name, and a Protocol wide enough for
+# both libraries would say no more than this.
+Array = Any
+
+_State = tuple[Array, ...]
+_Step = Callable[[Array, Array, _State, Array | None], _State]
+
+
+def namespace(array: Array) -> Any:
+    """Return the module whose functions take `array`: numpy, torch, or any that speaks their names.
+
+    Args:
+        array: a NumPy array, a torch tensor (any subclass), or an array of the array API.
+
+    Returns:
+        The array's module.
+
+    Raises:
+        TypeError: `array` belongs to no array library.
+
+    Example:
+        >>> import numpy
+        >>> namespace(numpy.zeros(3)).__name__
+        'numpy'
+    """
+    if hasattr(array, "__array_namespace__"):
+        return array.__array_namespace__()
+    # torch tensors and NumPy 1 arrays: the library that defines the class, or a base of it.
+    for base in type(array).__mro__:
+        module = sys.modules.get(base.__module__.partition(".")[0])
+        if hasattr(module, "tanh") and hasattr(module, "concatenate"):
+            return module
+    raise TypeError(f"expected a NumPy array or a torch tensor, got {type(array).__name__}")
+
+
+def sigmoid(x: Array) -> Array:
+    """Logistic function.
+
+    sigmoid(x) = 1 / (1 + exp(-x)) = (1 + tanh(x / 2)) / 2
+
+    Args:
+        x: any shape.
+
+    Returns:
+        Same shape and dtype as `x`.
+
+    Example:
+        >>> import numpy
+        >>> sigmoid(numpy.array([-1000.0, 0.0, 1000.0])).tolist()
+        [0.0, 0.5, 1.0]
+    """
+    # exp(-x) overflows for large |x| and turns gradients into inf * 0 = NaN; tanh saturates.
+    return 0.5 * namespace(x).tanh(0.5 * x) + 0.5
+
+
+def relu(x: Array) -> Array:
+    """Rectifier.
+
+    relu(x) = max(x, 0); NaN stays NaN and the derivative at 0 is 0, as in torch.
+
+    Args:
+        x: any shape, a real dtype.
+
+    Returns:
+        Same shape and dtype as `x`.
+
+    Raises:
+        TypeError: `x` is complex; complex numbers have no order.
+
+    Example:
+        >>> import numpy
+        >>> relu(numpy.array([-2.0, 0.0, 3.0])).tolist()
+        [0.0, 0.0, 3.0]
+    """
+    # NumPy would compare complex numbers by their real parts and answer something.
+    if "complex" in str(x.dtype):
+        raise TypeError(f"relu: expected a real dtype, got {x.dtype}")
+    xp = namespace(x)
+    # x <= 0 is false for NaN, so NaN goes through; a maximum would split the gradient at 0.
+    return xp.where(x <= 0, xp.zeros_like(x), x)
+
+
+def rnn_step(gates_x: Array, gates_h: Array, nonlinearity: str = "tanh") -> Array:
+    """One RNN step (docs/math.md, equation 2).
+
+    h' = phi(W_ih x + b_ih + W_hh h + b_hh), phi being tanh or relu.
+
+    Args:
+        gates_x: input @ weight_ih.T + bias_ih, shape (batch, hidden).
+        gates_h: h @ weight_hh.T + bias_hh, same shape.
+        nonlinearity: "tanh" or "relu".
+
+    Returns:
+        Next state, shape (batch, hidden).
+
+    Raises:
+        ValueError: `nonlinearity` is neither "tanh" nor "relu".
+        TypeError: relu of a complex number.
+
+    Example:
+        >>> import numpy
+        >>> rnn_step(numpy.array([[1.0, -1.0]]), numpy.array([[1.0, -1.0]]), "relu").tolist()
+        [[2.0, 0.0]]
+
+    Source: Elman 1990, doi:10.1207/s15516709cog1402_1, with torch's two biases.
+    """
+    a = gates_x + gates_h  # (B, H)
+    if nonlinearity == "tanh":
+        return namespace(a).tanh(a)
+    if nonlinearity == "relu":
+        return relu(a)
+    raise ValueError(f"nonlinearity: expected 'tanh' or 'relu', got {nonlinearity!r}")
+
+
+def gru_step(gates_x: Array, gates_h: Array, h: Array) -> Array:
+    """One GRU step (docs/math.md, equations 7-10).
+
+    r, z = sigmoid(x-side + h-side); n = tanh(x-side + r * h-side); h' = (1 - z) * n + z * h.
+
+    Args:
+        gates_x: input @ weight_ih.T + bias_ih, shape (batch, 3 * hidden), order r, z, n.
+        gates_h: h @ weight_hh.T + bias_hh, same shape and order.
+        h: previous state, shape (batch, hidden).
+
+    Returns:
+        Next state, shape (batch, hidden).
+
+    Example:
+        >>> import numpy
+        >>> gru_step(numpy.zeros((1, 3)), numpy.zeros((1, 3)), numpy.ones((1, 1))).tolist()
+        [[0.5]]
+
+    Source: Cho et al. 2014, arXiv:1406.1078v1, reset after the matrix product as in cuDNN.
+    """
+    r_x, z_x, n_x = _gates(gates_x, 3)
+    r_h, z_h, n_h = _gates(gates_h, 3)
+    r = sigmoid(r_x + r_h)
+    z = sigmoid(z_x + z_h)
+    n = namespace(h).tanh(n_x + r * n_h)
+    return (1 - z) * n + z * h
+
+
+def lstm_step(
+    gates_x: Array, gates_h: Array, c: Array, weight_hr: Array | None = None
+) -> tuple[Array, Array]:
+    """One LSTM step (docs/math.md, equations 16-22).
+
+    i, f, o = sigmoid(x-side + h-side); g = tanh(x-side + h-side);
+    c' = f * c + i * g; h' = o * tanh(c'), then W_hr h' if there is a projection.
+
+    Args:
+        gates_x: input @ weight_ih.T + bias_ih, shape (batch, 4 * hidden), order i, f, g, o.
+        gates_h: h @ weight_hh.T + bias_hh, same shape and order.
+        c: previous cell state, shape (batch, hidden).
+        weight_hr: projection, shape (proj_size, hidden), or None.
+
+    Returns:
+        Next state, shape (batch, proj_size or hidden), and next cell state, shape (batch, hidden).
+
+    Example:
+        >>> import numpy
+        >>> h, c = lstm_step(numpy.zeros((1, 4)), numpy.zeros((1, 4)), numpy.ones((1, 1)))
+        >>> c.tolist()
+        [[0.5]]
+
+    Source: Hochreiter and Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735, with the forget gate of
+    Gers et al. 2000 and without peepholes; projection: Sak et al. 2014, arXiv:1402.1128.
+    """
+    xp = namespace(c)
+    a_i, a_f, a_g, a_o = _gates(gates_x + gates_h, 4)
+    i = sigmoid(a_i)
+    f = sigmoid(a_f)
+    g = xp.tanh(a_g)
+    o = sigmoid(a_o)
+    c = f * c + i * g
+    h = o * xp.tanh(c)
+    return (h if weight_hr is None else h @ weight_hr.T), c
+
+
+def layer(
+    cell: str,
+    input: Array,
+    batch_sizes: Iterable[int] | Array | None,
+    h_0: Array | None,
+    c_0: Array | None,
+    weights: Sequence[Array],
+    *,
+    has_biases: bool,
+    bidirectional: bool,
+) -> tuple[Array, Array, Array | None]:
+    """One recurrent layer over a padded or packed batch (docs/math.md, equations 31-34).
+
+    state_t[:n_t] = step(input_t, state_{t-1}[:n_t]), n_t rows being active at step t; the other
+    rows keep their state. The reverse direction walks t downwards.
+
+    Args:
+        cell: "rnn_tanh", "rnn_relu", "gru" or "lstm".
+        input: (T, B, I), or packed (N, I) if `batch_sizes` is given.
+        batch_sizes: None, or the number of active rows at each of the T steps, never increasing
+            and at most B (a list, a NumPy array or a CPU tensor).
+        h_0: (D, B, O), or None for zeros.
+        c_0: (D, B, H), or None for zeros; LSTM only.
+        weights: for each direction weight_ih, weight_hh[, bias_ih, bias_hh][, weight_hr]; a
+            projected LSTM is one whose weights end in weight_hr, shape (O, H).
+        has_biases: whether `weights` holds bias_ih and bias_hh.
+        bidirectional: whether `weights` holds a second, reverse direction.
+
+    Returns:
+        output, (T, B, D * O) or packed (N, D * O); h_n, (D, B, O); c_n, (D, B, H), or None where
+        the cell is no LSTM. With T = 0 the output is empty and the states are the initial ones.
+
+    Raises:
+        ValueError: an unknown `cell`, a number of weights that does not fit it, or `batch_sizes`
+            that increase or do not add up to the rows of `input`.
+
+    Example:
+        >>> import numpy
+        >>> weights = [numpy.ones((2, 3)), numpy.zeros((2, 2))]
+        >>> output, h_n, c_n = layer("rnn_relu", numpy.ones((5, 1, 3)), None, None, None, weights,
+        ...                          has_biases=False, bidirectional=False)
+        >>> output.shape, h_n.tolist(), c_n
+        ((5, 1, 2), [[[3.0, 3.0]]], None)
+
+    Source: torch.nn.RNN, GRU and LSTM; packed rows as in torch.nn.utils.rnn.PackedSequence.
+    """
+    xp = namespace(input)
+    rows, sizes, batch = _packed(input, batch_sizes, h_0 if h_0 is not None else c_0)
+    outputs, ends = [], []
+    for d, weight in enumerate(_directions(cell, weights, has_biases, bidirectional)):
+        state = _initial(cell, weight, batch, h_0, c_0, d)
+        output, state = _walk(cell, weight, rows, sizes, state, reverse=d == 1)
+        outputs.append(output)
+        ends.append(state)
+    output = xp.concatenate(outputs, -1)  # (N, D * O)
+    if batch_sizes is None:
+        output = output.reshape((len(sizes), batch, output.shape[-1]))
+    h_n = xp.stack([end[0] for end in ends])
+    c_n = xp.stack([end[1] for end in ends]) if cell == "lstm" else None
+    return output, h_n, c_n
+
+
+class _Weights(NamedTuple):
+    """The parameters of one direction."""
+
+    ih: Array  # (G * H, I)
+    hh: Array  # (G * H, O)
+    bias_ih: Array | None  # (G * H,)
+    bias_hh: Array | None
+    hr: Array | None  # (O, H)
+
+
+def _gates(a: Array, count: int) -> list[Array]:
+    """Cut (..., count * H) into `count` arrays (..., H)."""
+    hidden = a.shape[-1] // count
+    return [a[..., k * hidden : (k + 1) * hidden] for k in range(count)]
+
+
+def _linear(x: Array, weight: Array, bias: Array | None) -> Array:
+    """One side of equation 1."""
+    return x @ weight.T if bias is None else x @ weight.T + bias
+
+
+def _packed(
+    input: Array, batch_sizes: Iterable[int] | Array | None, states: Array | None
+) -> tuple[Array, list[int], int]:
+    """Return packed rows (N, I), the active rows of each step, and B."""
+    if batch_sizes is None:
+        # A padded batch is a packed batch in which no row ends early.
+        steps, batch, size = input.shape
+        return input.reshape((steps * batch, size)), [batch] * steps, batch
+    sizes = [int(n) for n in batch_sizes]
+    batch = states.shape[1] if states is not None else max(sizes, default=0)
+    # A wrong entry would not fail below but drop rows, or broadcast one state over many.
+    if any(a < b for a, b in pairwise([batch, *sizes, 0])):
+        raise ValueError(
+            f"batch_sizes: expected sizes that fall from at most {batch} to at least 0, got {sizes}"
+        )
+    if sum(sizes) != input.shape[0]:
+        raise ValueError(
+            f"batch_sizes: expected a sum of {input.shape[0]}, the rows of input, got {sum(sizes)}"
+        )
+    return input, sizes, batch
+
+
+def _directions(
+    cell: str, weights: Sequence[Array], has_biases: bool, bidirectional: bool
+) -> list[_Weights]:
+    """Give each array of the flat sequence its name."""
+    if cell not in _STEPS:
+        raise ValueError(f"cell: expected one of {', '.join(_STEPS)}, got {cell!r}")
+    directions = 2 if bidirectional else 1
+    count, rest = divmod(len(weights), directions)
+    plain = 4 if has_biases else 2
+    projected = cell == "lstm" and count == plain + 1
+    if rest or not (count == plain or projected):
+        extra = f" or {plain + 1}" if cell == "lstm" else ""
+        raise ValueError(
+            f"weights: expected {plain}{extra} per direction for {directions} direction(s) of "
+            f"{cell}, got {len(weights)}"
+        )
+    named = []
+    for d in range(directions):
+        ih, hh, *rest_of = weights[d * count : (d + 1) * count]
+        bias_ih, bias_hh = rest_of[:2] if has_biases else (None, None)
+        named.append(_Weights(ih, hh, bias_ih, bias_hh, rest_of[-1] if projected else None))
+    return named
+
+
+def _initial(
+    cell: str, weight: _Weights, batch: int, h_0: Array | None, c_0: Array | None, d: int
+) -> _State:
+    """Return the initial state of direction `d`: (h,), or (h, c) for LSTM."""
+
+    def zeros(size: int) -> Array:
+        # Shaped from a weight, so that dtype, device and subclass are right in every library.
+        xp = namespace(weight.hh)
+        return xp.broadcast_to(xp.zeros_like(weight.hh[:1, :1]), (batch, size))
+
+    h = zeros(weight.hh.shape[1]) if h_0 is None else h_0[d]  # (B, O)
+    if cell != "lstm":
+        return (h,)
+    c = zeros(weight.hh.shape[0] // 4) if c_0 is None else c_0[d]  # (B, H)
+    return h, c
+
+
+# The steps under the one signature that the loop calls: gates_x, gates_h, state, weight_hr.
+_STEPS: dict[str, _Step] = {
+    "rnn_tanh": lambda gates_x, gates_h, state, hr: (rnn_step(gates_x, gates_h, "tanh"),),
+    "rnn_relu": lambda gates_x, gates_h, state, hr: (rnn_step(gates_x, gates_h, "relu"),),
+    "gru": lambda gates_x, gates_h, state, hr: (gru_step(gates_x, gates_h, state[0]),),
+    "lstm": lambda gates_x, gates_h, state, hr: lstm_step(gates_x, gates_h, state[1], hr),
+}
+
+
+def _walk(
+    cell: str, weight: _Weights, rows: Array, sizes: list[int], state: _State, *, reverse: bool
+) -> tuple[Array, _State]:
+    """Drive the cell along the packed rows (equations 31-33).
+
+    Returns:
+        The packed output (N, O) and the last state.
+    """
+    xp = namespace(rows)
+    step = _STEPS[cell]
+    starts = list(accumulate(sizes, initial=0))
+    gates_x = _linear(rows, weight.ih, weight.bias_ih)  # (N, G * H)
+    output = []
+    times = range(len(sizes))
+    for t in reversed(times) if reverse else times:
+        n = sizes[t]
+        active = tuple(s[:n] for s in state)
+        gates_h = _linear(active[0], weight.hh, weight.bias_hh)  # (n, G * H)
+        active = step(gates_x[starts[t] : starts[t] + n], gates_h, active, weight.hr)
+        output.append(active[0])
+        # Rows past n have ended (forward) or not begun (reverse): they keep their state.
+        state = tuple(xp.concatenate([a, s[n:]]) for a, s in zip(active, state, strict=True))
+    if reverse:
+        output.reverse()
+    # The empty last piece is what T = 0 has to show.
+    return xp.concatenate([*output, state[0][:0]]), state
