@@ -41,7 +41,7 @@ lint: $(VENV)/package.stamp
 	$(BIN)/ruff format --check .
 	MYPYPATH=$(BUILD)/cmake/stubs $(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
-	PYTHONPATH=src $(BIN)/lint-imports
+	PYTHONPATH=src $(BIN)/lint-imports --no-logo
 	$(BIN)/python tools/check_symbols.py $(BUILD)/cmake
 	@wc -l $(SOURCES) | awk '$$2 != "total" && $$1 > 600 {print "note: " $$2 " has " $$1 " lines; over 600, a file states why"}'
 

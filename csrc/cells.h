@@ -11,7 +11,8 @@
 //   kSaved   values per unit that forward keeps for backward.
 //   kGrads   gate gradients per unit that backward returns; slot g < kGates is the gradient of the hidden product of
 //            gate g, and input_slot(g) that of its input product.
-//   kHasCell a second state c;  kUsesPrevious, kUsesOutput: backward reads h_{t-1}, h_t.
+//   kHasCell a second state c;  kProjects: h may be projected (weight_hr);  kUsesPrevious: h_{t-1} also enters beside
+//            weight_hh, so backward reads it and returns a direct gradient;  kUsesOutput: backward reads h_t.
 #pragma once
 
 #ifdef __CUDACC__
@@ -28,7 +29,7 @@ namespace {
 template <bool kRelu>
 struct Rnn {
     static constexpr int kGates = 1, kJoint = 1, kSaved = 0, kGrads = 1;
-    static constexpr bool kHasCell = false, kUsesPrevious = false, kUsesOutput = true;
+    static constexpr bool kHasCell = false, kProjects = false, kUsesPrevious = false, kUsesOutput = true;
     static constexpr int input_slot(int gate) { return gate; }
 
     template <class V>
@@ -53,7 +54,7 @@ struct Rnn {
 // Gated recurrent unit, reset after the product: r, z, n.
 struct Gru {
     static constexpr int kGates = 3, kJoint = 2, kSaved = 4, kGrads = 4;
-    static constexpr bool kHasCell = false, kUsesPrevious = true, kUsesOutput = false;
+    static constexpr bool kHasCell = false, kProjects = false, kUsesPrevious = true, kUsesOutput = false;
     static constexpr int input_slot(int gate) { return gate == 2 ? 3 : gate; }
 
     template <class V>
@@ -81,7 +82,7 @@ struct Gru {
 // Long short-term memory: i, f, g, o. With a projection, h here is the state before it.
 struct Lstm {
     static constexpr int kGates = 4, kJoint = 4, kSaved = 5, kGrads = 4;
-    static constexpr bool kHasCell = true, kUsesPrevious = false, kUsesOutput = false;
+    static constexpr bool kHasCell = true, kProjects = true, kUsesPrevious = false, kUsesOutput = false;
     static constexpr int input_slot(int gate) { return gate; }
 
     template <class V>

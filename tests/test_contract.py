@@ -1,6 +1,6 @@
 """The drop-in contract: construction, parameters and attributes, held against torch itself.
 
-What forward accepts, returns and refuses is in test_contract_forward.py.
+What forward accepts, returns and refuses is in test_contract_forward.py and _dtypes.py.
 """
 
 import copy
@@ -10,22 +10,16 @@ import warnings
 
 import pytest
 import torch
+from pairs import CELLS, LAYERS, SIX, TORCH_WARNS, assert_same, flat, pair, shapes
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from ostinato import nn
 
-LAYERS = ("RNN", "GRU", "LSTM")
-CELLS = ("RNNCell", "GRUCell", "LSTMCell")
-SIX = LAYERS + CELLS
-# torch's own LSTM says so where it runs beside ours.
-pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-
-# float32 on both sides, few steps.
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
+pytestmark = pytest.mark.filterwarnings(TORCH_WARNS)
 
 
 def outcome(call):
-    """What a call does: its result, or the type and text of what it raises, and what it warns of."""
+    """A call's result, or the type and text of what it raises, and what it warns of."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -33,30 +27,6 @@ def outcome(call):
         except (TypeError, ValueError, RuntimeError) as raised:
             result, error = None, (type(raised), str(raised))
     return result, error, [(w.category, str(w.message)) for w in caught]
-
-
-def pair(name, *args, seed=0, **kwargs):
-    """The same module of both libraries, after the same seed."""
-    torch.manual_seed(seed)
-    ours = getattr(nn, name)(*args, **kwargs)
-    torch.manual_seed(seed)
-    return ours, getattr(torch.nn, name)(*args, **kwargs)
-
-
-def shapes(name):
-    """An input that suits the module of four features."""
-    return torch.randn(3, 4) if name in CELLS else torch.randn(5, 3, 4)
-
-
-def flat(result):
-    """The tensors of what a module returns, in order."""
-    if isinstance(result, torch.Tensor):
-        return [result]
-    return [tensor for part in result for tensor in flat(part)]
-
-
-def assert_same(ours, theirs, **tolerance):
-    torch.testing.assert_close(flat(ours), flat(theirs), **(tolerance or TOLERANCE))
 
 
 # ---- bases and signatures ----
@@ -257,7 +227,7 @@ def test_parameters_stand_per_layer_then_direction():
 def test_state_dict_loads_both_ways(name, args, kwargs):
     ours, _ = pair(name, *args, seed=1, **kwargs)
     _, theirs = pair(name, *args, seed=2, **kwargs)
-    input = shapes(name)
+    input = shapes(name)[0]
     theirs.load_state_dict(ours.state_dict())
     assert_same(ours(input), theirs(input))
     _, other = pair(name, *args, seed=3, **kwargs)
@@ -273,7 +243,7 @@ def test_state_dict_loads_both_ways(name, args, kwargs):
 def test_assigned_state_counts_at_the_next_forward(name, args, kwargs):
     ours, _ = pair(name, *args, seed=1, **kwargs)
     _, theirs = pair(name, *args, seed=2, **kwargs)
-    input = shapes(name)
+    input = shapes(name)[0]
     ours(input)
     ours.load_state_dict(theirs.state_dict(), assign=True)
     assert_same(ours(input), theirs(input))
@@ -289,7 +259,7 @@ def test_meta_modules_come_alive_by_assignment(name, args, kwargs):
     _, theirs = pair(name, *args, **kwargs)
     ours = getattr(nn, name)(*args, **kwargs, device="meta")
     ours.load_state_dict(theirs.state_dict(), assign=True)
-    input = shapes(name)
+    input = shapes(name)[0]
     assert_same(ours(input), theirs(input))
 
 
@@ -297,7 +267,7 @@ def test_meta_modules_come_alive_by_assignment(name, args, kwargs):
 def test_functional_call_uses_what_it_is_given_and_leaves_no_trace(name, args, kwargs):
     ours, _ = pair(name, *args, seed=1, **kwargs)
     _, theirs = pair(name, *args, seed=2, **kwargs)
-    input = shapes(name)
+    input = shapes(name)[0]
     before = ours(input)
     given = {key: value.clone().requires_grad_() for key, value in theirs.state_dict().items()}
     during = torch.func.functional_call(ours, given, (input,))
@@ -316,7 +286,7 @@ def test_functional_call_uses_what_it_is_given_and_leaves_no_trace(name, args, k
 def test_data_copied_under_the_module_counts_at_the_next_forward(name):
     ours, _ = pair(name, 4, 8, seed=1)
     _, theirs = pair(name, 4, 8, seed=2)
-    input = shapes(name)
+    input = shapes(name)[0]
     ours(input)
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         version = mine._version
@@ -328,7 +298,7 @@ def test_data_copied_under_the_module_counts_at_the_next_forward(name):
 @pytest.mark.parametrize("name", SIX)
 def test_replaced_attributes_count_at_the_next_forward(name):
     ours, theirs = pair(name, 4, 8)
-    input = shapes(name)
+    input = shapes(name)[0]
     key = next(n for n, _ in ours.named_parameters() if n.startswith("weight_hh"))
     weight = torch.nn.Parameter(torch.randn_like(getattr(ours, key)))
     setattr(ours, key, weight)
@@ -348,7 +318,7 @@ def test_replaced_attributes_count_at_the_next_forward(name):
 @pytest.mark.parametrize("name", SIX)
 def test_parametrizations_count_at_every_forward(name):
     ours, theirs = pair(name, 4, 8)
-    input = shapes(name)
+    input = shapes(name)[0]
     keys = [n for n, _ in ours.named_parameters() if n.startswith("weight")]
     for module in (ours, theirs):
         for key in keys:
@@ -386,7 +356,7 @@ class Doubled(torch.nn.Module):
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_parametrization_without_inverse_survives_moving_and_copying(name):
     ours, _ = pair(name, 4, 8)
-    input = shapes(name).double()
+    input = shapes(name)[0].double()
     parametrize.register_parametrization(ours, "weight_hh_l0", Doubled())
     moved = copy.deepcopy(ours).double()
     plain = getattr(nn, name)(4, 8, dtype=torch.float64)
@@ -399,7 +369,7 @@ def test_a_parametrization_without_inverse_survives_moving_and_copying(name):
 @pytest.mark.parametrize("name", SIX)
 def test_hooks_of_the_older_kind_work(name):
     ours, theirs = pair(name, 4, 8)
-    input = shapes(name)
+    input = shapes(name)[0]
     key = "weight_hh_l0" if name in LAYERS else "weight_hh"
     for module in (ours, theirs):
         prune.l1_unstructured(module, key, amount=0.5)
@@ -419,7 +389,7 @@ def test_hooks_of_the_older_kind_work(name):
 @pytest.mark.parametrize("name", SIX)
 def test_copies_are_equal_and_independent(name):
     ours, _ = pair(name, 4, 8)
-    input = shapes(name)
+    input = shapes(name)[0]
     saved = io.BytesIO()
     torch.save(ours, saved)
     saved.seek(0)
@@ -474,7 +444,7 @@ def test_flat_weights_follow_every_change_and_can_be_assigned(name):
     ours, _ = pair(name, 4, 8)
     other, _ = pair(name, 4, 8, seed=1)
     with torch.no_grad():
-        torch.func.functional_call(ours, dict(other.named_parameters()), (shapes(name),))
+        torch.func.functional_call(ours, dict(other.named_parameters()), (shapes(name)[0],))
     assert ours._flat_weights[0] is ours.weight_ih_l0
     ours.double()
     assert ours._flat_weights[0] is ours.weight_ih_l0
@@ -482,13 +452,14 @@ def test_flat_weights_follow_every_change_and_can_be_assigned(name):
     # Assigned, they are the weights from then on.
     ours._flat_weights = list(other._flat_weights)
     assert ours.weight_ih_l0 is other.weight_ih_l0
-    assert_same(ours(shapes(name) * 0), other(shapes(name) * 0))
+    x, h = shapes(name)
+    assert_same(ours(x, h), other(x, h))
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_methods_that_user_code_calls(name):
     ours, theirs = pair(name, 4, 8, 2, bidirectional=True)
-    input, order = shapes(name), torch.tensor([2, 0, 1])
+    input, order = shapes(name)[0], torch.tensor([2, 0, 1])
     h = torch.randn(4, 3, 8)
     hx = (h, h + 1) if name == "LSTM" else h
     assert_same(ours.permute_hidden(hx, order), theirs.permute_hidden(hx, order))
@@ -512,7 +483,7 @@ def test_repr_is_torchs(name, args, kwargs):
 @pytest.mark.parametrize("name", SIX)
 def test_moving_to_a_dtype_and_back(name):
     ours, theirs = pair(name, 4, 8)
-    input = shapes(name)
+    input = shapes(name)[0]
     assert_same(ours.double()(input.double()), theirs.double()(input.double()), rtol=1e-12, atol=0)
     assert_same(ours.float()(input), theirs.float()(input))
     empty = ours.to("meta")

@@ -1,7 +1,7 @@
 """The examples of the five documents that fix the interface, run as printed.
 
-Each example runs twice after the same seed, once with our `nn` and once with torch's, and every tensor
-that it leaves behind is compared. Only the names of the array library are translated.
+Each example runs twice after the same seed, once with our `nn` and once with torch's, and every
+tensor that it leaves behind is compared. Only the names of the array library are translated.
 """
 
 import torch

@@ -2,8 +2,9 @@
 
     python tools/check_docs.py
 
-A block that opens with ```python runs; the blocks of one file share their names, as a reader would type them one after
-the other. A link to a file of ours must lead to it, and its #anchor to a heading there. Links to the web are left alone.
+A block that opens with ```python runs; the blocks of one file share their names, as a reader would
+type them one after the other. A link to a file of ours must lead to it, and its #anchor to a
+heading there. Links to the web are left alone.
 """
 
 import os
@@ -47,7 +48,7 @@ def broken_links(page: Path) -> list[str]:
 
 
 def run_examples(page: Path) -> int:
-    """Runs the blocks of one page, lets the first exception end the run, and returns how many there are."""
+    """Runs the blocks of one page, of which the first exception ends all, and counts them."""
     text = page.read_text(encoding="utf-8")
     names: dict[str, object] = {"__name__": page.stem}
     blocks = [block for block in FENCE.finditer(text) if block[1] == "python"]

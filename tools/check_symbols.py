@@ -1,10 +1,10 @@
-"""Fails if an object file of one instruction set defines a symbol that could be taken for another's.
+"""Fails if the kernels of one instruction set define a symbol that may replace another's.
 
     python tools/check_symbols.py build/cmake
 
-A linker keeps one of several weak definitions of a name. If that one was compiled for AVX-512, a machine without it
-runs it too (design, decision 9). So the kernels may define no weak and no unique symbol; what they refer to is theirs
-to take from the baseline.
+A linker keeps one of several weak definitions of a name. If that one was compiled for AVX-512, a
+machine without it runs it too. So the kernels may define no weak and no unique symbol; what they
+only refer to is defined elsewhere, for the baseline.
 """
 
 import re

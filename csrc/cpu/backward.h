@@ -23,7 +23,7 @@ public:
           size_(call.sizes),
           arena_(scratch),
           steps_(call.sizes, arena_),
-          shares_(call.sizes, members, G * call.sizes.hidden * call.sizes.output()),
+          shares_(call.sizes, members, work(), work() * sizeof(T), max_tile_rows<1>()),
           relay_(ceil_div(ceil_div(call.sizes.output(), L), kGroup), arena_) {
         const int64_t D = size_.directions, B = size_.batch, O = size_.output(), H = size_.hidden;
         hp_ = padded(H), op_ = padded(O);
@@ -84,6 +84,9 @@ private:
         int64_t first_row = 0, next_first_row = 0;  // first packed row of this chunk and of the one walked before it
         int parity = 0;
     };
+
+    // Multiply-adds of one row and step, and so also elements of W_hh.
+    int64_t work() const { return G * size_.hidden * size_.output(); }
 
     static const T* in(const void* p) { return static_cast<const T*>(p); }
     static void fill_zero(T* p, int64_t n) {
@@ -176,14 +179,16 @@ private:
                 for (int64_t u = u0; u < u1; u++)
                     arrive(b, u * L,
                            dh_n ? load_n(dh_n + b * z.output() + u * L, min(L, z.output() - u * L)) : Vec<T>(0));
-            if (!z.projection) return;
-            for (int64_t b = b0; b < min(b1, n); b++) rows[b] = dh + b * w.op_;
-            walk_tiles<1>(Unprojected{*this}, b0, min(b1, n), 0, ceil_div(z.hidden, L));
+            if constexpr (C::kProjects) {
+                if (!z.projection) return;
+                for (int64_t b = b0; b < min(b1, n); b++) rows[b] = dh + b * w.op_;
+                walk_tiles<1>(Unprojected{*this}, b0, min(b1, n), 0, ceil_div(z.hidden, L));
+            }
         }
 
         // What step s + 1 sends back: the chain starts from its direct part and runs over its gate gradients.
         template <int MR, int NJ>
-        void carry(Vec<T> (&acc)[NJ][MR][1], int64_t b, int64_t u) const {
+        OSTINATO_INLINE void carry(Vec<T> (&acc)[NJ][MR][1], int64_t b, int64_t u) const {
             for (int j = 0; j < NJ; j++)
                 for (int r = 0; r < MR; r++)
                     acc[j][r][0] = C::kUsesPrevious ? Vec<T>::load(w.direct_ + (d * z.batch + b + r) * w.op_ + (u + j) * L)
@@ -263,6 +268,8 @@ private:
                                               ((d * z.rows + w.steps_.first_row(d, s - 1) + b) * C::kSaved + C::kSaved - 1) * hp + unit);
                 else if (w.f_.c_0)
                     c_previous = load_n(in(w.f_.c_0) + (d * z.batch + b) * z.hidden + unit, lanes);
+            }
+            if constexpr (C::kProjects) {
                 if (unprojected) C::output(saved).store(unprojected + b * hp + unit);
             }
             const Vec<T> direct = C::backward(dh_t, dc, saved, h_previous, c_previous, h, da);

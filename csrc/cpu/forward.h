@@ -21,14 +21,14 @@ public:
           size_(call.sizes),
           arena_(scratch),
           steps_(call.sizes, arena_),
-          shares_(call.sizes, members, G * call.sizes.hidden * call.sizes.output()),
+          shares_(call.sizes, members, work(), work() * sizeof(T), max_tile_rows<G>()),
           relay_(ceil_div(ceil_div(call.sizes.hidden, L), kGroup), arena_) {
         const int64_t D = size_.directions, B = size_.batch, O = size_.output(), H = size_.hidden;
         hp_ = padded(H);
         blocks_ = ceil_div(H, L);
         panel_ = O * G * L;
         chunk_rows_ = chunk_rows(size_, G * hp_ * sizeof(T));
-        panels_ = arena_.take<T>(D * blocks_ * panel_);
+        panels_ = arena_.take<T>(size_.steps == 1 ? members * kGroup * panel_ : D * blocks_ * panel_);
         start_ = arena_.take<T>(D * G * hp_);
         apart_ = arena_.take<T>(D * hp_);
         gx_ = arena_.take<T>(D * chunk_rows_ * G * hp_);
@@ -66,18 +66,25 @@ public:
 private:
     static constexpr int64_t kGroup = 4;  // unit blocks that a member claims at once when all walk together
 
+    // Multiply-adds of one row and step, and so also elements of W_hh.
+    int64_t work() const { return G * size_.hidden * size_.output(); }
+
     const T* weight(const void* p) const { return static_cast<const T*>(p); }
 
-    // Packs W_hh as [block][k < O][gate][lane] and the biases, and loads c_0.
+    // Packs one block of W_hh as [k < O][gate][lane].
+    void pack(int64_t d, int64_t block, T* panel) const {
+        const int64_t H = size_.hidden, O = size_.output();
+        for (int64_t g = 0; g < G; g++)
+            pack_transposed(weight(f_.weights[d].hh) + (g * H + block * L) * O, O, min(L, H - block * L), O, panel + g * L,
+                            G * L);
+    }
+
+    // Packs the weights of the recurrence, adds up the biases and loads c_0.
     void prepare(int64_t d, Team& team) {
         const int64_t H = size_.hidden, O = size_.output(), B = size_.batch;
         const auto& w = f_.weights[d];
-        T* panels = panels_ + d * blocks_ * panel_;
-        team.run(blocks_ * G, [&](int64_t task, int) {
-            const int64_t block = task / G, gate = task % G;
-            pack_transposed(weight(w.hh) + (gate * H + block * L) * O, O, min(L, H - block * L), O,
-                            panels + block * panel_ + gate * L, G * L);
-        });
+        if (size_.steps != 1)
+            team.run(blocks_, [&](int64_t block, int) { pack(d, block, panels_ + (d * blocks_ + block) * panel_); });
         if (size_.projection) {
             T* panels_hr = panels_hr_ + d * ceil_div(O, L) * H * L;
             team.run(ceil_div(O, L), [&](int64_t block, int) {
@@ -112,6 +119,7 @@ private:
     }
 
     void walk(const int64_t* s0, const int64_t* s1, Team& team) {
+        if (size_.steps == 1) return single_step(team);
         if (shares_.together) {
             relay_.reset();
             team.run(team.members(), [&](int64_t, int member) {
@@ -133,9 +141,32 @@ private:
                 Step step(*this, d, s, s0[d], s1[d], member);
                 step.begin(b0, b1);
                 step.units(b0, b1, 0, blocks_);
-                if (size_.projection) step.project(b0, b1);
+                if constexpr (C::kProjects)
+                    if (size_.projection) step.project(b0, b1);
             }
         });
+    }
+
+    // With one step nothing is gained by packing ahead: a group of blocks is packed, used for all rows while it is in
+    // the cache, and forgotten. A cell is this.
+    void single_step(Team& team) {
+        const int64_t groups = ceil_div(blocks_, kGroup);
+        team.run(groups * size_.directions, [&](int64_t task, int member) {
+            const int64_t d = task % size_.directions, u0 = task / size_.directions * kGroup, u1 = min(blocks_, u0 + kGroup);
+            const int64_t n = steps_.rows(d, 0);
+            T* panels = panels_ + member * kGroup * panel_;
+            for (int64_t u = u0; u < u1; u++) pack(d, u, panels + (u - u0) * panel_);
+            Step step(*this, d, 0, 0, 1, member);
+            step.panels = panels, step.first_block = u0;
+            step.begin(0, n);
+            step.units(0, n, u0, u1);
+        });
+        if constexpr (C::kProjects) {
+            if (!size_.projection) return;
+            team.run(size_.directions, [&](int64_t d, int member) {
+                Step(*this, d, 0, 0, 1, member).project(0, steps_.rows(d, 0));
+            });
+        }
     }
 
     // One time step of one direction.
@@ -147,6 +178,8 @@ private:
         T* unprojected;      // [B, Hp]
         int64_t ld_y;
         const T** previous;  // [B] rows of h_{t-1}
+        const T* panels;     // packed W_hh from first_block on
+        int64_t first_block = 0;
 
         Step(const ForwardWalk& walk, int64_t direction, int64_t step, int64_t s0, int64_t s1, int member)
             : w(walk), d(direction), s(step), row0(walk.steps_.first_row(d, s)) {
@@ -160,6 +193,7 @@ private:
                           : nullptr;
             unprojected = z.projection ? w.unprojected_ + d * z.batch * w.hp_ : nullptr;
             previous = w.previous_ + member * z.batch;
+            panels = w.panels_ + d * w.blocks_ * w.panel_;
         }
 
         // Finds the previous state of the rows [b0, b1): a row of y, of h_0, or zeros.
@@ -186,7 +220,7 @@ private:
                                                                   : w.apart_ + d * hp + (u + j) * L);
             RowPointers<T, MR> h;
             for (int r = 0; r < MR; r++) h.row[r] = previous[b + r];
-            accumulate<MR, NJ, G>(acc, h, w.panels_ + (d * w.blocks_ + u) * w.panel_, w.panel_, w.size_.output());
+            accumulate<MR, NJ, G>(acc, h, panels + (u - first_block) * w.panel_, w.panel_, w.size_.output());
             _Pragma("GCC unroll 8") for (int j = 0; j < NJ; j++)
                 _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++) cell(b + r, (u + j) * L, acc[j][r]);
         }

@@ -17,6 +17,9 @@
 namespace ostinato {
 namespace {
 
+// Where the accumulators must stay in registers across a call, the call must go.
+#define OSTINATO_INLINE inline __attribute__((always_inline))
+
 constexpr int kAccumulators = kRegisters == 32 ? 24 : 12;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -41,7 +44,7 @@ struct PackedRows {
 // acc[j][r][v] += sum over k of A(r, k) * panel_j[k][v], in ascending k.
 // panel: NJ panels, panel_stride elements apart, each [depth][NV][L].
 template <int MR, int NJ, int NV, class T, class A>
-inline void accumulate(Vec<T> (&acc)[NJ][MR][NV], const A& a, const T* panel, int64_t panel_stride, int64_t depth) {
+OSTINATO_INLINE void accumulate(Vec<T> (&acc)[NJ][MR][NV], const A& a, const T* panel, int64_t panel_stride, int64_t depth) {
     constexpr int L = Vec<T>::kLanes;
     for (int64_t k = 0; k < depth; k++) {
         Vec<T> b[NJ][NV];

@@ -105,7 +105,7 @@ struct TileWalk {
         constexpr int MR = max_tile_rows<NV>();
         const int64_t mr = ceil_div(b1 - b0, ceil_div(b1 - b0, MR));  // tiles of nearly equal height
         if (b1 - b0 == mr) return rows<MR>(mr, b0, u0, u1);
-        constexpr int64_t kGroup = 4;
+        constexpr int64_t kGroup = 2 * blocks_side_by_side<NV, MR>();
         for (int64_t u = u0; u < u1; u += kGroup)
             for (int64_t b = b0; b < b1; b += mr) rows<MR>(min(mr, b1 - b), b, u, min(u1, u + kGroup));
     }
@@ -155,16 +155,17 @@ struct Relay {
 
 // How a walk is shared: row tiles, or all rows together by unit blocks.
 struct Shares {
+    static constexpr int64_t kSecondLevel = 1 << 20;
     int64_t tile_rows, tiles;
     bool together;
 
-    // work: multiply-adds of one step for one row.
-    Shares(const Sizes& sizes, int members, int64_t work) {
-        const int64_t per_direction = max(1, members / sizes.directions);
-        // Ragged rows end at different times: smaller tiles, claimed longest first, even that out.
-        const int64_t wanted = sizes.batch_sizes ? 4 * per_direction : per_direction;
-        tile_rows = max(1, ceil_div(sizes.batch, per_direction));
-        if (wanted > per_direction) tile_rows = min(tile_rows, max(8, ceil_div(sizes.batch, wanted)));
+    // work: multiply-adds of one step for one row. weight_bytes: what a tile streams per step. tile_height: rows of a register tile.
+    Shares(const Sizes& sizes, int members, int64_t work, int64_t weight_bytes, int64_t tile_height) {
+        const int64_t per_direction = max(1, members / sizes.directions), whole = ceil_div(sizes.batch, per_direction);
+        // More tiles than members even out ragged rows (the longest are claimed first) and cores that others hold for a
+        // while. They cost another read of the weights per step, so few where these do not fit the second-level cache.
+        const int64_t spare = members == 1 ? 1 : weight_bytes <= kSecondLevel ? 4 : 2;
+        tile_rows = max(1, min(whole, round_up(ceil_div(whole, spare), tile_height)));
         tiles = ceil_div(sizes.batch, tile_rows);
         // A relay's barrier costs some hundred nanoseconds a step, so a step must be worth several of them.
         constexpr int64_t kWorthRelay = 1 << 15;

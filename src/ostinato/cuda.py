@@ -1,6 +1,7 @@
 """CUDA: torch's own cuDNN operator, until the GPU engine takes its place.
 
-One layer at a time, in one or two directions, so that the modules above see the same thing on every device.
+One layer at a time, in one or two directions, so that the modules above see the same thing on every
+device.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def serves(input: Tensor) -> bool:
-    """Whether torch's operator takes this input: a real floating dtype, at least one step and one row.
+    """Whether torch's operator takes this input: real floating numbers, and at least one of them.
 
     Args:
         input: (T, B, I) or packed (N, I).
@@ -56,9 +57,12 @@ def layer(
         h_0 = input.new_zeros(sizes.directions, sizes.batch, sizes.output)
     hx: Any = h_0
     if cell == "lstm":
-        hx = (h_0, input.new_zeros(sizes.directions, sizes.batch, sizes.hidden) if c_0 is None else c_0)
-    operator = getattr(torch._VF, cell)  # type: ignore[attr-defined]
-    # cuDNN keeps what backward needs only in training mode; dropout is 0, so the mode changes nothing else.
+        hx = (
+            h_0,
+            input.new_zeros(sizes.directions, sizes.batch, sizes.hidden) if c_0 is None else c_0,
+        )
+    operator = getattr(torch._VF, cell)
+    # cuDNN keeps what backward needs only in training mode. Dropout is 0: nothing else changes.
     train = torch.is_grad_enabled()
     options = (has_biases, 1, 0.0, train, sizes.directions == 2)
     if batch_sizes is None:

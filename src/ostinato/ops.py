@@ -8,13 +8,16 @@
 
 Every way starts at `_check`, and the engine can be reached through nothing else.
 
-Legend: T steps, B batch, N packed rows, I input, H hidden, O output of a step (proj_size, or H), D directions.
+Legend: T steps, B batch, N packed rows, I input, H hidden, O output of a step (proj_size, or H),
+D directions.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -27,25 +30,43 @@ _log = logging.getLogger("ostinato")
 _CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}
 _GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
 _ENGINE_DTYPES = (torch.float32, torch.float64)
-# The engine pads units to a multiple of this in what it keeps for backward (csrc/cpu/engine.h, padded).
+# What the engine keeps for backward: values per unit and row, units padded to a multiple
+# (csrc/cpu/engine.h, saved_of and padded). The fake kernel cannot ask it, since sizes are symbols.
 _SAVED = {"rnn_tanh": 0, "rnn_relu": 0, "gru": 4, "lstm": 5}
 _PAD = 16
 
-_LAYER = (
-    "layer(Tensor input, Tensor? batch_sizes, SymInt batch, Tensor? h_0, Tensor? c_0, Tensor[] weights, "
-    "str cell, bool has_biases, bool bidirectional, bool keep) "
-    "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor reserve)"
-)
-_LAYER_BACKWARD = (
-    "layer_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, Tensor? batch_sizes, "
-    "SymInt batch, Tensor? h_0, Tensor? c_0, Tensor[] weights, Tensor output, Tensor reserve, "
-    "str cell, bool has_biases, bool bidirectional, bool[] wanted) "
-    "-> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)"
-)
+_LAYER = """layer(
+    Tensor input, Tensor? batch_sizes, SymInt batch, Tensor? h_0, Tensor? c_0, Tensor[] weights,
+    str cell, bool has_biases, bool bidirectional, bool keep
+) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor reserve)"""
+_LAYER_BACKWARD = """layer_backward(
+    Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor output, Tensor reserve,
+    bool[] wanted,
+    Tensor input, Tensor? batch_sizes, SymInt batch, Tensor? h_0, Tensor? c_0, Tensor[] weights,
+    str cell, bool has_biases, bool bidirectional
+) -> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)"""
 
-_library = torch.library.Library("ostinato", "DEF")
-_library.define(_LAYER)
-_library.define(_LAYER_BACKWARD)
+_library = torch.library.Library("ostinato", "DEF")  # type: ignore[no-untyped-call]
+_library.define(_LAYER)  # type: ignore[no-untyped-call]
+_library.define(_LAYER_BACKWARD)  # type: ignore[no-untyped-call]
+
+
+class _Call(NamedTuple):
+    """The arguments that both operators share, in the order of their schemas."""
+
+    input: Tensor
+    batch_sizes: Tensor | None
+    batch: int
+    h_0: Tensor | None
+    c_0: Tensor | None
+    weights: list[Tensor]
+    cell: str
+    has_biases: bool
+    bidirectional: bool
+
+    def tensors(self) -> list[Tensor | None]:
+        """Return what can have a gradient: input, h_0, c_0, then the weights."""
+        return [self.input, self.h_0, self.c_0, *self.weights]
 
 
 class _Sizes(NamedTuple):
@@ -90,48 +111,90 @@ def layer(
         bidirectional: whether `weights` holds a second, reverse direction.
 
     Returns:
-        output, (T, B, D * O) or (N, D * O); h_n, (D, B, O); c_n, (D, B, H), or None where the cell is no LSTM.
+        output, (T, B, D * O) or (N, D * O); h_n, (D, B, O); c_n, (D, B, H), or None where the cell
+        is no LSTM.
 
     Raises:
         ValueError: a dtype that differs from the weights', an unknown cell, wrong batch_sizes.
         RuntimeError: a wrong shape or device, or more or fewer weights than the cell has.
 
     Example:
-        >>> gru = torch.nn.GRUCell(3, 4)
-        >>> output, h_n, _ = layer("gru", torch.zeros(5, 2, 3), None, None, None, list(gru.parameters()),
+        >>> weights = list(torch.nn.GRUCell(3, 4).parameters())
+        >>> output, h_n, _ = layer("gru", torch.zeros(5, 2, 3), None, None, None, weights,
         ...                        has_biases=True, bidirectional=False)
         >>> output.shape, h_n.shape
         (torch.Size([5, 2, 4]), torch.Size([1, 2, 4]))
 
     Source: torch.nn.RNN, GRU and LSTM.
     """
-    if batch_sizes is None:
-        batch = input.shape[1] if input.dim() == 3 else 0
-    else:
-        state = h_0 if h_0 is not None else c_0
-        batch = state.shape[1] if state is not None else int(batch_sizes[0]) if len(batch_sizes) else 0
+    call = _Call(
+        input,
+        batch_sizes,
+        _batch(input, batch_sizes, h_0, c_0),
+        h_0,
+        c_0,
+        weights,
+        cell,
+        has_biases,
+        bidirectional,
+    )
     device = input.device.type
     if input.dtype in _ENGINE_DTYPES and device in ("cpu", "meta"):
-        keep = torch.is_grad_enabled() and _any_requires_grad(input, h_0, c_0, weights)
-        output, h_n, c_n, _ = torch.ops.ostinato.layer(
-            input, batch_sizes, batch, h_0, c_0, weights, cell, has_biases, bidirectional, keep
+        keep = torch.is_grad_enabled() and any(
+            tensor is not None and tensor.requires_grad for tensor in call.tensors()
         )
+        if device == "cpu" and _is_plain(call):
+            return _PlainLayer.run(call) if keep else _run(call, False)[:3]
+        output, h_n, c_n, _ = torch.ops.ostinato.layer(*call, keep)
         return output, h_n, c_n if cell == "lstm" else None
-    sizes = _check(cell, input, batch_sizes, batch, h_0, c_0, weights, has_biases, bidirectional)
+    sizes = _check(call)
     if device == "cuda" and cuda.serves(input):
         return cuda.layer(cell, input, batch_sizes, sizes, h_0, c_0, weights, has_biases)
     _tell_reference(device, input.dtype)
+    return _reference(call)
+
+
+def _batch(
+    input: Tensor, batch_sizes: Tensor | None, h_0: Tensor | None, c_0: Tensor | None
+) -> int:
+    if batch_sizes is None:
+        return input.shape[1] if input.dim() == 3 else 0
+    state = h_0 if h_0 is not None else c_0
+    if state is not None:
+        return state.shape[1]
+    return int(batch_sizes[0]) if len(batch_sizes) else 0
+
+
+def _is_plain(call: _Call) -> bool:
+    """Whether nobody but the engine wants to see this call, so that the dispatcher may be left out.
+
+    It costs several times what a step of a small cell does. A compiler, tracer, transform, mode,
+    profiler or tensor subclass must see the operator.
+    """
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return False
+    return all(tensor is None or type(tensor) in _PLAIN for tensor in call.tensors())
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _reference(call: _Call) -> tuple[Tensor, Tensor, Tensor | None]:
     return reference.layer(
-        cell, input, batch_sizes, h_0, c_0, weights, has_biases=has_biases, bidirectional=bidirectional
-    )
-
-
-def _any_requires_grad(input: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: list[Tensor]) -> bool:
-    return (
-        input.requires_grad
-        or (h_0 is not None and h_0.requires_grad)
-        or (c_0 is not None and c_0.requires_grad)
-        or any(weight.requires_grad for weight in weights)
+        call.cell,
+        call.input,
+        call.batch_sizes,
+        call.h_0,
+        call.c_0,
+        call.weights,
+        has_biases=call.has_biases,
+        bidirectional=call.bidirectional,
     )
 
 
@@ -148,21 +211,10 @@ def _tell_reference(device: str, dtype: torch.dtype) -> None:
 
 # ---- checks ----
 
-_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 
-
-def _check(
-    cell: str,
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    batch: int,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    weights: list[Tensor],
-    has_biases: bool,
-    bidirectional: bool,
-) -> _Sizes:
+def _check(call: _Call) -> _Sizes:
     """Check shapes, dtypes and devices of everything; return the sizes."""
+    input, batch_sizes, batch, h_0, c_0, weights, cell, has_biases, bidirectional = call
     gates = _GATES.get(cell)
     if gates is None:
         raise ValueError(f"cell: expected one of {', '.join(_GATES)}, got {cell!r}")
@@ -174,72 +226,113 @@ def _check(
     plain = 4 if has_biases else 2
     projected = cell == "lstm" and count == plain + 1
     if rest or not (count == plain or projected):
-        raise RuntimeError(f"weights: expected {plain} per direction for {cell}, got {len(weights)} in all")
-    for weight in weights[:2]:
-        if weight.dim() != 2:
-            raise RuntimeError(f"weight_ih and weight_hh: expected 2D, got {weight.dim()}D")
-    size = input.shape[-1]
-    output = weights[1].shape[1]
-    hidden = weights[1].shape[0] // gates
-    if hidden < 1 or (not projected and output != hidden):
         raise RuntimeError(
-            f"weight_hh: expected shape ({gates} * hidden, {'proj' if projected else 'hidden'}), "
-            f"got {tuple(weights[1].shape)}"
+            f"weights: expected {plain} per direction for {cell}, got {len(weights)} in all"
         )
-    shapes: list[tuple[int, ...]] = [(gates * hidden, size), (gates * hidden, output)]
-    names = _NAMES[:2]
+    weight_hh = weights[1]
+    if weight_hh.dim() != 2:
+        raise RuntimeError(f"weight_hh: expected 2D, got {weight_hh.dim()}D")
+    rows_hh, output = weight_hh.shape
+    hidden = rows_hh // gates
+    if hidden < 1 or rows_hh != gates * hidden or (not projected and output != hidden):
+        columns = "proj_size" if projected else "hidden_size"
+        raise RuntimeError(
+            f"weight_hh: expected shape ({gates} * hidden_size, {columns}), "
+            f"got {tuple(weight_hh.shape)}"
+        )
+    layout: list[tuple[str, tuple[int, ...]]] = [
+        ("weight_ih", (rows_hh, input.shape[-1])),
+        ("weight_hh", (rows_hh, output)),
+    ]
     if has_biases:
-        shapes += [(gates * hidden,)] * 2
-        names = _NAMES[:4]
+        layout += [("bias_ih", (rows_hh,)), ("bias_hh", (rows_hh,))]
     if projected:
-        shapes.append((output, hidden))
-        names = (*names, "weight_hr")
-    dtype, device = input.dtype, input.device
+        layout.append(("weight_hr", (output, hidden)))
     for index, weight in enumerate(weights):
-        shape = shapes[index % count]
-        if tuple(weight.shape) != shape or weight.dtype != dtype or weight.device != device:
-            _refuse(names[index % count] + "_reverse" * (index // count), weight, shape, input)
-    if h_0 is not None:
-        shape = (directions, batch, output)
-        if tuple(h_0.shape) != shape or h_0.dtype != dtype or h_0.device != device:
-            _refuse("h_0", h_0, shape, input)
+        name, shape = layout[index % count]
+        if not _fits(weight, shape, input):
+            _refuse(name + "_reverse" * (index // count), weight, shape, input)
+    if h_0 is not None and not _fits(h_0, (directions, batch, output), input):
+        _refuse("h_0", h_0, (directions, batch, output), input)
     if c_0 is not None:
-        shape = (directions, batch, hidden)
         if cell != "lstm":
             raise RuntimeError(f"c_0: expected None for {cell}")
-        if tuple(c_0.shape) != shape or c_0.dtype != dtype or c_0.device != device:
-            _refuse("c_0", c_0, shape, input)
+        if not _fits(c_0, (directions, batch, hidden), input):
+            _refuse("c_0", c_0, (directions, batch, hidden), input)
     if batch_sizes is None:
         steps, rows = input.shape[0], input.shape[0] * batch
     else:
         steps, rows = _check_batch_sizes(batch_sizes, batch, input.shape[0]), input.shape[0]
-    return _Sizes(steps, rows, batch, size, hidden, output if projected else 0, directions)
+    return _Sizes(
+        steps, rows, batch, input.shape[-1], hidden, output if projected else 0, directions
+    )
 
 
-def _check_batch_sizes(batch_sizes: Tensor, batch: int, rows: int) -> int:
-    """Return the number of steps. A wrong entry would make the engine leave its arrays."""
-    if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu":
-        raise RuntimeError(
-            f"batch_sizes: expected a 1D int64 tensor on the CPU, got {batch_sizes.dim()}D {batch_sizes.dtype} "
-            f"on {batch_sizes.device}"
-        )
-    steps = len(batch_sizes)
-    if not isinstance(batch_sizes, torch._subclasses.FakeTensor):
-        sizes = batch_sizes.tolist()
-        if any(a < b for a, b in zip([batch, *sizes], [*sizes, 0], strict=True)):
-            raise ValueError(f"batch_sizes: expected sizes that fall from at most {batch} to at least 0, got {sizes}")
-        if sum(sizes) != rows:
-            raise ValueError(f"batch_sizes: expected a sum of {rows}, the rows of input, got {sum(sizes)}")
-    return steps
+def _fits(tensor: Tensor, shape: tuple[int, ...], input: Tensor) -> bool:
+    return tensor.shape == shape and tensor.dtype == input.dtype and tensor.device == input.device
 
 
-def _refuse(name: str, tensor: Tensor, shape: tuple[int, ...], input: Tensor) -> None:
+def _refuse(name: str, tensor: Tensor, shape: tuple[int, ...], input: Tensor) -> NoReturn:
     """Raise for the first of shape, dtype and device that does not fit."""
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise RuntimeError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
     if tensor.dtype != input.dtype:
         raise ValueError(f"{name}: expected the dtype of input, {input.dtype}, got {tensor.dtype}")
     raise RuntimeError(f"{name}: expected the device of input, {input.device}, got {tensor.device}")
+
+
+def _check_batch_sizes(batch_sizes: Tensor, batch: int, rows: int) -> int:
+    """Return the number of steps. A wrong entry would make the engine leave its arrays."""
+    if (
+        batch_sizes.dim() != 1
+        or batch_sizes.dtype != torch.int64
+        or batch_sizes.device.type != "cpu"
+    ):
+        raise RuntimeError(
+            "batch_sizes: expected a 1D int64 tensor on the CPU, "
+            f"got {batch_sizes.dim()}D {batch_sizes.dtype} on {batch_sizes.device}"
+        )
+    sizes = batch_sizes.tolist()
+    if any(a < b for a, b in itertools.pairwise([batch, *sizes, 0])):
+        raise ValueError(
+            f"batch_sizes: expected sizes that fall from at most {batch} to at least 0, got {sizes}"
+        )
+    if sum(sizes) != rows:
+        raise ValueError(
+            f"batch_sizes: expected a sum of {rows}, the rows of input, got {sum(sizes)}"
+        )
+    return len(sizes)
+
+
+def _check_backward(
+    call: _Call,
+    sizes: _Sizes,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    output: Tensor,
+    reserve: Tensor,
+    wanted: list[bool],
+) -> None:
+    """Check what backward takes beyond forward's arguments."""
+    input = call.input
+    shape = (*input.shape[:-1], sizes.directions * sizes.output)
+    state = (sizes.directions, sizes.batch, sizes.output)
+    cell_state = (sizes.directions, sizes.batch, sizes.hidden)
+    for name, tensor, expected in (
+        ("output", output, shape),
+        ("grad_output", grads[0], shape),
+        ("grad_h_n", grads[1], state),
+        ("grad_c_n", grads[2] if call.cell == "lstm" else None, cell_state),
+    ):
+        if tensor is not None and not _fits(tensor, expected, input):
+            _refuse(name, tensor, expected, input)
+    needed = _core.reserve_bytes(_CELLS[call.cell], input.dtype == torch.float64, sizes)
+    if reserve.dtype != torch.uint8 or reserve.numel() != needed or not reserve.is_contiguous():
+        raise RuntimeError(
+            f"reserve: expected the {needed} bytes of ostinato::layer with keep=True, "
+            f"got {reserve.numel()} of {reserve.dtype}"
+        )
+    if len(wanted) != len(call.tensors()):
+        raise RuntimeError(f"wanted: expected {len(call.tensors())} flags, got {len(wanted)}")
 
 
 # ---- the CPU engine ----
@@ -253,13 +346,13 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _addresses(weights: list[Any], sizes: _Sizes, has_biases: bool) -> list[int]:
+def _addresses(weights: Sequence[Tensor | None], sizes: _Sizes, has_biases: bool) -> list[int]:
     """Five addresses per direction, 0 where a weight is absent."""
     addresses = []
     count = len(weights) // sizes.directions
-    for d in range(0, len(weights), count):
-        ih, hh, *others = (_address(weight) for weight in weights[d : d + count])
-        biases = others[:2] if has_biases else [0, 0]
+    for first in range(0, len(weights), count):
+        ih, hh, *others = map(_address, weights[first : first + count])
+        biases = others[:2] if has_biases else (0, 0)
         addresses += [ih, hh, *biases, others[-1] if sizes.projection else 0]
     return addresses
 
@@ -268,66 +361,66 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _layer_cpu(
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    batch: int,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    weights: list[Tensor],
-    cell: str,
-    has_biases: bool,
-    bidirectional: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sizes = _check(cell, input, batch_sizes, batch, h_0, c_0, weights, has_biases, bidirectional)
+def _run(call: _Call, keep: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Check, allocate and run the engine; c_n and reserve are None where there is none."""
+    sizes = _check(call)
+    is_double = call.input.dtype == torch.float64
     # Named, so that dense copies outlive the call that reads their addresses.
-    x, sizes_of_steps, h, c = input.contiguous(), _dense(batch_sizes), _dense(h_0), _dense(c_0)
-    dense = [weight.contiguous() for weight in weights]
-    output, h_n, c_n, reserve = _layer_fake(
-        input, batch_sizes, batch, h_0, c_0, weights, cell, has_biases, bidirectional, keep
-    )
+    x, steps, h, c = call.input.contiguous(), *map(_dense, (call.batch_sizes, call.h_0, call.c_0))
+    weights = [weight.contiguous() for weight in call.weights]
+    output = x.new_empty((*x.shape[:-1], sizes.directions * sizes.output))
+    h_n = x.new_empty((sizes.directions, sizes.batch, sizes.output))
+    c_n = reserve = None
+    if call.cell == "lstm":
+        c_n = x.new_empty((sizes.directions, sizes.batch, sizes.hidden))
+    if keep:
+        kept = _core.reserve_bytes(_CELLS[call.cell], is_double, sizes)
+        reserve = x.new_empty((kept,), dtype=torch.uint8)
     _core.layer_forward(
-        _CELLS[cell],
-        input.dtype == torch.float64,
+        _CELLS[call.cell],
+        is_double,
         sizes,
-        _address(sizes_of_steps),
+        _address(steps),
         x.data_ptr(),
         _address(h),
         _address(c),
-        _addresses(dense, sizes, has_biases),
+        _addresses(weights, sizes, call.has_biases),
         output.data_ptr(),
         h_n.data_ptr(),
-        c_n.data_ptr(),
-        reserve.data_ptr() if keep else 0,
+        _address(c_n),
+        _address(reserve),
         _threads(),
     )
     return output, h_n, c_n, reserve
 
 
-def _layer_fake(
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    batch: int,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    weights: list[Tensor],
-    cell: str,
-    has_biases: bool,
-    bidirectional: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Allocate the results: output, h_n, c_n (empty where there is none) and what backward will read."""
-    directions = 2 if bidirectional else 1
-    hidden, output = weights[1].shape[0] // _GATES[cell], weights[1].shape[1]
-    rows = input.shape[0] * (input.shape[1] if batch_sizes is None else 1)
-    c_shape = (directions, batch, hidden) if cell == "lstm" else (0,)
-    saved = _SAVED[cell] * ((hidden + _PAD - 1) // _PAD * _PAD) * input.element_size() if keep else 0
+def _layer_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_run` for the dispatcher, whose results are always tensors."""
+    *call, keep = arguments
+    output, h_n, c_n, reserve = _run(_Call(*call), keep)
+    if c_n is None:
+        c_n = output.new_empty((0,))
+    if reserve is None:
+        reserve = output.new_empty((0,), dtype=torch.uint8)
+    return output, h_n, c_n, reserve
+
+
+def _layer_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shape the results: output, h_n, c_n (empty but for LSTM) and what backward will read."""
+    *fields, keep = arguments
+    call = _Call(*fields)
+    input = call.input
+    directions = 2 if call.bidirectional else 1
+    output = call.weights[1].shape[1]
+    hidden = call.weights[1].shape[0] // _GATES[call.cell]
+    c_shape = (directions, call.batch, hidden) if call.cell == "lstm" else (0,)
+    rows = input.shape[0] * (input.shape[1] if call.batch_sizes is None else 1)
+    kept = _SAVED[call.cell] * ((hidden + _PAD - 1) // _PAD * _PAD) * input.element_size()
     return (
         input.new_empty((*input.shape[:-1], directions * output)),
-        input.new_empty((directions, batch, output)),
+        input.new_empty((directions, call.batch, output)),
         input.new_empty(c_shape),
-        input.new_empty((directions * rows * saved,), dtype=torch.uint8),
+        input.new_empty((directions * rows * kept if keep else 0,), dtype=torch.uint8),
     )
 
 
@@ -335,184 +428,213 @@ def _layer_backward_cpu(
     grad_output: Tensor | None,
     grad_h_n: Tensor | None,
     grad_c_n: Tensor | None,
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    batch: int,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    weights: list[Tensor],
     output: Tensor,
     reserve: Tensor,
-    cell: str,
-    has_biases: bool,
-    bidirectional: bool,
     wanted: list[bool],
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    sizes = _check(cell, input, batch_sizes, batch, h_0, c_0, weights, has_biases, bidirectional)
-    _check_backward(grad_output, grad_h_n, grad_c_n, input, output, reserve, cell, sizes, wanted, weights)
-    x, sizes_of_steps, h, c = input.contiguous(), _dense(batch_sizes), _dense(h_0), _dense(c_0)
-    dense, y = [weight.contiguous() for weight in weights], output.contiguous()
+    call = _Call(*arguments)
+    sizes = _check(call)
+    _check_backward(call, sizes, (grad_output, grad_h_n, grad_c_n), output, reserve, wanted)
+    x, steps, h, c = call.input.contiguous(), *map(_dense, (call.batch_sizes, call.h_0, call.c_0))
+    weights, y = [weight.contiguous() for weight in call.weights], output.contiguous()
     dy, dh_n = _dense(grad_output), _dense(grad_h_n)
-    dc_n = _dense(grad_c_n) if cell == "lstm" else None
-    dx, dh_0, dc_0, grads = _layer_backward_fake(
-        grad_output, grad_h_n, grad_c_n, input, batch_sizes, batch, h_0, c_0, weights, output, reserve, cell,
-        has_biases, bidirectional, wanted,
-    )  # fmt: skip
+    dc_n = _dense(grad_c_n) if call.cell == "lstm" else None
+    dx, dh_0, dc_0, grads = _gradients(call, wanted)
+    # An empty result stands for one that is not wanted; the engine must not touch it.
+    places = [
+        result if want else None
+        for result, want in zip((dx, dh_0, dc_0, *grads), wanted, strict=True)
+    ]
     _core.layer_backward(
-        _CELLS[cell],
-        input.dtype == torch.float64,
+        _CELLS[call.cell],
+        x.dtype == torch.float64,
         sizes,
-        _address(sizes_of_steps),
+        _address(steps),
         x.data_ptr(),
         _address(h),
         _address(c),
-        _addresses(dense, sizes, has_biases),
+        _addresses(weights, sizes, call.has_biases),
         y.data_ptr(),
         reserve.data_ptr(),
         _address(dy),
         _address(dh_n),
         _address(dc_n),
-        dx.data_ptr() if wanted[0] else 0,
-        dh_0.data_ptr() if wanted[1] else 0,
-        dc_0.data_ptr() if wanted[2] else 0,
-        _addresses([grad if want else None for grad, want in zip(grads, wanted[3:], strict=True)], sizes, has_biases),
+        *map(_address, places[:3]),
+        _addresses(places[3:], sizes, call.has_biases),
         _threads(),
     )
     return dx, dh_0, dc_0, grads
 
 
-def _check_backward(
-    grad_output: Tensor | None,
-    grad_h_n: Tensor | None,
-    grad_c_n: Tensor | None,
-    input: Tensor,
-    output: Tensor,
-    reserve: Tensor,
-    cell: str,
-    sizes: _Sizes,
-    wanted: list[bool],
-    weights: list[Tensor],
-) -> None:
-    """Check what backward takes beyond forward's arguments."""
-    shape = (*input.shape[:-1], sizes.directions * sizes.output)
-    state = (sizes.directions, sizes.batch, sizes.output)
-    cell_state = (sizes.directions, sizes.batch, sizes.hidden)
-    for name, tensor, expected in (
-        ("output", output, shape),
-        ("grad_output", grad_output, shape),
-        ("grad_h_n", grad_h_n, state),
-        ("grad_c_n", grad_c_n if cell == "lstm" else None, cell_state),
-    ):
-        if tensor is not None and (
-            tuple(tensor.shape) != expected or tensor.dtype != input.dtype or tensor.device != input.device
-        ):
-            _refuse(name, tensor, expected, input)
-    needed = _core.reserve_bytes(_CELLS[cell], input.dtype == torch.float64, sizes)
-    if reserve.dtype != torch.uint8 or reserve.numel() != needed or not reserve.is_contiguous():
-        raise RuntimeError(f"reserve: expected {needed} bytes from ostinato::layer(keep=True), got {reserve.numel()}")
-    if len(wanted) != 3 + len(weights):
-        raise RuntimeError(f"wanted: expected {3 + len(weights)} flags, got {len(wanted)}")
-
-
-def _layer_backward_fake(
-    grad_output: Tensor | None,
-    grad_h_n: Tensor | None,
-    grad_c_n: Tensor | None,
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    batch: int,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    weights: list[Tensor],
-    output: Tensor,
-    reserve: Tensor,
-    cell: str,
-    has_biases: bool,
-    bidirectional: bool,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+def _gradients(call: _Call, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Allocate the gradients; one that is not wanted is empty."""
-    directions = 2 if bidirectional else 1
-    hidden, out = weights[1].shape[0] // _GATES[cell], weights[1].shape[1]
-    shapes = [tuple(input.shape), (directions, batch, out), (directions, batch, hidden)]
-    dx, dh_0, dc_0 = (input.new_empty(s if want else (0,)) for s, want in zip(shapes, wanted[:3], strict=True))
-    grads = [input.new_empty(w.shape if want else (0,)) for w, want in zip(weights, wanted[3:], strict=True)]
+    directions = 2 if call.bidirectional else 1
+    hidden = call.weights[1].shape[0] // _GATES[call.cell]
+    shapes: list[Sequence[int]] = [
+        call.input.shape,
+        (directions, call.batch, call.weights[1].shape[1]),
+        (directions, call.batch, hidden),
+        *(weight.shape for weight in call.weights),
+    ]
+    dx, dh_0, dc_0, *grads = (
+        call.input.new_empty(tuple(shape) if want else (0,))
+        for shape, want in zip(shapes, wanted, strict=True)
+    )
     return dx, dh_0, dc_0, grads
+
+
+def _layer_backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    _, _, _, _, _, wanted, *call = arguments
+    return _gradients(_Call(*call), wanted)
 
 
 # ---- autograd ----
 
 
 def _setup_layer(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, batch_sizes, batch, h_0, c_0, weights, *config, keep = inputs
+    *fields, ctx.keep = inputs
+    call = _Call(*fields)
     y, _, _, reserve = output
-    ctx.save_for_backward(input, batch_sizes, h_0, c_0, y, reserve, *weights)
-    ctx.batch, ctx.config, ctx.keep = batch, config, keep
+    ctx.save_for_backward(y, reserve, call.batch_sizes, *call.tensors())
+    ctx.weights, ctx.batch, ctx.config = len(call.weights), call.batch, call[6:]
     ctx.set_materialize_grads(False)
 
 
-def _layer_gradient(
-    ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None, _: None
-) -> tuple[Any, ...]:
+def _saved_call(ctx: Any) -> tuple[list[Any], _Call]:
+    """Return what was saved before the call's own tensors, and the call."""
+    *before, batch_sizes, input, h_0, c_0 = ctx.saved_tensors[: -ctx.weights]
+    weights = list(ctx.saved_tensors[-ctx.weights :])
+    return before, _Call(input, batch_sizes, ctx.batch, h_0, c_0, weights, *ctx.config)
+
+
+def _layer_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     if not ctx.keep:
-        raise RuntimeError("ostinato::layer: backward needs the forward call to have keep=True")
-    input, batch_sizes, h_0, c_0, y, reserve, *weights = ctx.saved_tensors
+        raise RuntimeError("ostinato::layer: backward needs a forward call with keep=True")
+    (y, reserve), call = _saved_call(ctx)
     needs_input, _, _, needs_h_0, needs_c_0, needs_weights, *_ = ctx.needs_input_grad
-    # `needs_weights` is a list with one flag per weight.
     wanted = [needs_input, needs_h_0, needs_c_0, *needs_weights]
-    if grad_output is None and grad_h_n is None and grad_c_n is None:
-        return None, None, None, None, None, [None] * len(weights), None, None, None, None
-    dx, dh_0, dc_0, grads = torch.ops.ostinato.layer_backward(
-        grad_output, grad_h_n, grad_c_n, input, batch_sizes, ctx.batch, h_0, c_0, weights, y, reserve, *ctx.config, wanted
-    )
-    dx, dh_0, dc_0, *grads = (g if want else None for g, want in zip((dx, dh_0, dc_0, *grads), wanted, strict=True))
-    return dx, None, None, dh_0, dc_0, grads, None, None, None, None
+    found: list[Tensor | None] = [None] * len(wanted)
+    if any(grad is not None for grad in grads[:3]):
+        dx, dh_0, dc_0, dw = torch.ops.ostinato.layer_backward(
+            *grads[:3], y, reserve, wanted, *call
+        )
+        found = [g if want else None for g, want in zip((dx, dh_0, dc_0, *dw), wanted, strict=True)]
+    dx, dh_0, dc_0, *dw = found
+    return dx, None, None, dh_0, dc_0, dw, None, None, None, None
+
+
+class _PlainLayer(torch.autograd.Function):
+    """`ostinato::layer` with its gradient, for calls that only autograd needs to see.
+
+    The same kernels and formulas as behind the operator, at a fifth of the cost per call.
+    """
+
+    @staticmethod
+    def run(call: _Call) -> tuple[Tensor, Tensor, Tensor | None]:
+        input, batch_sizes, batch, h_0, c_0, weights, *config = call
+        results = _PlainLayer.apply(  # type: ignore[no-untyped-call]
+            batch_sizes, batch, config, input, h_0, c_0, *weights
+        )
+        return results if call.cell == "lstm" else (*results, None)
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        batch_sizes: Tensor | None,
+        batch: int,
+        config: tuple[str, bool, bool],
+        input: Tensor,
+        h_0: Tensor | None,
+        c_0: Tensor | None,
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
+        call = _Call(input, batch_sizes, batch, h_0, c_0, list(weights), *config)
+        output, h_n, c_n, reserve = _run(call, True)
+        ctx.save_for_backward(output, reserve, batch_sizes, input, h_0, c_0, *weights)
+        ctx.weights, ctx.batch, ctx.config = len(weights), batch, config
+        ctx.set_materialize_grads(False)
+        return (output, h_n) if c_n is None else (output, h_n, c_n)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        dy, dh_n, dc_n = (*grads, None)[:3]
+        wanted = list(ctx.needs_input_grad[3:])
+        if dy is None and dh_n is None and dc_n is None:
+            return (None, None, None, *[None] * len(wanted))
+        (y, reserve), call = _saved_call(ctx)
+        # Where the gradient is to be differentiated, it goes through the operator that can be.
+        backward = (
+            torch.ops.ostinato.layer_backward if torch.is_grad_enabled() else _layer_backward_cpu
+        )
+        dx, dh_0, dc_0, dw = backward(dy, dh_n, dc_n, y, reserve, wanted, *call)
+        found = zip((dx, dh_0, dc_0, *dw), wanted, strict=True)
+        return (None, None, None, *[grad if want else None for grad, want in found])
 
 
 def _setup_layer_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    *grads, input, batch_sizes, batch, h_0, c_0, weights, _, _, cell, has_biases, bidirectional, wanted = inputs
-    ctx.save_for_backward(*grads, input, batch_sizes, h_0, c_0, *weights)
-    ctx.config, ctx.wanted = (cell, has_biases, bidirectional), wanted
+    *grads, _, _, ctx.wanted = inputs[:6]
+    call = _Call(*inputs[6:])
+    ctx.save_for_backward(*grads, call.batch_sizes, *call.tensors())
+    ctx.weights, ctx.batch, ctx.config = len(call.weights), call.batch, call[6:]
     ctx.set_materialize_grads(False)
 
 
 def _layer_backward_gradient(ctx: Any, *outer: Any) -> tuple[Any, ...]:
     """Second derivatives: the reference differentiated twice.
 
-    `output` and `reserve` are functions of the other arguments, whose derivatives are taken in full here, so they get
-    none of their own.
+    `output` and `reserve` are functions of the other arguments, whose derivatives are taken in full
+    here, so they get none of their own.
     """
-    dy, dh_n, dc_n, input, batch_sizes, h_0, c_0, *weights = ctx.saved_tensors
-    cell, has_biases, bidirectional = ctx.config
+    grads, call = _saved_call(ctx)
     with torch.enable_grad():
-        # Aliases, so that a derivative with respect to the argument of this call stops here and higher ones go on.
-        seeds = [_alias(t) for t in (dy, dh_n, dc_n)]
-        primals = [_alias(t) for t in (input, h_0, c_0, *weights)]
-        results = reference.layer(
-            cell, primals[0], batch_sizes, primals[1], primals[2], primals[3:], has_biases=has_biases,
-            bidirectional=bidirectional,
-        )  # fmt: skip
-        pairs = [(r, s) for r, s in zip(results, seeds, strict=True) if r is not None and s is not None]
-        asked = [p for p, want in zip(primals, ctx.wanted, strict=True) if want]
-        inner = torch.autograd.grad(
-            [r for r, _ in pairs], asked, [s for _, s in pairs], create_graph=True, allow_unused=True
+        # Aliases: derivatives with respect to this call's arguments stop here, higher ones go on.
+        seeds = [_alias(grad) for grad in grads]
+        input, h_0, c_0, *weights = primals = [_alias(tensor) for tensor in call.tensors()]
+        results = _reference(call._replace(input=input, h_0=h_0, c_0=c_0, weights=weights))
+        pairs = [
+            (result, seed)
+            for result, seed in zip(results, seeds, strict=True)
+            if result is not None and seed is not None
+        ]
+        asked = [
+            primal
+            for primal, want in zip(primals, ctx.wanted, strict=True)
+            if want and primal is not None
+        ]
+        inner: Sequence[Tensor | None] = torch.autograd.grad(
+            [result for result, _ in pairs],
+            asked,
+            [seed for _, seed in pairs],
+            create_graph=True,
+            allow_unused=True,
         )
-        flat_outer = [g for g, want in zip((*outer[:3], *(outer[3] or ())), ctx.wanted, strict=True) if want]
-        terms = [(i, o) for i, o in zip(inner, flat_outer, strict=True) if i is not None and o is not None]
-        arguments = [t for t in (*seeds, *primals) if t is not None]
-        found = iter(
-            torch.autograd.grad(
-                [i for i, _ in terms], arguments, [o for _, o in terms], create_graph=True, allow_unused=True
+        given = [
+            grad for grad, want in zip((*outer[:3], *outer[3]), ctx.wanted, strict=True) if want
+        ]
+        terms = [
+            (found, grad)
+            for found, grad in zip(inner, given, strict=True)
+            if found is not None and grad is not None
+        ]
+        arguments: list[Any] = [t for t in (*seeds, *primals) if t is not None]
+        second: Sequence[Tensor | None] = [None] * len(arguments)
+        if terms:
+            second = torch.autograd.grad(
+                [found for found, _ in terms],
+                arguments,
+                [grad for _, grad in terms],
+                create_graph=True,
+                allow_unused=True,
             )
-            if terms
-            else [None] * len(arguments)
-        )
-    gradients = [None if t is None else next(found) for t in (*seeds, *primals)]
-    dy, dh_n, dc_n, dx, dh_0, dc_0, *dw = gradients
-    return dy, dh_n, dc_n, dx, None, None, dh_0, dc_0, dw, None, None, None, None, None, None
+    remaining = iter(second)
+    dy, dh_n, dc_n, dx, dh_0, dc_0, *dw = (
+        None if tensor is None else next(remaining) for tensor in (*seeds, *primals)
+    )
+    return dy, dh_n, dc_n, None, None, None, dx, None, None, dh_0, dc_0, dw, None, None, None
 
 
-def _alias(tensor: Tensor | None) -> Tensor | None:
+def _alias(tensor: Tensor | None) -> Any:
     if tensor is None:
         return None
     return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
@@ -520,11 +642,16 @@ def _alias(tensor: Tensor | None) -> Tensor | None:
 
 # ---- registration: one line per backend ----
 
-_library.impl("layer", _layer_cpu, "CPU")
-_library.impl("layer_backward", _layer_backward_cpu, "CPU")
+_library.impl("layer", _layer_cpu, "CPU")  # type: ignore[no-untyped-call]
+_library.impl("layer_backward", _layer_backward_cpu, "CPU")  # type: ignore[no-untyped-call]
 torch.library.register_fake("ostinato::layer", _layer_fake, lib=_library)
 torch.library.register_fake("ostinato::layer_backward", _layer_backward_fake, lib=_library)
-torch.library.register_autograd("ostinato::layer", _layer_gradient, setup_context=_setup_layer, lib=_library)
 torch.library.register_autograd(
-    "ostinato::layer_backward", _layer_backward_gradient, setup_context=_setup_layer_backward, lib=_library
+    "ostinato::layer", _layer_gradient, setup_context=_setup_layer, lib=_library
+)
+torch.library.register_autograd(
+    "ostinato::layer_backward",
+    _layer_backward_gradient,
+    setup_context=_setup_layer_backward,
+    lib=_library,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -57,6 +58,42 @@ def without_autocast(input: Tensor) -> torch.autocast:
     return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)
 
 
+def check_devices(input: Tensor, weight: Tensor, h_0: Tensor | None, c_0: Tensor | None) -> None:
+    """Check that input, weights and states are in one place, in torch's words."""
+    device = input.device
+    if weight.device != device:
+        raise RuntimeError(
+            "Input and parameter tensors are not at the same device, "
+            f"found input tensor at {device} and parameter tensor at {weight.device}"
+        )
+    for state in (h_0, c_0):
+        if state is not None and state.device != device:
+            raise RuntimeError(
+                "Input and hidden tensors are not at the same device, "
+                f"found input tensor at {device} and hidden tensor at {state.device}"
+            )
+
+
+def check_weights(
+    kind: str,
+    names: Sequence[str],
+    weights: list[Tensor],
+    shapes: Sequence[tuple[int, ...]],
+    input: Tensor,
+) -> None:
+    """Check weights, which may have been replaced since construction, against their module."""
+    dtype, device = input.dtype, input.device
+    for name, weight, shape in zip(names, weights, shapes, strict=True):
+        if weight.shape != shape:
+            raise RuntimeError(f"{kind}: {name} must have shape {shape}, got {tuple(weight.shape)}")
+        if weight.dtype != dtype:
+            raise ValueError(f"{kind}: {name} must have input's dtype, {dtype}, got {weight.dtype}")
+        if weight.device != device:
+            raise RuntimeError(
+                f"{kind}: {name} must be on input's device, {device}, got {weight.device}"
+            )
+
+
 def reject_type(kind: str, argument: str, expected: str, got: object) -> NoReturn:
     """Raise for an argument of another Python type."""
     raise TypeError(f"{kind}: {argument} must be {expected}, got {type(got).__name__}")
@@ -67,17 +104,4 @@ def reject_dtype(kind: str, argument: str, got: Tensor, dtype: torch.dtype) -> N
     raise ValueError(
         f"{kind} {argument} dtype ({got.dtype}) does not match weight dtype ({dtype}). "
         f"Convert {argument}: {argument}.to({dtype}), or convert model: model.to({got.dtype})"
-    )
-
-
-def reject_weight(
-    kind: str, name: str, shape: tuple[int, ...], got: Tensor, input: Tensor
-) -> NoReturn:
-    """Raise for a weight that was given another shape, dtype or device after construction."""
-    if got.shape != shape:
-        raise RuntimeError(f"{kind}: {name} must have shape {shape}, got {tuple(got.shape)}")
-    if got.dtype != input.dtype:
-        raise ValueError(f"{kind}: {name} must have input's dtype, {input.dtype}, got {got.dtype}")
-    raise RuntimeError(
-        f"{kind}: {name} must be on input's device, {input.device}, got {got.device}"
     )

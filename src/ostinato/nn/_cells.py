@@ -14,12 +14,15 @@ from ostinato import ops
 from ostinato.nn._arguments import (
     attribute,
     cast,
+    check_devices,
+    check_weights,
     reject_dtype,
     reject_type,
-    reject_weight,
     state_pair,
     without_autocast,
 )
+
+_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 class _Cell(torch.nn.modules.rnn.RNNCellBase):
@@ -92,11 +95,9 @@ class _Cell(torch.nn.modules.rnn.RNNCellBase):
         plain = self._parameters
         weights = [
             attribute(self, name) if (weight := plain.get(name)) is None else weight
-            for name in ("weight_ih", "weight_hh")
+            for name in _NAMES[:2]
         ]
-        biases = [
-            plain[name] if name in plain else getattr(self, name) for name in ("bias_ih", "bias_hh")
-        ]
+        biases = [plain[name] if name in plain else getattr(self, name) for name in _NAMES[2:]]
         given = [bias for bias in biases if bias is not None]
         if len(given) == 1:
             # torch's cells take a bias on one side alone.
@@ -123,10 +124,11 @@ class _Cell(torch.nn.modules.rnn.RNNCellBase):
             reject_dtype(self._kind, "hx" if c is None else "hx[0]", h, dtype)
         if c is not None and c.dtype != dtype:
             reject_dtype(self._kind, "hx[1]", c, dtype)
-        # What a layer call can not see: weights that fit each other, but not this module.
-        expected = (self._gates * self.hidden_size, self.hidden_size)
-        if weights[1].shape != expected:
-            reject_weight(self._kind, "weight_hh", expected, weights[1], input)
+        check_devices(input, weights[0], h, c)
+        rows = self._gates * self.hidden_size
+        shapes = [(rows, self.input_size), (rows, self.hidden_size), (rows,), (rows,)]
+        count = len(weights)
+        check_weights(self._kind, _NAMES[:count], weights, shapes[:count], input)
 
     def _reject_dims(self, index: int, state: Tensor) -> NoReturn:
         raise ValueError(
@@ -138,7 +140,9 @@ class _Cell(torch.nn.modules.rnn.RNNCellBase):
             raise RuntimeError(
                 f"Input batch size {batch} doesn't match hidden{index} batch size {state.size(0)}"
             )
-        got = state.size(1) if state.dim() == 2 else list(state.shape)
+        got: object = list(state.shape)
+        if state.dim() > 1 and state.size(1) != self.hidden_size:
+            got = state.size(1)
         raise RuntimeError(
             f"hidden{index} has inconsistent hidden_size: got {got}, expected {self.hidden_size}"
         )

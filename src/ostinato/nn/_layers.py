@@ -17,9 +17,10 @@ from ostinato import ops
 from ostinato.nn._arguments import (
     attribute,
     cast,
+    check_devices,
+    check_weights,
     reject_dtype,
     reject_type,
-    reject_weight,
     state_pair,
     without_autocast,
 )
@@ -132,6 +133,7 @@ class _Layers(torch.nn.RNNBase):
         self._check_input(weights[0].dtype, input, batch_sizes)
         if h_0 is not None:
             self._check_states(weights[0].dtype, input, batch_sizes, h_0, c_0)
+        check_devices(input, weights[0], h_0, c_0)
         self._check_weights(input, weights)
         if sorted_indices is not None and h_0 is not None:
             h_0 = h_0.index_select(1, sorted_indices)
@@ -188,25 +190,18 @@ class _Layers(torch.nn.RNNBase):
             reject_dtype("RNN", "hx[1]", c_0, dtype)
 
     def _check_weights(self, input: Tensor, weights: list[Tensor]) -> None:
-        """Check what a call of `ops.layer`, which checks its own layer, can not see."""
+        """Check all layers before the first one runs, and against this module's own sizes."""
         rows, out = self._gates * self.hidden_size, self.proj_size or self.hidden_size
-        if self.num_layers == 1:
-            # Weights may fit each other, but not this module.
-            if weights[1].shape != (rows, out):
-                name = self._flat_weights_names[1]
-                reject_weight(self._kind, name, (rows, out), weights[1], input)
-            return
-        # A wrong weight of a later layer has to be found before the first one runs.
         directions = 2 if self.bidirectional else 1
         rest: list[tuple[int, ...]] = [(rows, out)]
-        rest += [(rows,), (rows,)] if self.bias else []
-        rest += [(out, self.hidden_size)] if self.proj_size else []
+        if self.bias:
+            rest += [(rows,), (rows,)]
+        if self.proj_size:
+            rest.append((out, self.hidden_size))
         shapes = [(rows, self.input_size), *rest] * directions
-        shapes += [(rows, directions * out), *rest] * (directions * (self.num_layers - 1))
-        dtype, device = input.dtype, input.device
-        for name, weight, shape in zip(self._flat_weights_names, weights, shapes, strict=True):
-            if weight.shape != shape or weight.dtype != dtype or weight.device != device:
-                reject_weight(self._kind, name, shape, weight, input)
+        if self.num_layers > 1:
+            shapes += [(rows, directions * out), *rest] * (directions * (self.num_layers - 1))
+        check_weights(self._kind, self._flat_weights_names, weights, shapes, input)
 
     def _reject_dims(self, dim: int, h_0: Tensor | None, c_0: Tensor | None) -> NoReturn:
         assert h_0 is not None

@@ -1,0 +1,301 @@
+"""One layer, run on the engine by its addresses and by the equations, for the engine's tests.
+
+Legend: T steps, B batch, N packed rows, I input, H hidden, O output of a step, D directions.
+"""
+
+import contextlib
+import dataclasses
+
+import numpy as np
+from conftest import Poison
+from equations import GATES, walk
+
+from ostinato import _core, reference
+
+CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
+# A cell by its name, and an LSTM with projection.
+KINDS = (*CELLS, "lstm_projected")
+DTYPES = ("float32", "float64")
+WEIGHTS = ("ih", "hh", "b_ih", "b_hh", "hr")
+STATES = ("h_0", "c_0")
+GRADIENTS = ("dx", "dh_0", "dc_0")
+COTANGENTS = ("dy", "dh_n", "dc_n")
+
+
+@contextlib.contextmanager
+def instruction_set(name):
+    """Run what stands inside on another instruction set."""
+    before = _core.isa()
+    _core.set_isa(name)
+    try:
+        yield
+    finally:
+        _core.set_isa(before)
+
+
+def ragged(rng, steps, batch, *, empty=0):
+    """Draw batch_sizes of rows with 1 to `steps` steps, and `empty` rows of no step at all."""
+    lengths = rng.integers(1, steps + 1, batch - empty)
+    lengths[:1] = steps
+    return [int((lengths > t).sum()) for t in range(steps)]
+
+
+@dataclasses.dataclass
+class Layer:
+    """The arguments of one layer. Absent arrays are None."""
+
+    cell: str
+    x: np.ndarray  # (N, I)
+    sizes: list | None  # batch_sizes
+    steps: int
+    batch: int
+    h_0: np.ndarray | None  # (D, B, O)
+    c_0: np.ndarray | None  # (D, B, H)
+    weights: list  # per direction, an array or None under each of WEIGHTS
+
+    @classmethod
+    def draw(
+        cls,
+        rng,
+        kind,
+        steps,
+        batch,
+        size,
+        hidden,
+        *,
+        directions=1,
+        dtype="float64",
+        sizes=None,
+        bias=True,
+        states=STATES,
+        whole=False,
+    ):
+        """Draw a layer; `whole` numbers instead of normal ones round nowhere in a relu network."""
+        cell, proj = kind.removesuffix("_projected"), None
+        if kind != cell:
+            hidden, proj = max(2, hidden), max(1, max(2, hidden) * 2 // 3)
+        out, rows = proj or hidden, GATES[cell] * hidden
+
+        def array(*shape, scale=1.0):
+            if whole:
+                return rng.integers(-1, 2, shape).astype(dtype)
+            return (scale * rng.standard_normal(shape)).astype(dtype)
+
+        # As after training: states neither die out nor grow.
+        scale = 0.5 / np.sqrt(hidden)
+        weights = [
+            {
+                "ih": array(rows, size, scale=1 / np.sqrt(size)),
+                "hh": array(rows, out, scale=scale if cell == "rnn_relu" else 2 * scale),
+                "b_ih": array(rows) if bias else None,
+                "b_hh": array(rows) if bias else None,
+                "hr": array(out, hidden, scale=2 * scale) if proj else None,
+            }
+            for _ in range(directions)
+        ]
+        h_0 = array(directions, batch, out) if "h_0" in states else None
+        c_0 = array(directions, batch, hidden) if "c_0" in states and cell == "lstm" else None
+        x = array(steps * batch if sizes is None else sum(sizes), size)
+        return cls(cell, x, sizes, steps, batch, h_0, c_0, weights)
+
+    def replace(self, **changes):
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def projected(self):
+        return self.weights[0]["hr"] is not None
+
+    @property
+    def dims(self):
+        """The engine's sizes: T, N, B, I, H, projection or 0, D."""
+        rows, out = self.weights[0]["hh"].shape
+        hidden = rows // GATES[self.cell]
+        proj = out if self.projected else 0
+        return (*self.count, self.x.shape[1], hidden, proj, len(self.weights))
+
+    @property
+    def count(self):
+        return self.steps, len(self.x), self.batch
+
+    @property
+    def out(self):
+        return self.weights[0]["hh"].shape[1]
+
+    def shapes(self):
+        """Shapes of all results by name; weights' gradients as dih, dhh, ... and _reverse."""
+        _, rows, batch, size, hidden, _, ways = self.dims
+        shapes = {"y": (rows, ways * self.out), "h_n": (ways, batch, self.out)}
+        shapes |= {"dx": (rows, size), "dh_0": (ways, batch, self.out)}
+        if self.cell == "lstm":
+            shapes |= {"c_n": (ways, batch, hidden), "dc_0": (ways, batch, hidden)}
+        for name, array in self.named_weights():
+            shapes["d" + name] = array.shape
+        return shapes
+
+    def named_weights(self):
+        for d, weights in enumerate(self.weights):
+            for name, array in weights.items():
+                if array is not None:
+                    yield name + "_reverse" * d, array
+
+    def gradients(self):
+        """Names of all gradients that this layer has."""
+        return [name for name in self.shapes() if name not in ("y", "h_n", "c_n")]
+
+    def cotangents(self, rng, names=COTANGENTS):
+        """Draw gradients of y, h_n and c_n; those not in `names` are None."""
+        shapes = self.shapes()
+        drawn = [
+            rng.standard_normal(shapes[name[1:]]).astype(self.x.dtype)
+            if name in names and name[1:] in shapes
+            else None
+            for name in COTANGENTS
+        ]
+        return dict(zip(COTANGENTS, drawn, strict=True))
+
+    # ---- the oracles, in float64 ----
+
+    def reference(self):
+        """Return y, h_n and c_n of `ostinato.reference`."""
+        wide = self.wide()
+        x = wide.x if self.sizes is not None else wide.x.reshape(self.steps, self.batch, -1)
+        bias = self.weights[0]["b_ih"] is not None
+        y, h_n, c_n = reference.layer(
+            self.cell,
+            x,
+            self.sizes,
+            wide.h_0,
+            wide.c_0,
+            [array for _, array in wide.named_weights()],
+            has_biases=bias,
+            bidirectional=len(self.weights) == 2,
+        )
+        results = {"y": y.reshape(len(self.x), y.shape[-1]), "h_n": h_n}
+        return results | ({"c_n": c_n} if self.cell == "lstm" else {})
+
+    def equations(self, cotangents):
+        """Return the results and every gradient, by docs/math.md."""
+        wide, shapes = self.wide(), self.shapes()
+        sizes = self.sizes if self.sizes is not None else [self.batch] * self.steps
+        given = {"h_0": wide.h_0, "c_0": wide.c_0}
+        given |= {n: None if a is None else a.astype("f8") for n, a in cotangents.items()}
+        for name, like in zip(
+            (*STATES, *COTANGENTS), ("h_n", "c_n", "y", "h_n", "c_n"), strict=True
+        ):
+            if given[name] is None and like in shapes:
+                given[name] = np.zeros(shapes[like])
+        ends = "h_n", *(["c_n"] if self.cell == "lstm" else [])
+        found = {"dx": 0.0} | {name: [] for name in ("y", *ends, "dh_0", "dc_0")}
+        for d, weights in enumerate(wide.weights):
+            # Without biases, both are zero.
+            zeros = np.zeros(len(weights["ih"]))
+            w = weights | {n: zeros for n in ("b_ih", "b_hh") if weights[n] is None}
+            states = [None if given[n] is None else given[n][d] for n in ("h_0", "c_0")]
+            ends = [None if given[n] is None else given[n][d] for n in ("dh_n", "dc_n")]
+            dy = given["dy"][:, d * self.out : (d + 1) * self.out]
+            y, h_n, c_n, dx, dw, dh_0, dc_0 = walk(
+                self.cell, w, wide.x, sizes, *states, *ends, dy, reverse=d == 1
+            )
+            found["dx"] = found["dx"] + dx
+            ways = {"y": y, "h_n": h_n, "c_n": c_n, "dh_0": dh_0, "dc_0": dc_0}
+            for name, array in ways.items():
+                found.setdefault(name, []).append(array)
+            found |= {f"d{n}{'_reverse' * d}": a for n, a in dw.items()}
+        found["y"] = np.concatenate(found["y"], -1)
+        for name in ("h_n", "c_n", "dh_0", "dc_0"):
+            if name in shapes:
+                found[name] = np.stack(found[name])
+        return {name: found[name] for name in shapes}
+
+    def wide(self):
+        """Return the same layer in float64."""
+
+        def widen(array):
+            return None if array is None else array.astype("f8")
+
+        weights = [{n: widen(a) for n, a in w.items()} for w in self.weights]
+        return self.replace(
+            x=widen(self.x), h_0=widen(self.h_0), c_0=widen(self.c_0), weights=weights
+        )
+
+    # ---- the engine ----
+
+    def forward(self, *, threads=1, keep=True):
+        """Return y, h_n, c_n and reserve, in memory that shows a write out of bounds."""
+        with Poison() as poison:
+            dtype, shapes = self.x.dtype, self.shapes()
+            results = {n: poison.empty(shapes[n], dtype, n) for n in ("y", "h_n")}
+            if self.cell == "lstm":
+                results["c_n"] = poison.empty(shapes["c_n"], dtype, "c_n")
+            bytes_kept = _core.reserve_bytes(*self._head()) if keep else 0
+            reserve = poison.room(bytes_kept // dtype.itemsize, dtype, "reserve")
+            _core.layer_forward(
+                *self._head(),
+                *self._inputs(poison),
+                *(_address(results.get(n)) for n in ("y", "h_n", "c_n")),
+                _address(reserve) if bytes_kept else 0,
+                threads,
+            )
+        return results | {"reserve": reserve}
+
+    def backward(self, results, cotangents, *, wanted=None, threads=1):
+        """Return the wanted gradients by name; all of them if `wanted` is None."""
+        with Poison() as poison:
+            dtype, shapes = self.x.dtype, self.shapes()
+            wanted = self.gradients() if wanted is None else wanted
+            grads = {n: poison.empty(shapes[n], dtype, n) for n in wanted}
+            _core.layer_backward(
+                *self._head(),
+                *self._inputs(poison),
+                _address(poison.copy(results["y"], "y")),
+                _address(poison.copy(results["reserve"], "reserve")),
+                *(_address(poison.copy(cotangents[n], n)) for n in COTANGENTS),
+                *(_address(grads.get(n)) for n in GRADIENTS),
+                [
+                    _address(grads.get(f"d{n}{'_reverse' * d}"))
+                    for d in range(len(self.weights))
+                    for n in WEIGHTS
+                ],
+                threads,
+            )
+        return grads
+
+    def run(self, cotangents, *, threads=1, wanted=None):
+        """Return results and gradients of forward and backward."""
+        results = self.forward(threads=threads)
+        grads = self.backward(results, cotangents, threads=threads, wanted=wanted)
+        del results["reserve"]
+        return results | grads
+
+    def soil(self):
+        """Leave NaN wherever in its own scratch memory the engine puts numbers of this layer."""
+
+        def spoil(array):
+            return None if array is None else np.full_like(array, np.nan)
+
+        weights = [{n: spoil(a) for n, a in w.items()} for w in self.weights]
+        bad = self.replace(
+            x=spoil(self.x), h_0=spoil(self.h_0), c_0=spoil(self.c_0), weights=weights
+        )
+        shapes = self.shapes()
+        bad.run(
+            {
+                n: np.full(shapes[n[1:]], np.nan, self.x.dtype) if n[1:] in shapes else None
+                for n in COTANGENTS
+            }
+        )
+
+    def _head(self):
+        return CELLS.index(self.cell), self.x.dtype == np.float64, self.dims
+
+    def _inputs(self, poison):
+        sizes = None if self.sizes is None else np.array(self.sizes, np.int64)
+        return (
+            _address(poison.copy(sizes, "batch_sizes")),
+            *(_address(poison.copy(getattr(self, n), n)) for n in ("x", *STATES)),
+            [_address(poison.copy(w[n], n)) for w in self.weights for n in WEIGHTS],
+        )
+
+
+def _address(array):
+    return 0 if array is None else array.ctypes.data

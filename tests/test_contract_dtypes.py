@@ -1,0 +1,107 @@
+"""The drop-in contract: every float dtype, and torch.autocast."""
+
+import pytest
+import torch
+from pairs import LAYERS, SIX, TORCH_WARNS, assert_same, each, flat, packed, pair, shapes, state
+
+from ostinato import nn
+
+pytestmark = pytest.mark.filterwarnings(TORCH_WARNS)
+
+DTYPES = {
+    torch.float16: 4e-3,
+    torch.bfloat16: 3e-2,
+    torch.float32: 1e-5,
+    torch.float64: 1e-12,
+    torch.complex64: 1e-5,
+    torch.complex128: 1e-12,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SIX)
+def test_every_float_dtype_forward_and_backward(name, dtype):
+    ours, theirs = pair(name, 4, 8, dtype=dtype)
+    x, h = shapes(name, dtype=dtype)
+    results = []
+    for module in (ours, theirs):
+        arguments = (x.clone().requires_grad_(), each(h, lambda t: t.clone().requires_grad_()))
+        result = module(*arguments)
+        sum(t.abs().square().sum() for t in flat(result)).backward()
+        gradients = [t.grad for t in flat(arguments)] + [w.grad for w in module.parameters()]
+        results.append((flat(result), gradients))
+    tolerance = DTYPES[dtype]
+    assert all(t.dtype == dtype for t in results[0][0])
+    torch.testing.assert_close(*(r[0] for r in results), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(*(r[1] for r in results), rtol=10 * tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("name", LAYERS)
+def test_packed_layers_in_dtypes_without_an_engine(name, dtype):
+    ours, theirs = pair(name, 4, 8, 2, bidirectional=True, dtype=dtype)
+    sequences = packed(False, dtype=dtype)
+    tolerance = DTYPES[dtype]
+    assert_same(ours(sequences), theirs(sequences), rtol=tolerance, atol=tolerance)
+
+
+# ---- autocast ----
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weights", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", SIX)
+def test_autocast_computes_in_the_dtype_of_the_weights(name, weights, given):
+    module = getattr(nn, name)(4, 8, dtype=weights)
+    x, h = shapes(name, dtype=given)
+    expected = module(x.to(weights), each(h, lambda t: t.to(weights)))
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            results = module(x, h)
+            assert torch.is_autocast_enabled("cpu")
+        for mine, other in zip(flat(results), flat(expected), strict=True):
+            assert mine.dtype == weights
+            assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_autocast_serves_packed_input_and_mixed_states(name):
+    module = getattr(nn, name)(4, 8, 2, dropout=1.0)
+    sequences, h = packed(False), state(name, 2, 3, 8)
+    expected = module(sequences, each(h, lambda t: t.bfloat16().float()))
+    with torch.autocast("cpu"):
+        results = module(sequences, each(h, lambda t: t.bfloat16()))
+    for mine, other in zip(flat(results), flat(expected), strict=True):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_autocast_trains(name):
+    module = getattr(nn, name)(4, 8)
+    x, h = shapes(name)
+    low = x.bfloat16().requires_grad_()
+    with torch.autocast("cpu"):
+        sum(t.sum() for t in flat(module(low, h))).backward()
+    assert low.grad.dtype == torch.bfloat16
+    assert all(weight.grad.dtype == torch.float32 for weight in module.parameters())
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_autocast_does_not_turn_other_numbers_into_floats(name):
+    module = getattr(nn, name)(4, 8)
+    x, h = shapes(name)
+    with torch.autocast("cpu"):
+        for wrong in (x.long(), x.cfloat()):
+            with pytest.raises(ValueError, match=r"\(torch.float32\)"):
+                module(wrong, h)
+        with pytest.raises(ValueError, match=r"\(torch.float32\)"):
+            module(x, each(h, lambda t: t.cfloat()))
+
+
+def test_a_disabled_region_is_no_autocast():
+    with (
+        torch.autocast("cpu"),
+        torch.autocast("cpu", enabled=False),
+        pytest.raises(ValueError, match="dtype"),
+    ):
+        nn.GRU(4, 8)(torch.randn(5, 3, 4).double())
