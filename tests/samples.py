@@ -79,7 +79,12 @@ def draw(
 ):
     """Draw a call; `lengths` packs it, `states` says which of h_0 and c_0 are there."""
     directions, rows, out = 1 + bidirectional, GATES[cell] * hidden, projection or hidden
-    shapes = [(rows, size), (rows, out), *[(rows,)] * (2 * bias), *[(out, hidden)] * bool(projection)]
+    shapes = [
+        (rows, size),
+        (rows, out),
+        *[(rows,)] * (2 * bias),
+        *[(out, hidden)] * bool(projection),
+    ]
     # Small enough that no gate saturates, where it would hide what comes in.
     weights = [torch.randn(shape, dtype=dtype) * 0.5 for shape in shapes * directions]
     sizes = None

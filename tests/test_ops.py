@@ -1,6 +1,5 @@
 """The operators `ostinato::layer` and `ostinato::layer_backward`, and `ops.layer` above them."""
 
-import contextlib
 import logging
 
 import pytest
@@ -10,12 +9,14 @@ from samples import SAMPLES, Sample, draw, gradients
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
-from ostinato import ops, reference
+from ostinato import ops
 
 operators = torch.ops.ostinato
 CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
 
 samples = pytest.mark.parametrize("kind", SAMPLES)
+# torch scripts its own formulas when forward-mode differentiation is first used.
+forward_mode = pytest.mark.filterwarnings(r"ignore:`torch\.jit\.script` is deprecated")
 
 
 def sample_of(kind, dtype=torch.float64):
@@ -24,7 +25,10 @@ def sample_of(kind, dtype=torch.float64):
 
 def close(actual, expected, steps=8):
     for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, **tolerance(e.dtype, steps))
+        bound = tolerance(e.dtype, steps)
+        # A sum rounds in proportion to its terms, which may cancel.
+        bound["atol"] *= max(1.0, e.detach().abs().max().item() if e.numel() else 0.0)
+        torch.testing.assert_close(a, e, **bound)
 
 
 def same(actual, expected):
@@ -162,7 +166,7 @@ def test_higher_derivatives_are_the_references(kind, order):
     close(
         derivatives(sample, Sample.run, order),
         derivatives(sample, Sample.reference, order),
-        steps=200,
+        steps=32,
     )
 
 
@@ -200,9 +204,7 @@ def test_each_gradient_alone_and_each_left_out(kind):
     everything = gradients(results, sample.leaves(), seeds)
     for index, leaf in enumerate(sample.leaves()):
         for alone in (True, False):
-            leaves = [
-                t.detach().requires_grad_(alone == (t is leaf)) for t in sample.leaves()
-            ]
+            leaves = [t.detach().requires_grad_(alone == (t is leaf)) for t in sample.leaves()]
             results = sample.replaced(leaves).run()
             asked = [t for t in leaves if t.requires_grad]
             expected = [g for i, g in enumerate(everything) if alone == (i == index)]
@@ -348,6 +350,7 @@ def test_func_grad(cell):
     close(torch.func.grad(loss)(sample.leaves()), expected)
 
 
+@forward_mode
 def test_func_hessian():
     sample = draw("gru", steps=2, batch=1, dtype=torch.float64)
 
@@ -360,6 +363,7 @@ def test_func_hessian():
     close([actual], [expected])
 
 
+@forward_mode
 def test_forward_mode_derivatives():
     sample = draw("lstm", dtype=torch.float64)
     tangents = [torch.randn_like(leaf) for leaf in sample.leaves()]
@@ -397,9 +401,9 @@ def test_fake_and_meta_tensors_have_the_real_shapes(kind, keep, dtype):
     results = operators.layer(*meta.operator_arguments(keep))
     assert [(r.shape, r.dtype, r.stride()) for r in results] == shapes
     assert all(r.device.type == "meta" for r in results)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = sample.each(mode.from_tensor)
-        results = operators.layer(*fake.operator_arguments(keep))
+    with FakeTensorMode() as mode:
+        fake = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments)
+        results = operators.layer(*fake)
         assert [(r.shape, r.dtype, r.stride()) for r in results] == shapes
 
 

@@ -154,22 +154,26 @@ def test_bad_arguments_are_refused_by_name(case, training, no_kernel):
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in BAD if case.startswith(("batch_sizes", "h_0", "c_0"))]
+    "case",
+    [
+        case
+        for case in BAD
+        # Without states the first of batch_sizes is the batch.
+        if case.startswith(("batch_sizes", "h_0", "c_0")) and case != "batch_sizes over the batch"
+    ],
 )
 def test_packed_without_the_other_states(case, no_kernel):
     # The batch is then read from whatever is there, which may be what is wrong.
-    change, exception, _ = BAD[case]
+    change, _, _ = BAD[case]
     sample = draw("lstm", bidirectional=True)
     if case.startswith("batch_sizes"):
-        if "over the batch" in case:
-            pytest.skip("without states the first of batch_sizes is the batch")
         sample = change(sample)._replace(h_0=None, c_0=None)
-        name = "batch_sizes|input"
+        names = "batch_sizes|input"
     else:
-        state = case[:3]
-        sample = packed([3, 2])(change(sample))._replace(**{"c_0" if state == "h_0" else "h_0": None})
-        name = f"{state}|batch_sizes"
-    with pytest.raises(exception, match=f"^({name}): "):
+        state, other = ("h_0", "c_0") if case.startswith("h_0") else ("c_0", "h_0")
+        sample = packed([3, 2])(change(sample)._replace(**{other: None}))
+        names = f"{state}|batch_sizes"
+    with pytest.raises((RuntimeError, TypeError, ValueError), match=f"^({names}): "):
         sample.run()
 
 
@@ -178,7 +182,8 @@ STILL_BAD = [
     case
     for case, (_, exception, _) in BAD.items()
     # The schema refuses other Python types, in torch's words.
-    if exception is not TypeError and not case.endswith(("huge", "0D", "2D", "1D", "dimension"))
+    # A tensor without numbers makes the whole call one.
+    if exception is not TypeError and not case.endswith(("device", "meta"))
 ]
 
 
@@ -216,7 +221,7 @@ def test_projection_belongs_to_the_lstm(no_kernel):
         with pytest.raises((RuntimeError, ValueError), match=match):
             sample._replace(weights=[*sample.weights[:4], hr]).run()
     gru = draw("gru")
-    with pytest.raises(RuntimeError, match="weights: .*5"):
+    with pytest.raises(RuntimeError, match=r"weights: .*5"):
         gru._replace(weights=[*gru.weights, torch.zeros(3, 3)]).run()
 
 
@@ -247,9 +252,9 @@ def backward_arguments():
 
 
 BAD_BACKWARD = {
-    "grad_output": [lambda t: t[:-1], double, meta],
-    "grad_h_n": [lambda t: t[:1], double, meta],
-    "output": [lambda t: t[..., :-1], double, meta],
+    "grad_output": [lambda t: t[:-1], double],
+    "grad_h_n": [lambda t: t[:1], double],
+    "output": [lambda t: t[..., :-1], double],
     "reserve": [lambda t: t[:-1], lambda t: t[:0], lambda t: t.float(), lambda t: t.repeat(2)[::2]],
     "wanted": [lambda w: w[:-1], lambda w: [*w, True], lambda w: []],
 }
@@ -265,14 +270,4 @@ def test_backward_refuses_by_name(name, index, monkeypatch):
     )
     arguments[name] = BAD_BACKWARD[name][index](arguments[name])
     with pytest.raises((RuntimeError, ValueError), match=f"{name}: "):
-        operators.layer_backward(*arguments.values(), *call)
-
-
-def test_a_reserve_elsewhere_is_refused(monkeypatch):
-    arguments, call = backward_arguments()
-    monkeypatch.setattr(
-        ops._core, "layer_backward", lambda *_: pytest.fail("the kernel ran on bad arguments")
-    )
-    arguments["reserve"] = arguments["reserve"].to("meta")
-    with pytest.raises(RuntimeError, match="reserve: "):
         operators.layer_backward(*arguments.values(), *call)

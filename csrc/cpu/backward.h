@@ -26,12 +26,12 @@ public:
           shares_(call.sizes, members, work(), work() * sizeof(T), max_tile_rows<1>()),
           relay_(ceil_div(ceil_div(call.sizes.output(), L), kGroup), arena_) {
         const int64_t D = size_.directions, B = size_.batch, O = size_.output(), H = size_.hidden;
-        hp_ = padded(H), op_ = padded(O);
+        hp_ = padded(H), op_ = padded(O), row_ = R * hp_ + kSkew;
         blocks_ = ceil_div(O, L);
         panel_ = G * H * L;
-        chunk_rows_ = chunk_rows(size_, R * hp_ * sizeof(T));
+        chunk_rows_ = chunk_rows(size_, row_ * sizeof(T));
         panels_ = arena_.take<T>(D * blocks_ * panel_);
-        for (int i = 0; i < 2; i++) grads_[i] = arena_.take<T>(D * chunk_rows_ * R * hp_);
+        for (int i = 0; i < 2; i++) grads_[i] = arena_.take<T>(D * chunk_rows_ * row_);
         zeros_ = arena_.take<T>(op_);
         pointers_ = arena_.take<const T*>(members * B);
         table_ = arena_.take<const T*>(chunk_rows_);
@@ -78,6 +78,8 @@ public:
 
 private:
     static constexpr int64_t kGroup = 4;
+    // Rows of gate gradients are read by columns too: a stride that is no power of two spreads them over the cache.
+    static constexpr int64_t kSkew = 16;
 
     struct Chunk {
         int64_t s0 = 0, s1 = 0;  // steps [s0, s1)
@@ -132,12 +134,12 @@ private:
         });
     }
 
-    // Gate gradients of step s, [rows, R * Hp].
+    // Gate gradients of step s, [rows, row_], of which R * Hp are used.
     T* grads_of(int64_t d, int64_t s) const {
         const Chunk& chunk = chunk_[d];
         const bool here = s < chunk.s1;
         return grads_[here ? chunk.parity : chunk.parity ^ 1] +
-               (d * chunk_rows_ + steps_.first_row(d, s) - (here ? chunk.first_row : chunk.next_first_row)) * R * hp_;
+               (d * chunk_rows_ + steps_.first_row(d, s) - (here ? chunk.first_row : chunk.next_first_row)) * row_;
     }
 
     // Row b of h_{t-1} at step s.
@@ -169,7 +171,7 @@ private:
         }
 
         void run(int64_t b0, int64_t b1, int64_t u0, int64_t u1) const {
-            for (int64_t b = b0; b < min(b1, n_next); b++) rows[b] = grads_next + b * R * w.hp_;
+            for (int64_t b = b0; b < min(b1, n_next); b++) rows[b] = grads_next + b * w.row_;
             // Rows that go on at step s + 1, and rows that began there: their gradient is that of h_0.
             walk_tiles<1>(Carried{*this}, b0, min(min(b1, n), n_next), u0, u1);
             if (w.f_.dh_0) walk_tiles<1>(Begun{*this}, max(b0, n), min(b1, n_next), u0, u1);
@@ -273,7 +275,7 @@ private:
                 if (unprojected) C::output(saved).store(unprojected + b * hp + unit);
             }
             const Vec<T> direct = C::backward(dh_t, dc, saved, h_previous, c_previous, h, da);
-            for (int i = 0; i < R; i++) da[i].store(grads + (b * R + i) * hp + unit);
+            for (int i = 0; i < R; i++) da[i].store(grads + b * w.row_ + i * hp + unit);
             if constexpr (C::kUsesPrevious) direct.store(w.direct_ + (d * z.batch + b) * w.op_ + unit);
             if constexpr (C::kHasCell) dc.store(dc_row);
         }
@@ -283,14 +285,14 @@ private:
     void reduce(int64_t d, bool first, Team& team) {
         const int64_t s0 = max(chunk_[d].s0, 0), s1 = chunk_[d].s1, I = size_.input, O = size_.output(), H = size_.hidden;
         const int64_t n = s1 > s0 ? steps_.rows_between(d, s0, s1) : 0, row0 = chunk_[d].first_row;
-        const T* grads = grads_[chunk_[d].parity] + d * chunk_rows_ * R * hp_;
+        const T* grads = grads_[chunk_[d].parity] + d * chunk_rows_ * row_;
         const auto& dw = f_.grads[d];
         if (f_.dx && n) {
             T* dx = static_cast<T*>(f_.dx) + row0 * I;
             RowProduct product;
             product.rows = n, product.columns = I, product.depth = H, product.segments = G;
             for (int g = 0; g < G; g++) product.a[g] = grads + C::input_slot(g) * hp_;
-            product.a_row = R * hp_;
+            product.a_row = row_;
             product.c[0] = size_.directions == 2 ? dx_ : dx;
             product.ldc = I;
             product.b = {in(f_.weights[d].ih), I, I, nullptr};
@@ -306,8 +308,7 @@ private:
                     table_[steps_.first_row(d, s) - row0 + b] = previous_row(d, s, b);
             weight_gradient(grads, false, {nullptr, 0, O, table_}, n, dw.hh, first, team);
         }
-        bias_gradient(grads, true, n, dw.bias_ih, first, team);
-        bias_gradient(grads, false, n, dw.bias_hh, first, team);
+        bias_gradients(grads, n, dw, first, team);
         if (dw.hr && (n || first)) {
             RowProduct product;
             product.rows = O, product.columns = H, product.depth = n;
@@ -327,7 +328,7 @@ private:
             product.a[g] = grads + (input_side ? C::input_slot(g) : g) * hp_;
             product.c[g] = static_cast<T*>(dw) + g * size_.hidden * rows.columns;
         }
-        product.a_row = 1, product.a_column = R * hp_;
+        product.a_row = 1, product.a_column = row_;
         product.ldc = rows.columns;
         product.resume = !first;
         product.b = rows;
@@ -341,19 +342,27 @@ private:
             for (int b = 0; b < product.batches; b++) fill_zero(product.c[b], product.rows * product.columns);
     }
 
-    void bias_gradient(const T* grads, bool input_side, int64_t n, void* db, bool first, Team& team) {
-        if (!db) return;
+    // Column sums of the gate gradients. Most slots serve both biases and are summed once.
+    void bias_gradients(const T* grads, int64_t n, const Weights<void*>& dw, bool first, Team& team) {
+        if (!dw.bias_ih && !dw.bias_hh) return;
         const int64_t H = size_.hidden, blocks = ceil_div(H, 4 * L);
-        team.run(G * blocks, [&](int64_t task, int) {
-            const int64_t g = task / blocks, j0 = task % blocks * 4 * L;
-            const T* column = grads + (input_side ? C::input_slot(static_cast<int>(g)) : g) * hp_ + j0;
-            T* out = static_cast<T*>(db) + g * H + j0;
-            Vec<T> sum[4];
+        team.run(R * blocks, [&](int64_t task, int) {
+            const int64_t slot = task / blocks, j0 = task % blocks * 4 * L;
+            T* outs[2] = {nullptr, nullptr};
+            for (int g = 0; g < G; g++) {
+                if (C::input_slot(g) == slot && dw.bias_ih) outs[0] = static_cast<T*>(dw.bias_ih) + g * H + j0;
+                if (g == slot && dw.bias_hh) outs[1] = static_cast<T*>(dw.bias_hh) + g * H + j0;
+            }
+            const T* before = outs[0] ? outs[0] : outs[1];
+            if (!before) return;
             for (int v = 0; v < 4; v++) {
-                const int64_t lanes = max(0, min(L, H - j0 - v * L));
-                sum[v] = first || !lanes ? Vec<T>(0) : load_n(out + v * L, lanes);
-                for (int64_t i = 0; lanes && i < n; i++) sum[v] = sum[v] + load_n(column + i * R * hp_ + v * L, lanes);
-                if (lanes) store_n(sum[v], out + v * L, lanes);
+                const int64_t lanes = min(L, H - j0 - v * L);
+                if (lanes <= 0) break;
+                const T* column = grads + slot * hp_ + j0 + v * L;
+                Vec<T> sum = first ? Vec<T>(0) : load_n(before + v * L, lanes);
+                for (int64_t i = 0; i < n; i++) sum = sum + Vec<T>::load(column + i * row_);
+                for (T* out : outs)
+                    if (out) store_n(sum, out + v * L, lanes);
             }
         });
     }
@@ -380,7 +389,7 @@ private:
     Shares shares_;
     Relay relay_;
     Chunk chunk_[2];
-    int64_t hp_, op_, blocks_, panel_, chunk_rows_;
+    int64_t hp_, op_, row_, blocks_, panel_, chunk_rows_;
     T *panels_, *grads_[2], *zeros_, *direct_ = nullptr, *dc_ = nullptr, *dx_ = nullptr;
     T *panels_hr_ = nullptr, *dh_ = nullptr, *unprojected_ = nullptr, *product_scratch_;
     const T **pointers_, **table_;

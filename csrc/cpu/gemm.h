@@ -169,9 +169,18 @@ struct Product {
             for (int64_t k = 0; k < kn; k++) Vec<T>(0).store(dst + k * NR * L);
     }
 
-    // A^T is read along its rows (a_row == 1): tiles of MR, k-major; rows past the end repeat nothing and hold zero.
+    // A^T is read along its rows (a_row == 1): tiles of MR, k-major. A cache line of a row holds several tiles, which are
+    // filled together, so that it is fetched once; rows past the end are zero.
     void pack_rows(const T* as, T* dst, int64_t m0, int64_t m1, int64_t k0, int64_t kn) const {
-        for (int64_t m = m0; m < m1; m += MR, dst += MR * kn) {
+        constexpr int64_t kTogether = max(1, 64 / static_cast<int64_t>(sizeof(T)) / MR);
+        int64_t m = m0;
+        for (; m + kTogether * MR <= m1; m += kTogether * MR, dst += kTogether * MR * kn)
+            for (int64_t k = 0; k < kn; k++) {
+                const T* source = as + m + (k0 + k) * a_column;
+                for (int64_t i = 0; i < kTogether; i++)
+                    std::memcpy(dst + (i * kn + k) * MR, source + i * MR, MR * sizeof(T));
+            }
+        for (; m < m1; m += MR, dst += MR * kn) {
             const int64_t n = min(MR, m1 - m);
             for (int64_t k = 0; k < kn; k++) {
                 const T* source = as + m + (k0 + k) * a_column;

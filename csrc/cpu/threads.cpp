@@ -1,7 +1,10 @@
 #include "threads.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 #include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
@@ -21,8 +24,14 @@ inline void pause() {
 }
 
 // How long a worker looks for the next phase before it sleeps.
-constexpr auto kSpin = std::chrono::microseconds(60);
+constexpr std::chrono::microseconds kSpin(60);
 constexpr int kMaxWorkers = 255;
+// A wait that only a lost time slice explains, and how long the caller then works alone before it tries again.
+constexpr std::chrono::microseconds kSlice(500);
+constexpr std::chrono::milliseconds kAlone(100);
+
+using Clock = std::chrono::steady_clock;
+using Call = void (*)(const void*, int64_t, int);
 
 // The open phase in one word, so that a claim is one compare-and-swap: which phase (upper 32 bits), how many workers may
 // join (8 bits), how many tasks are left (24 bits). A worker that slept through phases cannot claim from a later one by
@@ -51,26 +60,51 @@ public:
         return workers_ < wanted ? workers_ : wanted;
     }
 
-    void run(int64_t tasks, int workers, void (*call)(const void*, int64_t, int), const void* body) {
+    // Opens a phase for `workers` of our own, already started, and whoever else calls take_part.
+    void open(int64_t tasks, int workers, Call call, const void* body) {
         call_ = call, body_ = body, tasks_ = tasks;
         pending_.store(tasks, std::memory_order_relaxed);
         ticket_.store(ticket_of(++phase_, workers, static_cast<uint64_t>(tasks)), std::memory_order_seq_cst);
-        if (sleepers_.load(std::memory_order_seq_cst) > 0) {
+        if (workers > 0 && sleepers_.load(std::memory_order_seq_cst) > 0) {
             { std::lock_guard<std::mutex> lock(sleep_); }
             wake_.notify_all();
         }
-        while (claim_and_run(phase_, 0)) {
+    }
+
+    // Works on the open phase until nothing is left to claim. Returns the time of the longest task.
+    Clock::duration take_part(int member) {
+        Clock::duration longest{};
+        for (auto start = Clock::now(); claim_and_run(phase_, member);) {
+            const auto end = Clock::now();
+            longest = end - start > longest ? end - start : longest;
+            start = end;
         }
+        return longest;
+    }
+
+    // Waits for the tasks that others have claimed.
+    void wait() {
         Backoff backoff;
         while (pending_.load(std::memory_order_acquire) != 0) backoff.wait();
     }
 
+    // Whether somebody else held the cores lately.
+    bool crowded() const { return crowded_ != Clock::time_point{} && Clock::now() - crowded_ < kAlone; }
+
+    // Told after each phase how long the caller waited for the others and how long its own longest task took. A worker that
+    // the kernel has put aside for another process keeps the caller waiting for a time slice, several milliseconds, at
+    // every phase: then one thread is faster than two, until the cores are free again.
+    void judge(Clock::duration waited, Clock::duration longest) {
+        if (longest != Clock::duration{} && waited > kSlice && waited > 2 * longest) crowded_ = Clock::now();
+    }
+
 private:
-    bool claim_and_run(uint32_t phase, int member) {
+    bool claim_and_run(uint32_t phase, int member, bool own = false) {
         uint64_t ticket = ticket_.load(std::memory_order_acquire);
         do {
             if (static_cast<uint32_t>(ticket >> 32) != phase || (ticket & kTaskMask) == 0) return false;
-            if (member > static_cast<int>(ticket >> kTaskBits & 0xff)) return false;
+            // Own workers past the limit, and all of them where the limit is 0, look on.
+            if (own && member > static_cast<int>(ticket >> kTaskBits & 0xff)) return false;
         } while (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel, std::memory_order_acquire));
         call_(body_, tasks_ - static_cast<int64_t>(ticket & kTaskMask), member);
         pending_.fetch_sub(1, std::memory_order_acq_rel);
@@ -81,7 +115,7 @@ private:
     void work(int index, uint32_t seen) {
         for (;;) {
             seen = next_phase(seen);
-            while (claim_and_run(seen, index + 1)) {
+            while (claim_and_run(seen, index + 1, true)) {
             }
         }
     }
@@ -106,7 +140,8 @@ private:
     alignas(64) std::atomic<uint64_t> ticket_{0};
     alignas(64) std::atomic<int64_t> pending_{0};
     alignas(64) std::atomic<int> sleepers_{0};
-    void (*call_)(const void*, int64_t, int) = nullptr;
+    Call call_ = nullptr;
+    Clock::time_point crowded_{};
     const void* body_ = nullptr;
     int64_t tasks_ = 0;
     uint32_t phase_ = 0;
@@ -115,6 +150,58 @@ private:
     std::condition_variable wake_;
 };
 
+// The OpenMP workers that torch brings into the process. After each of torch's parallel loops they spin for some 20 ms, and
+// workers of our own would share the cores with them: on two cores a layer between torch's operators was seen to take
+// 1.3 times as long. So where there are such workers, they are the ones that carry our phases too.
+//
+// Only in the main thread (each thread that opens a parallel region makes OpenMP start workers for itself), and never in a
+// forked child (where OpenMP waits for workers that do not exist).
+class OpenMp {
+public:
+    bool at_hand() {
+        if (forked_ || !is_main_thread()) return false;
+        if (!parallel_) parallel_ = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+        return parallel_ != nullptr;
+    }
+
+    // Runs the phase that `pool` has open. The region ends when every worker has come and gone.
+    void run(Pool& pool, int members) {
+        Region region{&pool, {0}, {}, {}};
+        parallel_(&Region::enter, &region, static_cast<unsigned>(members), 0);
+        pool.judge(Clock::now() - region.out_of_work, region.longest);
+    }
+
+    void forget() { forked_ = true; }
+
+private:
+    using Parallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
+
+    struct Region {
+        Pool* pool;
+        std::atomic<int> others;
+        Clock::time_point out_of_work;  // when the caller found nothing left to claim
+        Clock::duration longest;
+
+        static void enter(void* data) {
+            Region& region = *static_cast<Region*>(data);
+            if (is_main_thread()) {
+                region.longest = region.pool->take_part(0);
+                region.out_of_work = Clock::now();
+                region.pool->wait();
+            } else {
+                region.pool->take_part(region.others.fetch_add(1) + 1);
+            }
+        }
+    };
+
+    static bool is_main_thread() { return syscall(SYS_gettid) == getpid(); }
+
+    Parallel parallel_ = nullptr;
+    bool forked_ = false;
+};
+
+OpenMp g_openmp;
+
 // Never destroyed: detached workers may outlive static destructors. Replaced in a forked child, which has no workers and
 // may have inherited locked mutexes.
 Pool* g_pool = nullptr;
@@ -122,7 +209,10 @@ Pool* g_pool = nullptr;
 Pool& pool() {
     static const bool once = [] {
         g_pool = new Pool;
-        pthread_atfork(nullptr, nullptr, [] { g_pool = new Pool; });
+        pthread_atfork(nullptr, nullptr, [] {
+            g_pool = new Pool;
+            g_openmp.forget();
+        });
         return true;
     }();
     (void)once;
@@ -143,7 +233,9 @@ void Backoff::wait() {
 Team::Team(int threads) {
     if (threads <= 1 || !pool().in_use.try_lock()) return;
     borrowed_ = true;
-    members_ = 1 + pool().start(threads - 1);
+    if (pool().crowded()) return;
+    openmp_ = g_openmp.at_hand();
+    members_ = openmp_ ? (threads <= kMaxWorkers ? threads : kMaxWorkers) : 1 + pool().start(threads - 1);
 }
 
 Team::~Team() {
@@ -157,7 +249,13 @@ void Team::run_tasks(int64_t tasks, Call call, const void* body) {
         for (int64_t task = 0; task < tasks; task++) call(body, task, 0);
         return;
     }
-    pool().run(tasks, members_ - 1, call, body);
+    Pool& workers = pool();
+    workers.open(tasks, openmp_ ? 0 : members_ - 1, call, body);
+    if (openmp_) return g_openmp.run(workers, members_);
+    const auto longest = workers.take_part(0);
+    const auto out_of_work = Clock::now();
+    workers.wait();
+    workers.judge(Clock::now() - out_of_work, longest);
 }
 
 }  // namespace ostinato

@@ -2,9 +2,11 @@
 //
 // Promises (design, decision 8):
 //   - Tasks are claimed one at a time, the caller claims too, and it waits only for tasks that a worker has claimed. Where
-//     another process holds the cores, workers arrive late or never and the caller does the work alone.
+//     another process holds the cores, workers arrive late or never and the caller does the work alone; a caller that was
+//     kept waiting works alone for the next tenth of a second.
 //   - A second Python thread finds the pool busy and runs alone. Nothing blocks.
 //   - Workers spin for some tens of microseconds after a phase, then sleep in the kernel.
+//   - Beside torch, its OpenMP workers are used instead of ours (threads.cpp, OpenMp).
 //   - After fork, the child starts with a new, empty pool.
 #pragma once
 
@@ -40,6 +42,7 @@ private:
 
     int members_ = 1;
     bool borrowed_ = false;
+    bool openmp_ = false;
 };
 
 // One polite turn of a spin loop: a pause at first, then the processor is offered to others.
