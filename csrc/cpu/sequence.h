@@ -117,19 +117,22 @@ inline void walk_tiles(const F& f, int64_t b0, int64_t b1, int64_t u0, int64_t u
 }
 
 // Members that walk the same steps together. Each step is cut into groups; a group is claimed by one compare-and-swap, a
-// member's own groups first and then any that is left, and a step is over when all its groups are done. So a member that the
-// kernel has put to sleep costs at most the group it holds, and one that never came costs nothing.
+// member's own groups first and then any that is left, and a step is over when all its groups are done. So a member that
+// never came costs nothing, and one that the kernel has put to sleep costs the group it holds, once: whoever has waited too
+// long closes the relay, and the caller (member 0) goes on alone.
 struct Relay {
     static constexpr int64_t kLine = 8;  // one claim per cache line
     int64_t groups;
     int64_t* claimed;  // [groups][kLine], the next step to be claimed
     int64_t* done;     // groups finished since the start
+    int64_t* closed;   // whether only the caller is left
 
     Relay(int64_t n, Arena& arena)
-        : groups(n), claimed(arena.take<int64_t>(n * kLine)), done(arena.take<int64_t>(kLine)) {}
+        : groups(n), claimed(arena.take<int64_t>(n * kLine)), done(arena.take<int64_t>(kLine)), closed(arena.take<int64_t>(kLine)) {}
 
     void reset() const {
         for (int64_t g = 0; g < groups; g++) __atomic_store_n(claimed + g * kLine, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(closed, 0, __ATOMIC_RELAXED);
         __atomic_store_n(done, 0, __ATOMIC_RELEASE);
     }
 
@@ -138,6 +141,7 @@ struct Relay {
     void run(int64_t steps, int member, int members, const Body& body) const {
         const int64_t home = member * groups / members;
         for (int64_t s = 0; s < steps; s++) {
+            if (member != 0 && __atomic_load_n(closed, __ATOMIC_RELAXED)) return;
             for (int64_t i = 0; i < groups; i++) {
                 const int64_t g = home + i < groups ? home + i : home + i - groups;
                 int64_t expected = s;
@@ -148,7 +152,8 @@ struct Relay {
                 __atomic_fetch_add(done, 1, __ATOMIC_RELEASE);
             }
             Backoff backoff;
-            while (__atomic_load_n(done, __ATOMIC_ACQUIRE) < (s + 1) * groups) backoff.wait();
+            while (__atomic_load_n(done, __ATOMIC_ACQUIRE) < (s + 1) * groups)
+                if (!backoff.wait() && !__atomic_exchange_n(closed, 1, __ATOMIC_RELAXED)) declare_crowded();
         }
     }
 };

@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -26,12 +27,19 @@ inline void pause() {
 // How long a worker looks for the next phase before it sleeps.
 constexpr std::chrono::microseconds kSpin(60);
 constexpr int kMaxWorkers = 255;
-// A wait that only a lost time slice explains, and how long the caller then works alone before it tries again.
+// A delay that only a lost time slice explains, and how long the caller then works alone before it tries again.
 constexpr std::chrono::microseconds kSlice(500);
-constexpr std::chrono::milliseconds kAlone(100);
+constexpr std::chrono::milliseconds kAlone(200);
 
 using Clock = std::chrono::steady_clock;
 using Call = void (*)(const void*, int64_t, int);
+
+// Processor time of the calling thread.
+Clock::duration cpu_time() {
+    timespec t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return std::chrono::duration_cast<Clock::duration>(std::chrono::seconds(t.tv_sec) + std::chrono::nanoseconds(t.tv_nsec));
+}
 
 // The open phase in one word, so that a claim is one compare-and-swap: which phase (upper 32 bits), how many workers may
 // join (8 bits), how many tasks are left (24 bits). A worker that slept through phases cannot claim from a later one by
@@ -60,7 +68,7 @@ public:
         return workers_ < wanted ? workers_ : wanted;
     }
 
-    // Opens a phase for `workers` of our own, already started, and whoever else calls take_part.
+    // Opens a phase for `workers` of our own, already started, and whoever else follows.
     void open(int64_t tasks, int workers, Call call, const void* body) {
         call_ = call, body_ = body, tasks_ = tasks;
         pending_.store(tasks, std::memory_order_relaxed);
@@ -71,15 +79,24 @@ public:
         }
     }
 
-    // Works on the open phase until nothing is left to claim. Returns the time of the longest task.
-    Clock::duration take_part(int member) {
-        Clock::duration longest{};
-        for (auto start = Clock::now(); claim_and_run(phase_, member);) {
-            const auto end = Clock::now();
-            longest = end - start > longest ? end - start : longest;
-            start = end;
+    // The caller's part: works on the open phase until nothing is left to claim.
+    void lead() {
+        const auto start = Clock::now();
+        const auto start_cpu = cpu_time();
+        longest_ = {};
+        for (auto before = start_cpu; claim_and_run(phase_, 0);) {
+            const auto now = cpu_time();
+            longest_ = now - before > longest_ ? now - before : longest_;
+            before = now;
         }
-        return longest;
+        out_of_work_ = Clock::now();
+        lost_ = (out_of_work_ - start) - (cpu_time() - start_cpu);
+    }
+
+    // Another's part.
+    void follow(int member) {
+        while (claim_and_run(phase_, member)) {
+        }
     }
 
     // Waits for the tasks that others have claimed.
@@ -89,13 +106,21 @@ public:
     }
 
     // Whether somebody else held the cores lately.
-    bool crowded() const { return crowded_ != Clock::time_point{} && Clock::now() - crowded_ < kAlone; }
+    bool crowded() const {
+        const auto since = crowded_.load(std::memory_order_relaxed);
+        return since != 0 && Clock::now().time_since_epoch().count() - since < Clock::duration(kAlone).count();
+    }
 
-    // Told after each phase how long the caller waited for the others and how long its own longest task took. A worker that
-    // the kernel has put aside for another process keeps the caller waiting for a time slice, several milliseconds, at
-    // every phase: then one thread is faster than two, until the cores are free again.
-    void judge(Clock::duration waited, Clock::duration longest) {
-        if (longest != Clock::duration{} && waited > kSlice && waited > 2 * longest) crowded_ = Clock::now();
+    // Looks back on a phase. When the kernel puts a thread aside for another process, it is gone for a time slice, several
+    // milliseconds: then the caller lost processor time itself, or it waited longer than any task takes. With every
+    // phase at that risk, one thread is faster than two until the cores are free again.
+    void judge() {
+        const auto waited = Clock::now() - out_of_work_;
+        if (lost_ > kSlice || (longest_ != Clock::duration{} && waited > kSlice && waited > longest_ + longest_ / 2)) declare_crowded();
+    }
+
+    void declare_crowded() {
+        crowded_.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed);
     }
 
 private:
@@ -141,7 +166,9 @@ private:
     alignas(64) std::atomic<int64_t> pending_{0};
     alignas(64) std::atomic<int> sleepers_{0};
     Call call_ = nullptr;
-    Clock::time_point crowded_{};
+    Clock::duration longest_{}, lost_{};  // of the caller's tasks in the last phase, in processor time; taken from it
+    Clock::time_point out_of_work_{};     // when the caller found nothing left to claim
+    std::atomic<Clock::rep> crowded_{0};  // when the cores were last found taken
     const void* body_ = nullptr;
     int64_t tasks_ = 0;
     uint32_t phase_ = 0;
@@ -166,9 +193,9 @@ public:
 
     // Runs the phase that `pool` has open. The region ends when every worker has come and gone.
     void run(Pool& pool, int members) {
-        Region region{&pool, {0}, {}, {}};
+        Region region{&pool, {0}};
         parallel_(&Region::enter, &region, static_cast<unsigned>(members), 0);
-        pool.judge(Clock::now() - region.out_of_work, region.longest);
+        pool.judge();
     }
 
     void forget() { forked_ = true; }
@@ -179,17 +206,14 @@ private:
     struct Region {
         Pool* pool;
         std::atomic<int> others;
-        Clock::time_point out_of_work;  // when the caller found nothing left to claim
-        Clock::duration longest;
 
         static void enter(void* data) {
             Region& region = *static_cast<Region*>(data);
             if (is_main_thread()) {
-                region.longest = region.pool->take_part(0);
-                region.out_of_work = Clock::now();
+                region.pool->lead();
                 region.pool->wait();
             } else {
-                region.pool->take_part(region.others.fetch_add(1) + 1);
+                region.pool->follow(region.others.fetch_add(1) + 1);
             }
         }
     };
@@ -221,14 +245,17 @@ Pool& pool() {
 
 }  // namespace
 
-void Backoff::wait() {
-    if (turns_ < 4096) {
+bool Backoff::wait() {
+    if (turns_ < kPolite) {
         turns_++;
         pause();
-    } else {
-        sched_yield();
+        return true;
     }
+    sched_yield();
+    return false;
 }
+
+void declare_crowded() { pool().declare_crowded(); }
 
 Team::Team(int threads) {
     if (threads <= 1 || !pool().in_use.try_lock()) return;
@@ -244,18 +271,17 @@ Team::~Team() {
 
 void Team::run_tasks(int64_t tasks, Call call, const void* body) {
     if (tasks <= 0) return;
-    // One task, one member, or more tasks than a ticket can count: in the caller, in order.
-    if (members_ == 1 || tasks == 1 || tasks > static_cast<int64_t>(kTaskMask)) {
+    // One task, one member, cores that are taken, or more tasks than a ticket can count: in the caller, in order.
+    if (members_ == 1 || tasks == 1 || tasks > static_cast<int64_t>(kTaskMask) || pool().crowded()) {
         for (int64_t task = 0; task < tasks; task++) call(body, task, 0);
         return;
     }
     Pool& workers = pool();
     workers.open(tasks, openmp_ ? 0 : members_ - 1, call, body);
     if (openmp_) return g_openmp.run(workers, members_);
-    const auto longest = workers.take_part(0);
-    const auto out_of_work = Clock::now();
+    workers.lead();
     workers.wait();
-    workers.judge(Clock::now() - out_of_work, longest);
+    workers.judge();
 }
 
 }  // namespace ostinato

@@ -3,7 +3,7 @@
 // Promises (design, decision 8):
 //   - Tasks are claimed one at a time, the caller claims too, and it waits only for tasks that a worker has claimed. Where
 //     another process holds the cores, workers arrive late or never and the caller does the work alone; a caller that was
-//     kept waiting works alone for the next tenth of a second.
+//     kept waiting works alone for the next fifth of a second.
 //   - A second Python thread finds the pool busy and runs alone. Nothing blocks.
 //   - Workers spin for some tens of microseconds after a phase, then sleep in the kernel.
 //   - Beside torch, its OpenMP workers are used instead of ours (threads.cpp, OpenMp).
@@ -45,13 +45,18 @@ private:
     bool openmp_ = false;
 };
 
-// One polite turn of a spin loop: a pause at first, then the processor is offered to others.
+// The turns of a spin loop: pauses at first, some hundred microseconds in all, then the processor is offered to others.
 class Backoff {
 public:
-    void wait();
+    // False once the wait has become a long one.
+    bool wait();
 
 private:
+    static constexpr int kPolite = 4096;
     int turns_ = 0;
 };
+
+// Says that a member was waited for too long: the next calls run in one thread.
+void declare_crowded();
 
 }  // namespace ostinato
