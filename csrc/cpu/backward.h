@@ -145,8 +145,7 @@ private:
     // Row b of h_{t-1} at step s.
     const T* previous_row(int64_t d, int64_t s, int64_t b) const {
         const int64_t O = size_.output();
-        if (b < steps_.rows(d, s - 1))
-            return in(f_.y) + (steps_.first_row(d, s - 1) + b) * size_.directions * O + d * O;
+        if (b < steps_.rows(d, s - 1)) return in(f_.y) + (steps_.first_row(d, s - 1) + b) * size_.directions * O + d * O;
         return f_.h_0 ? in(f_.h_0) + (d * size_.batch + b) * O : zeros_;
     }
 
@@ -155,7 +154,7 @@ private:
         const BackwardWalk& w;
         const Sizes& z;
         int64_t d, s, n, n_next;  // rows active at this step and at the next
-        int64_t row0;             // first packed row
+        int64_t row0;  // first packed row
         T *grads, *grads_next, *dh, *unprojected;
         const T** rows;
 
@@ -179,8 +178,7 @@ private:
             const T* dh_n = w.f_.dh_n ? in(w.f_.dh_n) + d * z.batch * z.output() : nullptr;
             for (int64_t b = max(b0, min(n, n_next)); b < min(b1, n); b++)
                 for (int64_t u = u0; u < u1; u++)
-                    arrive(b, u * L,
-                           dh_n ? load_n(dh_n + b * z.output() + u * L, min(L, z.output() - u * L)) : Vec<T>(0));
+                    arrive(b, u * L, dh_n ? load_n(dh_n + b * z.output() + u * L, min(L, z.output() - u * L)) : Vec<T>(0));
             if constexpr (C::kProjects) {
                 if (!z.projection) return;
                 for (int64_t b = b0; b < min(b1, n); b++) rows[b] = dh + b * w.op_;
@@ -188,18 +186,21 @@ private:
             }
         }
 
-        // What step s + 1 sends back: the chain starts from its direct part and runs over its gate gradients.
+        // What step s + 1 sends back: one chain over its gate gradients, and its direct part, which is large and comes last.
         template <int MR, int NJ>
         OSTINATO_INLINE void carry(Vec<T> (&acc)[NJ][MR][1], int64_t b, int64_t u) const {
             for (int j = 0; j < NJ; j++)
-                for (int r = 0; r < MR; r++)
-                    acc[j][r][0] = C::kUsesPrevious ? Vec<T>::load(w.direct_ + (d * z.batch + b + r) * w.op_ + (u + j) * L)
-                                                    : Vec<T>(0);
+                for (int r = 0; r < MR; r++) acc[j][r][0] = Vec<T>(0);
             for (int g = 0; g < G; g++) {
                 RowPointers<T, MR> a;
                 for (int r = 0; r < MR; r++) a.row[r] = rows[b + r] + g * w.hp_;
-                accumulate<MR, NJ, 1>(acc, a, w.panels_ + (d * w.blocks_ + u) * w.panel_ + g * z.hidden * L, w.panel_, z.hidden);
+                accumulate<MR, NJ, 1>(acc, a, w.panels_ + (d * w.blocks_ + u) * w.panel_ + g * z.hidden * L, w.panel_,
+                                      z.hidden);
             }
+            if constexpr (C::kUsesPrevious)
+                for (int j = 0; j < NJ; j++)
+                    for (int r = 0; r < MR; r++)
+                        acc[j][r][0] = acc[j][r][0] + Vec<T>::load(w.direct_ + (d * z.batch + b + r) * w.op_ + (u + j) * L);
         }
 
         struct Carried {
@@ -245,8 +246,7 @@ private:
         // dL/dh_t of one row and block of outputs is complete: carry plus the gradient of y_t.
         void arrive(int64_t b, int64_t unit, Vec<T> carry) const {
             const int64_t O = z.output();
-            if (w.f_.dy)
-                carry = carry + load_n(in(w.f_.dy) + (row0 + b) * z.directions * O + d * O + unit, min(L, O - unit));
+            if (w.f_.dy) carry = carry + load_n(in(w.f_.dy) + (row0 + b) * z.directions * O + d * O + unit, min(L, O - unit));
             if (dh)
                 carry.store(dh + b * w.op_ + unit);
             else
@@ -266,8 +266,9 @@ private:
                 dc_row = w.dc_ + (d * z.batch + b) * hp + unit;
                 dc = Vec<T>::load(dc_row);
                 if (b < w.steps_.rows(d, s - 1))
-                    c_previous = Vec<T>::load(in(w.f_.reserve) +
-                                              ((d * z.rows + w.steps_.first_row(d, s - 1) + b) * C::kSaved + C::kSaved - 1) * hp + unit);
+                    c_previous =
+                        Vec<T>::load(in(w.f_.reserve) +
+                                     ((d * z.rows + w.steps_.first_row(d, s - 1) + b) * C::kSaved + C::kSaved - 1) * hp + unit);
                 else if (w.f_.c_0)
                     c_previous = load_n(in(w.f_.c_0) + (d * z.batch + b) * z.hidden + unit, lanes);
             }
@@ -342,9 +343,11 @@ private:
             for (int b = 0; b < product.batches; b++) fill_zero(product.c[b], product.rows * product.columns);
     }
 
-    // Column sums of the gate gradients. Most slots serve both biases and are summed once.
+    // Column sums of the gate gradients, by parts so that rounding does not grow with the number of rows. Most slots serve
+    // both biases and are summed once.
     void bias_gradients(const T* grads, int64_t n, const Weights<void*>& dw, bool first, Team& team) {
         if (!dw.bias_ih && !dw.bias_hh) return;
+        constexpr int64_t kPart = 64;
         const int64_t H = size_.hidden, blocks = ceil_div(H, 4 * L);
         team.run(R * blocks, [&](int64_t task, int) {
             const int64_t slot = task / blocks, j0 = task % blocks * 4 * L;
@@ -360,7 +363,11 @@ private:
                 if (lanes <= 0) break;
                 const T* column = grads + slot * hp_ + j0 + v * L;
                 Vec<T> sum = first ? Vec<T>(0) : load_n(before + v * L, lanes);
-                for (int64_t i = 0; i < n; i++) sum = sum + Vec<T>::load(column + i * row_);
+                for (int64_t i0 = 0; i0 < n; i0 += kPart) {
+                    Vec<T> part(0);
+                    for (int64_t i = i0; i < min(n, i0 + kPart); i++) part = part + Vec<T>::load(column + i * row_);
+                    sum = sum + part;
+                }
                 for (T* out : outs)
                     if (out) store_n(sum, out + v * L, lanes);
             }
@@ -378,8 +385,7 @@ private:
                 }
         if (C::kHasCell && f_.dc_0)
             for (int64_t b = 0; b < B; b++)
-                for (int64_t j = 0; j < H; j++)
-                    static_cast<T*>(f_.dc_0)[(d * B + b) * H + j] = dc_[(d * B + b) * hp_ + j];
+                for (int64_t j = 0; j < H; j++) static_cast<T*>(f_.dc_0)[(d * B + b) * H + j] = dc_[(d * B + b) * hp_ + j];
     }
 
     const Backward& f_;

@@ -163,9 +163,8 @@ private:
         });
         if constexpr (C::kProjects) {
             if (!size_.projection) return;
-            team.run(size_.directions, [&](int64_t d, int member) {
-                Step(*this, d, 0, 0, 1, member).project(0, steps_.rows(d, 0));
-            });
+            team.run(size_.directions,
+                     [&](int64_t d, int member) { Step(*this, d, 0, 0, 1, member).project(0, steps_.rows(d, 0)); });
         }
     }
 
@@ -188,9 +187,8 @@ private:
             gx = w.gx_ + (d * w.chunk_rows_ + row0 - w.steps_.first_row(d, s0, s1)) * G * w.hp_;
             y = static_cast<T*>(w.f_.y) + row0 * ld_y + d * z.output();
             c = C::kHasCell ? w.c_ + d * z.batch * w.hp_ : nullptr;
-            reserve = w.f_.reserve && C::kSaved
-                          ? static_cast<T*>(w.f_.reserve) + (d * z.rows + row0) * C::kSaved * w.hp_
-                          : nullptr;
+            reserve =
+                w.f_.reserve && C::kSaved ? static_cast<T*>(w.f_.reserve) + (d * z.rows + row0) * C::kSaved * w.hp_ : nullptr;
             unprojected = z.projection ? w.unprojected_ + d * z.batch * w.hp_ : nullptr;
             previous = w.previous_ + member * z.batch;
             panels = w.panels_ + d * w.blocks_ * w.panel_;
@@ -212,15 +210,16 @@ private:
         template <int MR, int NJ>
         void tile(int64_t b, int64_t u) const {
             const int64_t hp = w.hp_;
-            Vec<T> acc[NJ][MR][G];
-            _Pragma("GCC unroll 8") for (int j = 0; j < NJ; j++)
-                _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++)
-                    _Pragma("GCC unroll 8") for (int g = 0; g < G; g++)
-                        acc[j][r][g] = Vec<T>::load(g < C::kJoint ? gx + ((b + r) * G + g) * hp + (u + j) * L
-                                                                  : w.apart_ + d * hp + (u + j) * L);
+            Vec<T> acc[NJ][MR][G] = {};
             RowPointers<T, MR> h;
             for (int r = 0; r < MR; r++) h.row[r] = previous[b + r];
             accumulate<MR, NJ, G>(acc, h, panels + (u - first_block) * w.panel_, w.panel_, w.size_.output());
+            // The input's part is often the larger one: added last, it does not coarsen the rounding of the chain.
+            _Pragma("GCC unroll 8") for (int j = 0; j < NJ; j++)
+                _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++)
+                    _Pragma("GCC unroll 8") for (int g = 0; g < G; g++)
+                        acc[j][r][g] = acc[j][r][g] + Vec<T>::load(g < C::kJoint ? gx + ((b + r) * G + g) * hp + (u + j) * L
+                                                                                 : w.apart_ + d * hp + (u + j) * L);
             _Pragma("GCC unroll 8") for (int j = 0; j < NJ; j++)
                 _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++) cell(b + r, (u + j) * L, acc[j][r]);
         }
@@ -234,7 +233,13 @@ private:
             h = C::forward(gates, x, h, cell, saved);
             if constexpr (C::kHasCell) cell.store(c + b * hp + unit);
             if (C::kSaved && reserve)
-                for (int i = 0; i < C::kSaved; i++) saved[i].store(reserve + (b * C::kSaved + i) * hp + unit);
+                for (int i = 0; i < C::kSaved; i++) {
+                    T* row = reserve + (b * C::kSaved + i) * hp;
+                    saved[i].store(row + unit);
+                    // Lanes past the last block are nobody's, but reserve is to be a function of the inputs.
+                    if (unit + L >= w.size_.hidden)
+                        for (int64_t j = unit + L; j < hp; j += L) Vec<T>(0).store(row + j);
+                }
             if (unprojected)
                 h.store(unprojected + b * hp + unit);
             else

@@ -2,8 +2,9 @@
 //
 // Legend: A is [M, K], B is [K, N], C is [M, N]. L lanes per vector, a panel holds B for some columns, k-major.
 //
-// Every element of C is one chain of fused multiply-adds in ascending k (design, decision 7). Blocking over k stores the
-// partial sum and loads it again, which is exact; blocking over M and N only chooses who computes an element.
+// Every element of C is a sum of chains of fused multiply-adds in ascending k (design, decision 7). A chain is kDepth long and
+// the chains are added in order: the rounding error then grows with sqrt(kDepth) + sqrt(K / kDepth) instead of sqrt(K). The cuts
+// depend on k alone, so blocking over M and N only chooses who computes an element.
 //
 // Arithmetic: a tile holds MR x NJ x NV accumulators, 24 of 32 registers (AVX-512, NEON) or 12 of 16 (AVX2). Per k it
 // loads NJ * NV panel vectors and broadcasts MR scalars for MR * NJ * NV multiply-adds: at 8 x 3 that is 11 loads for 24.
@@ -48,7 +49,7 @@ OSTINATO_INLINE void accumulate(Vec<T> (&acc)[NJ][MR][NV], const A& a, const T* 
     constexpr int L = Vec<T>::kLanes;
     for (int64_t k = 0; k < depth; k++) {
         Vec<T> b[NJ][NV];
-        _Pragma("GCC unroll 8") for (int j = 0; j < NJ; j++)
+    _Pragma("GCC unroll 8") for (int j = 0; j < NJ; j++)
             _Pragma("GCC unroll 8") for (int v = 0; v < NV; v++)
                 b[j][v] = Vec<T>::load(panel + j * panel_stride + (k * NV + v) * L);
         _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++) {
@@ -113,11 +114,12 @@ struct Product {
     int64_t a_row = 0, a_column = 1;  // element (m, k) at a + m * a_row + k * a_column; one of them is 1
     T* c[4] = {};
     int64_t ldc = 0;
-    const T* start = nullptr;  // [N] added first (readable up to a multiple of the lanes), or none
-    bool resume = false;       // the chain goes on from what C holds
+    const T* start = nullptr;  // [N] added to the first chain (readable up to a multiple of the lanes), or none
+    bool resume = false;       // the sum goes on from what C holds
     B b{};
 
     static constexpr int L = Vec<T>::kLanes, NR = 3, MR = kAccumulators / NR;
+    // kDepth is also part of the result: it says where the sum over k is cut, whatever the instruction set.
     static constexpr int64_t kDepth = 128, kTaskRows = 480, kTaskColumns = 384;
 
     // Elements of scratch that one member of the team needs.
@@ -204,19 +206,19 @@ struct Product {
 
     template <int R, class A>
     void tile(const A& a_rows, int64_t n_rows, const T* panel, T* cs, int64_t m, int64_t n, int64_t kn, bool first) const {
-        Vec<T> acc[1][R][NR];
+        Vec<T> acc[1][R][NR] = {};
         const bool whole = n + NR * L <= columns;
+        accumulate<R, 1, NR>(acc, a_rows, panel, 0, kn);
         _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) {
             const T* row = cs + (m + min(r, n_rows - 1)) * ldc + n;
             _Pragma("GCC unroll 8") for (int v = 0; v < NR; v++) {
                 const int64_t valid = max(0, min(L, columns - n - v * L));
                 if (!first)
-                    acc[0][r][v] = whole ? Vec<T>::load(row + v * L) : load_n(row + (valid ? v * L : 0), valid);
-                else
-                    acc[0][r][v] = start && valid ? Vec<T>::load(start + n + v * L) : Vec<T>(0);
+                    acc[0][r][v] = acc[0][r][v] + (whole ? Vec<T>::load(row + v * L) : load_n(row + (valid ? v * L : 0), valid));
+                else if (start && valid)
+                    acc[0][r][v] = acc[0][r][v] + Vec<T>::load(start + n + v * L);
             }
         }
-        accumulate<R, 1, NR>(acc, a_rows, panel, 0, kn);
         _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) {
             if (r >= n_rows) break;
             T* row = cs + (m + r) * ldc + n;

@@ -22,9 +22,7 @@ constexpr Kernel kernel() {
             call.dx = &wanted;  // measured with all that may be asked for
             return BackwardWalk<T, C>(call, members, nullptr).scratch_bytes();
         },
-        [](const Backward& call, Team& team, void* scratch) {
-            BackwardWalk<T, C>(call, team.members(), scratch).run(team);
-        },
+        [](const Backward& call, Team& team, void* scratch) { BackwardWalk<T, C>(call, team.members(), scratch).run(team); },
     };
 }
 

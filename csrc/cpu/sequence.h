@@ -58,9 +58,7 @@ struct Steps {
     int64_t rows(int64_t direction, int64_t s) const { return s < 0 || s >= sizes.steps ? 0 : at(time(direction, s)); }
     // First packed row of step s, and of the steps [s0, s1), which are contiguous in either direction.
     int64_t first_row(int64_t direction, int64_t s) const { return offsets[time(direction, s)]; }
-    int64_t first_row(int64_t direction, int64_t s0, int64_t s1) const {
-        return offsets[direction ? sizes.steps - s1 : s0];
-    }
+    int64_t first_row(int64_t direction, int64_t s0, int64_t s1) const { return offsets[direction ? sizes.steps - s1 : s0]; }
     int64_t rows_between(int64_t direction, int64_t s0, int64_t s1) const {
         return direction ? offsets[sizes.steps - s0] - offsets[sizes.steps - s1] : offsets[s1] - offsets[s0];
     }
@@ -128,7 +126,10 @@ struct Relay {
     int64_t* closed;   // whether only the caller is left
 
     Relay(int64_t n, Arena& arena)
-        : groups(n), claimed(arena.take<int64_t>(n * kLine)), done(arena.take<int64_t>(kLine)), closed(arena.take<int64_t>(kLine)) {}
+        : groups(n),
+          claimed(arena.take<int64_t>(n * kLine)),
+          done(arena.take<int64_t>(kLine)),
+          closed(arena.take<int64_t>(kLine)) {}
 
     void reset() const {
         for (int64_t g = 0; g < groups; g++) __atomic_store_n(claimed + g * kLine, 0, __ATOMIC_RELAXED);
@@ -146,7 +147,8 @@ struct Relay {
                 const int64_t g = home + i < groups ? home + i : home + i - groups;
                 int64_t expected = s;
                 if (__atomic_load_n(claimed + g * kLine, __ATOMIC_RELAXED) != s ||
-                    !__atomic_compare_exchange_n(claimed + g * kLine, &expected, s + 1, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+                    !__atomic_compare_exchange_n(claimed + g * kLine, &expected, s + 1, false, __ATOMIC_RELAXED,
+                                                 __ATOMIC_RELAXED))
                     continue;
                 body(s, g);
                 __atomic_fetch_add(done, 1, __ATOMIC_RELEASE);

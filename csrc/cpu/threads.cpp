@@ -95,8 +95,7 @@ public:
 
     // Another's part.
     void follow(int member) {
-        while (claim_and_run(phase_, member)) {
-        }
+        while (claim_and_run(phase_, member)) {}
     }
 
     // Waits for the tasks that others have claimed.
@@ -116,12 +115,11 @@ public:
     // phase at that risk, one thread is faster than two until the cores are free again.
     void judge() {
         const auto waited = Clock::now() - out_of_work_;
-        if (lost_ > kSlice || (longest_ != Clock::duration{} && waited > kSlice && waited > longest_ + longest_ / 2)) declare_crowded();
+        if (lost_ > kSlice || (longest_ != Clock::duration{} && waited > kSlice && waited > longest_ + longest_ / 2))
+            declare_crowded();
     }
 
-    void declare_crowded() {
-        crowded_.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed);
-    }
+    void declare_crowded() { crowded_.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed); }
 
 private:
     bool claim_and_run(uint32_t phase, int member, bool own = false) {
@@ -140,8 +138,7 @@ private:
     void work(int index, uint32_t seen) {
         for (;;) {
             seen = next_phase(seen);
-            while (claim_and_run(seen, index + 1, true)) {
-            }
+            while (claim_and_run(seen, index + 1, true)) {}
         }
     }
 

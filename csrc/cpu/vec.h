@@ -137,7 +137,7 @@ inline void transpose(Vec<T>* rows, std::index_sequence<I...>) {
     using Raw = typename Vec<T>::Raw;
     for (int round = 1; round < L; round *= 2) {
         Raw next[L];
-        _Pragma("GCC unroll 16") for (int i = 0; i < L / 2; i++) {
+    _Pragma("GCC unroll 16") for (int i = 0; i < L / 2; i++) {
             const Raw a = rows[i].v, b = rows[i + L / 2].v;
             next[2 * i] = __builtin_shufflevector(a, b, (I % 2 ? L + I / 2 : I / 2)...);
             next[2 * i + 1] = __builtin_shufflevector(a, b, (I % 2 ? L + (L + I) / 2 : (L + I) / 2)...);

@@ -127,6 +127,13 @@ def layer(
 
     Source: torch.nn.RNN, GRU and LSTM.
     """
+    _require_tensor("input", input)
+    if h_0 is not None:
+        _require_tensor("h_0", h_0)
+    if c_0 is not None:
+        _require_tensor("c_0", c_0)
+    for weight in weights:
+        _require_tensor("weights", weight)
     call = _Call(
         input,
         batch_sizes,
@@ -138,48 +145,78 @@ def layer(
         has_biases,
         bidirectional,
     )
+    tensors = call.tensors()
     device = input.device.type
-    if input.dtype in _ENGINE_DTYPES and device in ("cpu", "meta"):
+    if _has_engine(call) and not _is_transformed():
         keep = torch.is_grad_enabled() and any(
-            tensor is not None and tensor.requires_grad for tensor in call.tensors()
+            tensor is not None and tensor.requires_grad for tensor in tensors
         )
-        if device == "cpu" and _is_plain(call):
+        if device == "cpu" and not _is_watched() and all(map(_is_plain, tensors)):
             return _PlainLayer.run(call) if keep else _run(call, False)[:3]
         output, h_n, c_n, _ = torch.ops.ostinato.layer(*call, keep)
         return output, h_n, c_n if cell == "lstm" else None
     sizes = _check(call)
     if device == "cuda" and cuda.serves(input):
         return cuda.layer(cell, input, batch_sizes, sizes, h_0, c_0, weights, has_biases)
-    _tell_reference(device, input.dtype)
+    if input.dtype not in _ENGINE_DTYPES or device not in ("cpu", "meta"):
+        _tell_reference(device, input.dtype)
     return _reference(call)
 
 
 def _batch(
     input: Tensor, batch_sizes: Tensor | None, h_0: Tensor | None, c_0: Tensor | None
 ) -> int:
+    """Return B; what does not have the right form is left to `_check`."""
     if batch_sizes is None:
         return input.shape[1] if input.dim() == 3 else 0
+    _check_batch_sizes_form(batch_sizes)
     state = h_0 if h_0 is not None else c_0
     if state is not None:
-        return state.shape[1]
+        return state.shape[1] if state.dim() == 3 else 0
     return int(batch_sizes[0]) if len(batch_sizes) else 0
 
 
-def _is_plain(call: _Call) -> bool:
-    """Whether nobody but the engine wants to see this call, so that the dispatcher may be left out.
+def _has_engine(call: _Call) -> bool:
+    """Whether an engine serves device and dtype. A layer without units is left to the reference."""
+    input = call.input
+    return (
+        input.dtype in _ENGINE_DTYPES
+        and input.device.type in ("cpu", "meta")
+        and not (len(call.weights) > 1 and call.weights[1].numel() == 0)
+    )
 
-    It costs several times what a step of a small cell does. A compiler, tracer, transform, mode,
-    profiler or tensor subclass must see the operator.
+
+def _is_transformed() -> bool:
+    """Whether vmap, torch.func or forward-mode differentiation is at work.
+
+    They get the reference, operation by operation: the operators have no rules for them.
     """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if torch.compiler.is_compiling():
         return False
-    if (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def _is_watched() -> bool:
+    """Whether a compiler, tracer, mode or profiler is to see the operator.
+
+    Where none is, the dispatcher is left out: it costs several times a step of a small cell.
+    """
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack()
         or torch._C._autograd._profiler_enabled()
-    ):
-        return False
-    return all(tensor is None or type(tensor) in _PLAIN for tensor in call.tensors())
+    )
+
+
+def _is_plain(tensor: Tensor | None) -> bool:
+    """Whether memory holds the values as they are: no subclass, lazy negation or lazy zeros."""
+    return tensor is None or (
+        type(tensor) in _PLAIN and not tensor.is_neg() and not tensor._is_zerotensor()
+    )
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -212,8 +249,16 @@ def _tell_reference(device: str, dtype: torch.dtype) -> None:
 # ---- checks ----
 
 
-def _check(call: _Call) -> _Sizes:
-    """Check shapes, dtypes and devices of everything; return the sizes."""
+def _require_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
+def _check(call: _Call, values: bool = True) -> _Sizes:
+    """Check shapes, dtypes and devices of everything; return the sizes.
+
+    The values of batch_sizes are checked too, unless they are those of a fake tensor.
+    """
     input, batch_sizes, batch, h_0, c_0, weights, cell, has_biases, bidirectional = call
     gates = _GATES.get(cell)
     if gates is None:
@@ -221,6 +266,12 @@ def _check(call: _Call) -> _Sizes:
     if input.dim() != (3 if batch_sizes is None else 2):
         expected = "3D" if batch_sizes is None else "2D (packed)"
         raise RuntimeError(f"input: expected {expected}, got {input.dim()}D")
+    if not (input.is_floating_point() or input.is_complex()):
+        raise ValueError(f"input: expected a floating or complex dtype, got {input.dtype}")
+    if input.layout is not torch.strided:
+        raise RuntimeError(f"input: expected a strided tensor, got layout {input.layout}")
+    if batch_sizes is None and batch != input.shape[1]:
+        raise RuntimeError(f"batch: expected {input.shape[1]}, the batch of input, got {batch}")
     directions = 2 if bidirectional else 1
     count, rest = divmod(len(weights), directions)
     plain = 4 if has_biases else 2
@@ -234,7 +285,7 @@ def _check(call: _Call) -> _Sizes:
         raise RuntimeError(f"weight_hh: expected 2D, got {weight_hh.dim()}D")
     rows_hh, output = weight_hh.shape
     hidden = rows_hh // gates
-    if hidden < 1 or rows_hh != gates * hidden or (not projected and output != hidden):
+    if rows_hh != gates * hidden or (not projected and output != hidden):
         columns = "proj_size" if projected else "hidden_size"
         raise RuntimeError(
             f"weight_hh: expected shape ({gates} * hidden_size, {columns}), "
@@ -262,27 +313,39 @@ def _check(call: _Call) -> _Sizes:
     if batch_sizes is None:
         steps, rows = input.shape[0], input.shape[0] * batch
     else:
-        steps, rows = _check_batch_sizes(batch_sizes, batch, input.shape[0]), input.shape[0]
+        _check_batch_sizes_form(batch_sizes)
+        steps, rows = len(batch_sizes), input.shape[0]
+        if values:
+            _check_batch_sizes(batch_sizes.tolist(), batch, rows)
     return _Sizes(
         steps, rows, batch, input.shape[-1], hidden, output if projected else 0, directions
     )
 
 
 def _fits(tensor: Tensor, shape: tuple[int, ...], input: Tensor) -> bool:
-    return tensor.shape == shape and tensor.dtype == input.dtype and tensor.device == input.device
+    return (
+        tensor.shape == shape
+        and tensor.dtype == input.dtype
+        and tensor.device == input.device
+        and tensor.layout is torch.strided
+    )
 
 
 def _refuse(name: str, tensor: Tensor, shape: tuple[int, ...], input: Tensor) -> NoReturn:
-    """Raise for the first of shape, dtype and device that does not fit."""
+    """Raise for the first of shape, dtype, device and layout that does not fit."""
     if tensor.shape != shape:
         raise RuntimeError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
     if tensor.dtype != input.dtype:
         raise ValueError(f"{name}: expected the dtype of input, {input.dtype}, got {tensor.dtype}")
-    raise RuntimeError(f"{name}: expected the device of input, {input.device}, got {tensor.device}")
+    if tensor.device != input.device:
+        raise RuntimeError(
+            f"{name}: expected the device of input, {input.device}, got {tensor.device}"
+        )
+    raise RuntimeError(f"{name}: expected a strided tensor, got layout {tensor.layout}")
 
 
-def _check_batch_sizes(batch_sizes: Tensor, batch: int, rows: int) -> int:
-    """Return the number of steps. A wrong entry would make the engine leave its arrays."""
+def _check_batch_sizes_form(batch_sizes: Tensor) -> None:
+    _require_tensor("batch_sizes", batch_sizes)
     if (
         batch_sizes.dim() != 1
         or batch_sizes.dtype != torch.int64
@@ -292,7 +355,10 @@ def _check_batch_sizes(batch_sizes: Tensor, batch: int, rows: int) -> int:
             "batch_sizes: expected a 1D int64 tensor on the CPU, "
             f"got {batch_sizes.dim()}D {batch_sizes.dtype} on {batch_sizes.device}"
         )
-    sizes = batch_sizes.tolist()
+
+
+def _check_batch_sizes(sizes: list[int], batch: int, rows: int) -> None:
+    """Refuse what would make the engine leave its arrays."""
     if any(a < b for a, b in itertools.pairwise([batch, *sizes, 0])):
         raise ValueError(
             f"batch_sizes: expected sizes that fall from at most {batch} to at least 0, got {sizes}"
@@ -301,7 +367,6 @@ def _check_batch_sizes(batch_sizes: Tensor, batch: int, rows: int) -> int:
         raise ValueError(
             f"batch_sizes: expected a sum of {rows}, the rows of input, got {sum(sizes)}"
         )
-    return len(sizes)
 
 
 def _check_backward(
@@ -409,18 +474,15 @@ def _layer_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Shape the results: output, h_n, c_n (empty but for LSTM) and what backward will read."""
     *fields, keep = arguments
     call = _Call(*fields)
-    input = call.input
-    directions = 2 if call.bidirectional else 1
-    output = call.weights[1].shape[1]
-    hidden = call.weights[1].shape[0] // _GATES[call.cell]
-    c_shape = (directions, call.batch, hidden) if call.cell == "lstm" else (0,)
-    rows = input.shape[0] * (input.shape[1] if call.batch_sizes is None else 1)
-    kept = _SAVED[call.cell] * ((hidden + _PAD - 1) // _PAD * _PAD) * input.element_size()
+    input, sizes = call.input, _check(call, values=False)
+    state = (sizes.directions, sizes.batch)
+    padded = (sizes.hidden + _PAD - 1) // _PAD * _PAD
+    kept = sizes.directions * sizes.rows * _SAVED[call.cell] * padded * input.element_size()
     return (
-        input.new_empty((*input.shape[:-1], directions * output)),
-        input.new_empty((directions, call.batch, output)),
-        input.new_empty(c_shape),
-        input.new_empty((directions * rows * kept if keep else 0,), dtype=torch.uint8),
+        input.new_empty((*input.shape[:-1], sizes.directions * sizes.output)),
+        input.new_empty((*state, sizes.output)),
+        input.new_empty((*state, sizes.hidden) if call.cell == "lstm" else (0,)),
+        input.new_empty((kept if keep else 0,), dtype=torch.uint8),
     )
 
 
@@ -440,7 +502,7 @@ def _layer_backward_cpu(
     weights, y = [weight.contiguous() for weight in call.weights], output.contiguous()
     dy, dh_n = _dense(grad_output), _dense(grad_h_n)
     dc_n = _dense(grad_c_n) if call.cell == "lstm" else None
-    dx, dh_0, dc_0, grads = _gradients(call, wanted)
+    dx, dh_0, dc_0, grads = _gradients(call, sizes, wanted)
     # An empty result stands for one that is not wanted; the engine must not touch it.
     places = [
         result if want else None
@@ -467,14 +529,14 @@ def _layer_backward_cpu(
     return dx, dh_0, dc_0, grads
 
 
-def _gradients(call: _Call, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+def _gradients(
+    call: _Call, sizes: _Sizes, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Allocate the gradients; one that is not wanted is empty."""
-    directions = 2 if call.bidirectional else 1
-    hidden = call.weights[1].shape[0] // _GATES[call.cell]
     shapes: list[Sequence[int]] = [
         call.input.shape,
-        (directions, call.batch, call.weights[1].shape[1]),
-        (directions, call.batch, hidden),
+        (sizes.directions, sizes.batch, sizes.output),
+        (sizes.directions, sizes.batch, sizes.hidden),
         *(weight.shape for weight in call.weights),
     ]
     dx, dh_0, dc_0, *grads = (
@@ -485,8 +547,9 @@ def _gradients(call: _Call, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor,
 
 
 def _layer_backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    _, _, _, _, _, wanted, *call = arguments
-    return _gradients(_Call(*call), wanted)
+    _, _, _, _, _, wanted, *fields = arguments
+    call = _Call(*fields)
+    return _gradients(call, _check(call, values=False), wanted)
 
 
 # ---- autograd ----
@@ -503,8 +566,9 @@ def _setup_layer(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 def _saved_call(ctx: Any) -> tuple[list[Any], _Call]:
     """Return what was saved before the call's own tensors, and the call."""
-    *before, batch_sizes, input, h_0, c_0 = ctx.saved_tensors[: -ctx.weights]
-    weights = list(ctx.saved_tensors[-ctx.weights :])
+    saved = ctx.saved_tensors  # read once: a checkpoint recomputes at every reading
+    *before, batch_sizes, input, h_0, c_0 = saved[: -ctx.weights]
+    weights = list(saved[-ctx.weights :])
     return before, _Call(input, batch_sizes, ctx.batch, h_0, c_0, weights, *ctx.config)
 
 
@@ -563,10 +627,9 @@ class _PlainLayer(torch.autograd.Function):
         if dy is None and dh_n is None and dc_n is None:
             return (None, None, None, *[None] * len(wanted))
         (y, reserve), call = _saved_call(ctx)
-        # Where the gradient is to be differentiated, it goes through the operator that can be.
-        backward = (
-            torch.ops.ostinato.layer_backward if torch.is_grad_enabled() else _layer_backward_cpu
-        )
+        # A gradient to be differentiated, or one that is no plain memory, takes the operator.
+        plain = not torch.is_grad_enabled() and all(map(_is_plain, grads))
+        backward = _layer_backward_cpu if plain else torch.ops.ostinato.layer_backward
         dx, dh_0, dc_0, dw = backward(dy, dh_n, dc_n, y, reserve, wanted, *call)
         found = zip((dx, dh_0, dc_0, *dw), wanted, strict=True)
         return (None, None, None, *[grad if want else None for grad, want in found])

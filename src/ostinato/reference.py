@@ -331,9 +331,10 @@ def _initial(
     """Return the initial state of direction `d`: (h,), or (h, c) for LSTM."""
 
     def zeros(size: int) -> Array:
-        # Shaped from a weight, so that dtype, device and subclass are right in every library.
+        # Made from a weight, so that dtype, device and subclass are right in every library; a sum,
+        # so that a weight without elements has a zero too.
         xp = namespace(weight.hh)
-        return xp.broadcast_to(xp.zeros_like(weight.hh[:1, :1]), (batch, size))
+        return xp.broadcast_to(xp.zeros_like(weight.hh[:1, :1]).sum(), (batch, size))
 
     h = zeros(weight.hh.shape[1]) if h_0 is None else h_0[d]  # (B, O)
     if cell != "lstm":
