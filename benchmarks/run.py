@@ -1,10 +1,11 @@
 """Ours beside torch.nn, interleaved in one process, after a check of the numbers.
 
-Usage: python benchmarks/run.py [--threads 2] [--seconds 1.0] [--only GRU] [--json FILE] [--markdown FILE]
+Usage: python benchmarks/run.py [--threads 2] [--seconds 1.0] [--only GRU] [--json FILE]
+       [--markdown FILE]
 
-A row is measured in rounds; each round times torch.nn and ours once, one right after the other, so that a
-disturbance of the machine falls on both. The ratio of a row is the median over rounds of torch.nn's time / ours.
-Exits with 1 if the numbers differ. Rows below 1 stay in the table.
+A row is measured in rounds; each round times torch.nn and ours once, one right after the other, so
+that a disturbance of the machine falls on both. The ratio of a row is the median over rounds of
+torch.nn's time / ours. Raises if the numbers differ. Rows below 1 stay in the table.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from cases import CASES, Case
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import ostinato
-from ostinato import nn
+from ostinato import _core, nn
 
 
 def build(case: Case) -> tuple[torch.nn.Module, torch.nn.Module, Any]:
@@ -149,7 +150,7 @@ def main() -> int:
     torch.set_num_threads(arguments.threads)
     report: dict[str, Any] = {
         "processor": processor(),
-        "isa": ostinato._core.isa(),
+        "isa": _core.isa(),
         "threads": arguments.threads,
         "ostinato": ostinato.__version__,
         "torch": torch.__version__,
@@ -163,8 +164,8 @@ def main() -> int:
         report["rows"].append(row)
         verdict = "" if row["ratio"] >= case.goal else f"  (below {case.goal:g})"
         print(
-            f"{row['name']:42} {row['shape']:20} {row['torch_us']:9.0f} us {row['ostinato_us']:9.0f} us"
-            f"  x {row['ratio']:.2f}{verdict}",
+            f"{row['name']:42} {row['shape']:20} {row['torch_us']:9.0f} us "
+            f"{row['ostinato_us']:9.0f} us  x {row['ratio']:.2f}{verdict}",
             flush=True,
         )
     text = table(report)

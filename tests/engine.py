@@ -299,3 +299,39 @@ class Layer:
 
 def _address(array):
     return 0 if array is None else array.ctypes.data
+
+
+# ---- activations ----
+
+
+def every_kind_of_number(dtype, count=4000):
+    """Return numbers of both signs over all exponents, denormals and the special ones included."""
+    info, bits = np.finfo(dtype), np.dtype(dtype).itemsize * 8
+    top = int(np.array(info.max, dtype).view(f"u{bits // 8}"))
+    spread = np.linspace(0, top, count // 2).astype(f"u{bits // 8}").view(dtype)
+    near = np.linspace(0, 720 if bits == 64 else 90, count // 2).astype(dtype)
+    special = [0.0, info.smallest_subnormal, info.tiny, 1.0, info.max, np.inf, np.nan]
+    x = np.concatenate([spread, near, np.array(special, dtype)])
+    return np.concatenate([x, -x])
+
+
+def first_step(cell, gate, numbers, *, h_0=0.0, others=-0.0):
+    """Return the first step's results where `gate` is applied to exactly these numbers.
+
+    They come as biases of as many units. All products are -0, which leaves the sign of a
+    zero alone, and nothing but the units' own gates sees an infinity.
+    """
+    found = []
+    for x in np.array_split(numbers, len(numbers) // 500 + 1):
+        hidden, dtype = len(x), x.dtype
+        rows = GATES[cell] * hidden
+        bias = np.full((GATES[cell], hidden), -0.0, dtype)
+        bias[2:3] = others
+        bias[gate] = x
+        minus = np.full((rows, hidden), -0.0, dtype)
+        weights = {"ih": minus[:, :1].copy(), "hh": minus, "b_ih": bias.ravel(), "hr": None}
+        weights["b_hh"] = np.full(rows, -0.0, dtype)
+        first = np.full((1, 1, hidden), h_0, dtype)
+        layer = Layer(cell, np.zeros((1, 1), dtype), None, 1, 1, first, None, [weights])
+        found.append(layer.forward(keep=False))
+    return {name: np.concatenate([part[name].ravel() for part in found]) for name in found[0]}

@@ -22,10 +22,11 @@ from engine import (
     KINDS,
     STATES,
     Layer,
+    every_kind_of_number,
+    first_step,
     instruction_set,
     ragged,
 )
-from equations import GATES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -350,39 +351,6 @@ def test_nan_and_inf_stay_in_their_row(isa, rng, kind, bad):
         assert_same_bits(y[4:, 1], before[4:, 1])
 
 
-def every_kind_of_number(dtype, count=4000):
-    """Return numbers of both signs over all exponents, denormals and the special ones included."""
-    info, bits = np.finfo(dtype), np.dtype(dtype).itemsize * 8
-    top = int(np.array(info.max, dtype).view(f"u{bits // 8}"))
-    spread = np.linspace(0, top, count // 2).astype(f"u{bits // 8}").view(dtype)
-    near = np.linspace(0, 720 if bits == 64 else 90, count // 2).astype(dtype)
-    special = [0.0, info.smallest_subnormal, info.tiny, 1.0, info.max, np.inf, np.nan]
-    x = np.concatenate([spread, near, np.array(special, dtype)])
-    return np.concatenate([x, -x])
-
-
-def apply(cell, gate, numbers, *, h_0=0.0, others=-0.0):
-    """Return the first step's results where `gate` is applied to exactly these numbers.
-
-    They come as biases of as many units. All products are -0, which leaves the sign of a
-    zero alone, and nothing but the units' own gates sees an infinity.
-    """
-    found = []
-    for x in np.array_split(numbers, len(numbers) // 500 + 1):
-        hidden, dtype = len(x), x.dtype
-        rows = GATES[cell] * hidden
-        bias = np.full((GATES[cell], hidden), -0.0, dtype)
-        bias[2:3] = others
-        bias[gate] = x
-        minus = np.full((rows, hidden), -0.0, dtype)
-        weights = {"ih": minus[:, :1].copy(), "hh": minus, "b_ih": bias.ravel(), "hr": None}
-        weights["b_hh"] = np.full(rows, -0.0, dtype)
-        first = np.full((1, 1, hidden), h_0, dtype)
-        layer = Layer(cell, np.zeros((1, 1), dtype), None, 1, 1, first, None, [weights])
-        found.append(layer.forward(keep=False))
-    return {name: np.concatenate([part[name].ravel() for part in found]) for name in found[0]}
-
-
 def ulps(actual, exact):
     """Return the distance in units in the last place of the exact value, both finite."""
     spacing = np.spacing(np.abs(exact).astype(actual.dtype)).astype(exact.dtype)
@@ -395,7 +363,7 @@ WIDE = {"float32": np.float64, "float64": np.longdouble}
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tanh_is_accurate_everywhere(isa, dtype):
     x = every_kind_of_number(dtype)
-    actual = apply("rnn_tanh", 0, x)["y"]
+    actual = first_step("rnn_tanh", 0, x)["y"]
     exact = np.tanh(x.astype(WIDE[dtype]))
     assert (np.isnan(actual) == np.isnan(x)).all()
     fine = ~np.isnan(x)
@@ -413,10 +381,10 @@ def test_sigmoid_is_accurate_everywhere(isa, dtype, cell):
     x = every_kind_of_number(dtype)
     if cell == "gru":
         # h' = z * 1 + (1 - z) * tanh(0)
-        actual = apply("gru", 1, x, h_0=1.0)["y"]
+        actual = first_step("gru", 1, x, h_0=1.0)["y"]
     else:
         # c' = i * tanh(100) + f * 0
-        actual = apply("lstm", 0, x, others=100.0)["c_n"]
+        actual = first_step("lstm", 0, x, others=100.0)["c_n"]
     wide = x.astype(WIDE[dtype])
     with np.errstate(over="ignore"):
         exact = 1 / (1 + np.exp(-wide))
@@ -434,7 +402,7 @@ def test_sigmoid_is_accurate_everywhere(isa, dtype, cell):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_relu_of_every_kind_of_number(isa, dtype):
     x = every_kind_of_number(dtype)
-    np.testing.assert_array_equal(apply("rnn_relu", 0, x)["y"], np.where(x <= 0, 0, x))
+    np.testing.assert_array_equal(first_step("rnn_relu", 0, x)["y"], np.where(x <= 0, 0, x))
 
 
 # ---- sizes that 32 bits cannot count ----
@@ -450,50 +418,44 @@ def needs_memory(gigabytes):
 
 
 # Pages of zeros that nobody writes cost no memory, but their addresses are real.
-FEATURES = 2**20 + 3
-
-
-def test_more_input_elements_than_32_bits_count(rng):
+@pytest.mark.parametrize(
+    ("steps", "size", "hidden"), [(2100, 2**20 + 3, 1), (80000, 2**15 + 3, 33)]
+)
+def test_more_input_elements_than_32_bits_count(steps, size, hidden):
+    # The first case is one chunk of long rows. In the second, chunks begin past 2**31.
     needs_memory(16)
-    steps = 2100
-    layer = Layer.draw(rng, "rnn_relu", 1, 1, FEATURES, 1, dtype="float32", bias=False)
-    x = np.zeros((steps, FEATURES), np.float32)
+    x, weight = np.zeros((steps, size), np.float32), np.zeros((hidden, size), np.float32)
     assert x.size > 2**31
     x[0, 5], x[-1, -1], x[-2, 0] = 3, 2, 4
-    (weights,) = layer.weights
-    weights["ih"][0, [5, -1, 0]], weights["hh"][:], layer.h_0[:] = (0.5, 0.25, 1), 0.5, 1
-    layer = layer.replace(x=x, steps=steps)
-    y, h_n, dw = (
-        np.empty((steps, 1), "f4"),
-        np.empty((1, 1, 1), "f4"),
-        np.empty((1, FEATURES), "f4"),
-    )
-    dy = np.zeros((steps, 1), "f4")
-    dy[-1] = 1
-    at = [a.ctypes.data for a in (x, layer.h_0, weights["ih"], weights["hh"], y, h_n, dy, dw)]
-    head = (CELLS.index("rnn_relu"), False, layer.dims, 0, at[0], at[1], 0, [*at[2:4], 0, 0, 0])
+    weight[0, [5, -1, 0]] = 0.5, 0.25, 1
+    recurrent, h_0 = np.zeros((2, hidden, hidden), np.float32)
+    recurrent[0, 0] = h_0[0, 0] = 0.5
+    y, dy = np.empty((steps, hidden), np.float32), np.zeros((steps, hidden), np.float32)
+    h_n, dw = np.empty(hidden, np.float32), np.empty((hidden, size), np.float32)
+    dy[-1, 0] = 1
+    at = [a.ctypes.data for a in (x, h_0, weight, recurrent, y, h_n, dy, dw)]
+    dims = (steps, steps, 1, size, hidden, 0, 1)
+    head = (CELLS.index("rnn_relu"), False, dims, 0, at[0], at[1], 0, [*at[2:4], 0, 0, 0])
     _core.layer_forward(*head, at[4], at[5], 0, 0, 2)
-    np.testing.assert_array_equal(y[[0, 1, -2, -1], 0], np.float32([2, 1, 4, 2.5]))
-    assert h_n[0, 0, 0] == 2.5
+    np.testing.assert_array_equal(y[[0, 1, -2, -1], 0], np.float32([1.75, 0.875, 4, 2.5]))
+    assert (h_n[0], np.abs(y[:, 1:]).sum()) == (2.5, 0)
     _core.layer_backward(*head, at[4], 0, at[6], 0, 0, 0, 0, 0, [at[7], 0, 0, 0, 0], 2)
     assert (dw[0, 0], dw[0, -1], np.abs(dw).sum()) == (2, 2, 4)
 
 
-def test_more_weight_elements_than_32_bits_count(rng):
+def test_more_weight_elements_than_32_bits_count():
     needs_memory(16)
-    hidden = 2060
-    layer = Layer.draw(rng, "rnn_relu", 1, 1, FEATURES, 1, dtype="float32", bias=False)
-    weight = np.zeros((hidden, FEATURES), np.float32)
+    hidden, size = 2060, 2**20 + 3
+    x, weight = np.zeros((1, size), np.float32), np.zeros((hidden, size), np.float32)
     assert weight.size > 2**31
     weight[0, 7], weight[-1, -1], weight[-2, 0] = 2, 3, 5
-    layer.x[0, [0, 7, -1]] = 1, 10, 100
-    weights = {"ih": weight, "hh": np.zeros((hidden, hidden), np.float32)}
-    y, h_n = np.empty((1, hidden), np.float32), np.empty((1, 1, hidden), np.float32)
-    at = [a.ctypes.data for a in (layer.x, weight, weights["hh"], y, h_n)]
-    dims = (1, 1, 1, FEATURES, hidden, 0, 1)
-    head = (CELLS.index("rnn_relu"), False, dims, 0, at[0], 0, 0, [*at[1:3], 0, 0, 0])
-    _core.layer_forward(*head, at[3], at[4], 0, 0, 2)
-    assert (y[0, 0], y[0, -1], y[0, -2], np.abs(y).sum()) == (20, 300, 5, 325)
+    x[0, [0, 7, -1]] = 1, 10, 100
+    recurrent = np.zeros((hidden, hidden), np.float32)
+    y, h_n = np.empty(hidden, np.float32), np.empty(hidden, np.float32)
+    at = [a.ctypes.data for a in (x, weight, recurrent, y, h_n)]
+    head = (CELLS.index("rnn_relu"), False, (1, 1, 1, size, hidden, 0, 1), 0, at[0], 0, 0)
+    _core.layer_forward(*head, [*at[1:3], 0, 0, 0], at[3], at[4], 0, 0, 2)
+    assert (y[0], y[-1], y[-2], np.abs(y).sum()) == (20, 300, 5, 325)
 
 
 # ---- what the bindings refuse, and what they read from the environment ----

@@ -20,29 +20,32 @@ def info() -> dict[str, str]:
         the threads that a call from torch and from NumPy may take.
 
     Raises:
-        ImportError: torch is installed and cannot be imported.
+        ImportError: torch is installed but cannot be imported.
 
     Example:
         >>> from ostinato.__main__ import info
         >>> "ostinato" in info()
         True
     """
-    lines = {
-        "ostinato": __version__,
-        "python": f"{platform.python_version()} on {platform.machine()}",
-        "numpy": numpy.__version__,
-        "torch": "not installed (pip install ostinato[torch])",
-        "instruction sets": ", ".join(_core.instruction_sets()),
-        "in use": _core.isa() + (" (OSTINATO_ISA)" if os.environ.get("OSTINATO_ISA") else ""),
-    }
+    # As `ostinato.numpy` and `ostinato.ops` count them.
+    threads = {"NumPy": len(os.sched_getaffinity(0))}
+    torch_version = "not installed (pip install ostinato[torch])"
     if find_spec("torch"):
         import torch
 
-        lines["torch"] = torch.__version__
-        lines["threads"] = f"{torch.get_num_threads()} (torch.get_num_threads)"
-    if _core.forced_threads:
-        lines["threads"] = f"{_core.forced_threads} (OSTINATO_NUM_THREADS)"
-    return lines
+        threads["torch"] = torch.get_num_threads()
+        torch_version = torch.__version__
+    return {
+        "ostinato": __version__,
+        "python": f"{platform.python_version()} on {platform.machine()}",
+        "numpy": numpy.__version__,
+        "torch": torch_version,
+        "instruction sets": ", ".join(_core.instruction_sets()),
+        "in use": _core.isa() + (" (OSTINATO_ISA)" if os.environ.get("OSTINATO_ISA") else ""),
+        "threads": f"{_core.forced_threads} (OSTINATO_NUM_THREADS)"
+        if _core.forced_threads
+        else ", ".join(f"{count} from {caller}" for caller, count in threads.items()),
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
