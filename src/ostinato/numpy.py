@@ -408,8 +408,8 @@ def _check_array(kind: str, name: str, array: object) -> None:
     # The engine would not see a mask, and a matrix means something else by the same operators.
     if not isinstance(array, np.ndarray) or isinstance(array, (np.ma.MaskedArray, np.matrix)):
         _reject_type(kind, name, "a NumPy array", array)
-    # bfloat16 is no dtype of NumPy's own but one that registers itself.
-    if array.dtype.kind not in "fc" and array.dtype.name != "bfloat16":
+    # This leaves out bfloat16, which is not NumPy's own and turns into float32 on the way.
+    if array.dtype.kind not in "fc":
         raise ValueError(f"{kind}: {name} must have a floating or complex dtype, got {array.dtype}")
 
 

@@ -1,0 +1,599 @@
+"""The NumPy face: rnn, gru, lstm and layer against the reference, what they refuse, and no torch.
+
+Legend: T steps, B batch, I input, H hidden, O output of a step, L layers, D directions.
+"""
+
+import itertools
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+from conftest import assert_close, assert_same_bits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ostinato
+from ostinato import _core, reference
+from ostinato.numpy import gru, layer, lstm, rnn
+
+KINDS = ("rnn_tanh", "rnn_relu", "gru", "lstm", "lstm_projected")
+GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
+BOTH = (False, True)
+
+
+def cell_of(kind):
+    return kind.removesuffix("_projected")
+
+
+def call(kind, *args, **kwargs):
+    """Call the function of this kind; return output, h_n and c_n or None."""
+    if kind.startswith("rnn"):
+        kwargs["nonlinearity"] = kind.removeprefix("rnn_")
+        return (*rnn(*args, **kwargs), None)
+    if kind == "gru":
+        return (*gru(*args, **kwargs), None)
+    output, (h_n, c_n) = lstm(*args, **kwargs)
+    return output, h_n, c_n
+
+
+def draw_parameters(rng, kind, size, hidden, *, layers=1, ways=1, bias=True, dtype="float64"):
+    """Draw a layer's parameters under torch's names."""
+    rows = GATES[cell_of(kind)] * hidden
+    out = hidden - 1 if kind == "lstm_projected" else hidden
+    parameters = {}
+    for k, way in itertools.product(range(layers), ("", "_reverse")[:ways]):
+        shapes = {"weight_ih": (rows, ways * out if k else size), "weight_hh": (rows, out)}
+        if bias:
+            shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)}
+        if out != hidden:
+            shapes["weight_hr"] = (out, hidden)
+        for name, shape in shapes.items():
+            drawn = rng.uniform(-1, 1, shape) / np.sqrt(hidden)
+            parameters[f"{name}_l{k}{way}"] = drawn.astype(dtype)
+    return parameters
+
+
+def draw_states(rng, kind, rows, hidden, dtype="float64"):
+    """Draw hx: h_0, or (h_0, c_0); `rows` is all but the last dimension."""
+    out = hidden - 1 if kind == "lstm_projected" else hidden
+    h_0 = rng.standard_normal((*rows, out)).astype(dtype)
+    if cell_of(kind) != "lstm":
+        return h_0
+    return h_0, rng.standard_normal((*rows, hidden)).astype(dtype)
+
+
+def pair(hx):
+    """Return h_0 and c_0 of hx."""
+    return hx if isinstance(hx, (tuple, list)) else (hx, None)
+
+
+def expected(kind, input, parameters, hx=None, *, layers=1, ways=1):
+    """Return what the reference makes of (T, B, I), layer by layer, in float64."""
+    ends = ([], [])
+    for k in range(layers):
+        # The parameters were drawn in the reference's order.
+        own = [a.astype("f8") for n, a in parameters.items() if f"_l{k}" in n]
+        states = [
+            None if s is None else s[k * ways : (k + 1) * ways].astype("f8") for s in pair(hx)
+        ]
+        input, *found = reference.layer(
+            cell_of(kind),
+            input.astype("f8"),
+            None,
+            *states,
+            own,
+            has_biases="bias_ih_l0" in parameters,
+            bidirectional=ways == 2,
+        )
+        for end, state in zip(ends, found, strict=True):
+            end.append(state)
+    h_n, c_n = ends
+    return input, np.concatenate(h_n), np.concatenate(c_n) if cell_of(kind) == "lstm" else None
+
+
+def assert_all(compare, actual, other, **options):
+    for a, b, name in zip(actual, other, ("output", "h_n", "c_n"), strict=True):
+        assert (a is None) == (b is None), name
+        if a is not None:
+            compare(a, b, name=name, **options)
+
+
+# ---- against the reference ----
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("bias", BOTH, ids=["no bias", "bias"])
+@pytest.mark.parametrize("ways", [1, 2])
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_layout_equals_the_reference(rng, kind, layers, ways, bias, dtype):
+    options = {"layers": layers, "ways": ways}
+    parameters = draw_parameters(rng, kind, 5, 9, bias=bias, dtype=dtype, **options)
+    input = rng.standard_normal((7, 4, 5)).astype(dtype)
+    for hx in (None, draw_states(rng, kind, (layers * ways, 4), 9, dtype)):
+        whole = expected(kind, input, parameters, hx, **options)
+        actual = call(kind, input, parameters, hx)
+        assert all(a is None or a.dtype == dtype for a in actual)
+        assert_all(assert_close, actual, whole, steps=7 * layers)
+        turned = call(kind, input.swapaxes(0, 1), parameters, hx, batch_first=True)
+        assert_all(assert_same_bits, (turned[0].swapaxes(0, 1), *turned[1:]), actual)
+        # One sequence, without the dimension of the batch; batch_first says nothing about it.
+        one = None if hx is None else tuple(s if s is None else s[:, 2] for s in pair(hx))
+        one = one[0] if one and cell_of(kind) != "lstm" else one
+        single = call(kind, input[:, 2], parameters, one, batch_first=bias)
+        cut = [actual[0][:, 2], *(s if s is None else s[:, 2] for s in actual[1:])]
+        assert_all(assert_same_bits, single, cut)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "complex128"])
+@pytest.mark.parametrize("packed", BOTH)
+@pytest.mark.parametrize("ways", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_layer_takes_what_the_reference_takes(rng, kind, ways, packed, dtype):
+    if kind == "rnn_relu" and dtype == "complex128":
+        pytest.skip("relu: complex numbers have no order")
+    parameters = draw_parameters(rng, kind, 5, 9, ways=ways, dtype=dtype)
+    sizes = [4, 4, 1, 0] if packed else None
+    input = rng.standard_normal((9, 5) if packed else (4, 6, 5)).astype(dtype)
+    states = [None if s is None else s for s in pair(draw_states(rng, kind, (ways, 6), 9, dtype))]
+    weights = list(parameters.values())
+    options = {"has_biases": True, "bidirectional": ways == 2}
+    wide = "complex128" if dtype == "complex128" else "float64"
+    for h_0, c_0 in (states, (None, states[1]), (states[0], None)):
+        arguments = (sizes, h_0, c_0, weights)
+        actual = layer(cell_of(kind), input, *arguments, **options)
+        widened = (sizes, *(None if s is None else s.astype(wide) for s in (h_0, c_0)))
+        whole = reference.layer(
+            cell_of(kind),
+            input.astype(wide),
+            *widened,
+            [w.astype(wide) for w in weights],
+            **options,
+        )
+        assert all(a is None or a.dtype == dtype for a in actual)
+        assert_all(assert_close, actual, whole, steps=4)
+
+
+def test_layer_takes_every_form_of_batch_sizes(rng):
+    weights = list(draw_parameters(rng, "gru", 3, 4).values())
+    input, sizes = rng.standard_normal((8, 3)), [4, 3, 1]
+    options = {"has_biases": True, "bidirectional": False}
+    whole = layer("gru", input, sizes, None, None, weights, **options)
+    forms = [tuple(sizes), *(np.array(sizes, t) for t in ("u1", "i4", ">i8", "u8"))]
+    strided = np.array([4, 9, 3, 9, 1, 9])[::2]
+    for form in (*forms, strided, [np.int16(n) for n in sizes]):
+        assert_all(
+            assert_same_bits, layer("gru", input, form, None, None, weights, **options), whole
+        )
+
+
+# ---- dtypes that have no engine ----
+
+
+def test_other_dtypes_run_the_reference_and_say_so_once(rng, caplog, monkeypatch):
+    monkeypatch.setattr(ostinato.numpy, "_told", set())
+    exact = draw_parameters(rng, "gru", 3, 4)
+    input = rng.standard_normal((5, 2, 3))
+    whole = expected("gru", input, exact)
+    for dtype in ("float16", np.longdouble, "complex64", ">f4", ">f8"):
+        parameters = {n: a.astype(dtype) for n, a in exact.items()}
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "ostinato"):
+            for _ in range(2):
+                output, h_n = gru(input.astype(dtype), parameters)
+        eps = max(2.0**-52, float(np.finfo(dtype).eps))
+        np.testing.assert_allclose(output, whole[0], rtol=16 * eps, atol=16 * eps)
+        np.testing.assert_allclose(h_n, whole[1], rtol=16 * eps, atol=16 * eps)
+        assert output.dtype == np.dtype(dtype).newbyteorder("=")
+        (record,) = caplog.records
+        assert f"no engine for {np.dtype(dtype)}" in record.getMessage()
+    caplog.clear()
+    gru(input, exact)
+    gru(input.astype("f4"), {n: a.astype("f4") for n, a in exact.items()})
+    assert not caplog.records
+
+
+# ---- properties ----
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sequence_cut_in_two_and_carried_has_the_same_bits(rng, kind, dtype):
+    parameters = draw_parameters(rng, kind, 5, 17, layers=2, dtype=dtype)
+    input = rng.standard_normal((13, 3, 5)).astype(dtype)
+    whole = call(kind, input, parameters)
+    for cut in (0, 1, 6, 12, 13):
+        first, h, c = call(kind, input[:cut], parameters)
+        second, *ends = call(kind, input[cut:], parameters, h if c is None else (h, c))
+        assert_all(assert_same_bits, (np.concatenate([first, second]), *ends), whole)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reversed_input_equals_the_reverse_direction(rng, kind):
+    parameters = draw_parameters(rng, kind, 5, 9, ways=2)
+    input = rng.standard_normal((6, 4, 5))
+    output, h_n, c_n = call(kind, input, parameters)
+    own = {n.removesuffix("_reverse"): a for n, a in parameters.items() if n.endswith("_reverse")}
+    turned, h, c = call(kind, input[::-1], own)
+    half = output.shape[-1] // 2
+    assert_same_bits(output[..., half:], turned[::-1])
+    assert_same_bits(h_n[1:], h)
+    assert (c is None) or (c_n[1:] == c).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_commute_with_permutation(rng, kind):
+    parameters = draw_parameters(rng, kind, 5, 9, layers=2, ways=2)
+    input, order = rng.standard_normal((6, 11, 5)), rng.permutation(11)
+    hx = draw_states(rng, kind, (4, 11), 9)
+    whole = call(kind, input, parameters, hx)
+    moved = tuple(s if s is None else s[:, order] for s in pair(hx))
+    moved = moved if cell_of(kind) == "lstm" else moved[0]
+    actual = call(kind, input[:, order], parameters, moved)
+    assert_all(assert_same_bits, actual, [a if a is None else a[:, order] for a in whole])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_steps_and_no_rows(rng, kind):
+    parameters = draw_parameters(rng, kind, 5, 9, layers=2, ways=2)
+    hx = draw_states(rng, kind, (4, 3), 9)
+    output, *ends = call(kind, np.zeros((0, 3, 5)), parameters, hx)
+    width = 2 * pair(hx)[0].shape[-1]
+    assert output.shape == (0, 3, width)
+    for end, start in zip(ends, pair(hx), strict=True):
+        assert (end is None) == (start is None)
+        if end is not None:
+            assert_same_bits(end, start)
+            assert not np.shares_memory(end, start)
+    output, h_n, _ = call(kind, np.zeros((6, 0, 5)), parameters)
+    assert (output.shape, h_n.shape[:2]) == ((6, 0, width), (4, 0))
+
+
+def layouts(array):
+    """Return the same numbers as other callers might hold them."""
+    gap = np.zeros((*array.shape[:-1], 2 * array.shape[-1]), array.dtype)
+    gap[..., ::2] = array
+    raw = np.zeros(array.nbytes + 1, np.uint8)
+    odd = raw[1:].view(array.dtype).reshape(array.shape)
+    odd[...] = array
+    locked = array.copy()
+    locked.flags.writeable = False
+    turned = np.ascontiguousarray(array[..., ::-1])[..., ::-1]
+    return [gap[..., ::2], odd, locked, turned, np.asfortranarray(array)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_memory_layout_has_the_same_bits(rng, kind):
+    parameters = draw_parameters(rng, kind, 5, 9, ways=2, dtype="float32")
+    input = rng.standard_normal((6, 3, 5)).astype("float32")
+    hx = draw_states(rng, kind, (2, 3), 9, "float32")
+    whole = call(kind, input, parameters, hx)
+    kept = [
+        a.copy() for a in (input, *parameters.values(), *pair(hx)[: 1 + (whole[2] is not None)])
+    ]
+    for i in range(len(layouts(input))):
+        states = [s if s is None else layouts(s)[i] for s in pair(hx)]
+        actual = call(
+            kind,
+            layouts(input)[i],
+            {n: layouts(a)[i] for n, a in parameters.items()},
+            states if whole[2] is not None else states[0],
+        )
+        assert_all(assert_same_bits, actual, whole)
+    now = (input, *parameters.values(), *pair(hx)[: 1 + (whole[2] is not None)])
+    for before, after in zip(kept, now, strict=True):
+        assert_same_bits(after, before)
+    broad = np.broadcast_to(np.float32(0.25), input.shape)
+    assert_all(
+        assert_same_bits, call(kind, broad, parameters), call(kind, broad.copy(), parameters)
+    )
+
+
+def test_memory_mapped_files_and_archives(rng, tmp_path):
+    parameters = draw_parameters(rng, "gru", 5, 9)
+    input = rng.standard_normal((6, 3, 5))
+    whole = gru(input, parameters)
+    np.savez(tmp_path / "gru.npz", **parameters)
+    with np.load(tmp_path / "gru.npz") as archive:
+        assert_all(assert_same_bits, (*gru(input, archive), None), (*whole, None))
+    np.save(tmp_path / "input.npy", input)
+    mapped = np.load(tmp_path / "input.npy", mmap_mode="r")
+    assert_all(assert_same_bits, (*gru(mapped, parameters), None), (*whole, None))
+
+
+def test_threads_are_those_of_the_environment(rng, monkeypatch):
+    asked = []
+
+    class Recorder:
+        forced_threads = 0
+
+        @staticmethod
+        def layer_forward(*arguments):
+            asked.append(arguments[-1])
+            _core.layer_forward(*arguments)
+
+    monkeypatch.setattr(ostinato.numpy, "_core", Recorder)
+    parameters = draw_parameters(rng, "gru", 5, 9)
+    gru(np.zeros((6, 3, 5)), parameters)
+    Recorder.forced_threads = 5
+    gru(np.zeros((6, 3, 5)), parameters)
+    assert asked == [len(os.sched_getaffinity(0)), 5]
+
+
+# ---- names of parameters ----
+
+
+def test_a_prefix_finds_a_layer_in_a_whole_model(rng):
+    own = draw_parameters(rng, "gru", 5, 9, layers=2, ways=2)
+    model = {f"encoder.gru.{n}": a for n, a in own.items()}
+    model |= {f"decoder.{n}": a for n, a in draw_parameters(rng, "lstm", 3, 4).items()}
+    model |= {"encoder.gru.norm.weight": np.ones(3), "fc.weight": np.ones((2, 2)), 7: np.ones(1)}
+    input = rng.standard_normal((6, 3, 5))
+    found = gru(input, model, prefix="encoder.gru.")
+    assert_all(assert_same_bits, (*found, None), (*gru(input, own), None))
+    with pytest.raises(ValueError, match=r"'weight_ih_l0', .* fit: 'encoder.gru.', 'decoder.'"):
+        gru(input, model)
+    with pytest.raises(ValueError, match=r"to hold 'gru.weight_ih_l0', which is missing"):
+        gru(input, model, prefix="gru.")
+
+
+@pytest.mark.parametrize(
+    ("gone", "more", "message"),
+    [
+        (["weight_hh_l0"], [], "to hold 'weight_hh_l0', which is missing"),
+        (["bias_hh_l1_reverse"], [], "to hold 'bias_hh_l1_reverse', which is missing"),
+        (["bias_ih_l0"], [], "got 'bias_hh_l0' as well"),
+        (["weight_ih_l1"], [], "got 'weight_hh_l1' as well"),
+        (["weight_ih_l0_reverse"], [], "got 'weight_hh_l0_reverse' as well"),
+        ([], ["weight_ih_l3"], "got 'weight_ih_l3' as well"),
+        ([], ["weight_hr_l0"], "got 'weight_hr_l0' as well"),
+    ],
+)
+def test_a_parameter_too_few_or_too_many(rng, gone, more, message):
+    parameters = draw_parameters(rng, "gru", 5, 9, layers=2, ways=2)
+    for name in gone:
+        del parameters[name]
+    parameters |= dict.fromkeys(more, np.zeros((27, 9)))
+    with pytest.raises(ValueError, match=message):
+        gru(np.zeros((6, 3, 5)), parameters)
+
+
+# ---- errors ----
+
+X, F = np.zeros((6, 3, 5)), np.zeros((6, 3, 5), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "error", "message"),
+    [
+        ("gru", (X[0, 0],), ValueError, "GRU: Expected input to be 2D or 3D, got 1D instead"),
+        ("lstm", (X[None],), ValueError, "LSTM: Expected input to be 2D or 3D, got 4D instead"),
+        ("rnn_tanh", (X[0, 0],), ValueError, "Expected input to be 2D or 3D, got 1D tensor"),
+        ("gru", (X[0], X), RuntimeError, "unbatched 2-D input, hx should also be 2-D but got 3-D"),
+        ("gru", (X, X[0]), RuntimeError, "For batched 3-D input, hx should also be 3-D but got 2"),
+        (
+            "lstm",
+            (X, (X, X[0])),
+            RuntimeError,
+            r"For batched 3-D input, hx and cx should also be 3-D but got \(3-D, 2-D\) tensors",
+        ),
+        ("gru", (F,), ValueError, r"dtype \(float32\) does not match weight dtype \(float64\)"),
+        ("gru", (X.astype("i8"),), ValueError, "input must have a floating .* dtype, got int64"),
+        ("gru", (X.astype(bool),), ValueError, "input must have a floating .* dtype, got bool"),
+        (
+            "gru",
+            (X, F[:1, :, :4]),
+            RuntimeError,
+            r"Expected hidden size \(1, 3, 9\), got \[1, 3, 4",
+        ),
+        (
+            "gru",
+            (X, np.zeros((1, 3, 9), "f4")),
+            ValueError,
+            r"GRU hx dtype \(float32\) does not match weight dtype \(float64\)",
+        ),
+        ("gru", (X[..., :4],), RuntimeError, r"equal to input_size. Expected 5, got 4"),
+        (
+            "gru",
+            (X[:, 0], X[0]),
+            RuntimeError,
+            r"Expected hidden size \(1, 1, 9\), got \[3, 1, 5\]",
+        ),
+        (
+            "lstm",
+            (X, (X, X)),
+            RuntimeError,
+            r"Expected hidden\[0\] size \(1, 3, 9\), got \[6, 3, 5",
+        ),
+        (
+            "lstm",
+            (X, (np.zeros((1, 3, 9)), X)),
+            RuntimeError,
+            r"Expected hidden\[1\] size \(1, 3, 9\), got \[6, 3, 5\]",
+        ),
+        ("lstm", (X, X), TypeError, r"hx must be a tuple or list of two arrays .*, got ndarray"),
+        ("lstm", (X, (X,)), RuntimeError, r"hx to hold two states \(h_0, c_0\), got 1"),
+        ("lstm", (X, (X, None)), TypeError, r"LSTM: hx\[1\] must be a NumPy array, got NoneType"),
+        ("gru", (X, (X, X)), TypeError, r"GRU: hx must be a NumPy array, got tuple"),
+        ("gru", (X.tolist(),), TypeError, r"GRU: input must be a NumPy array, got list"),
+        ("gru", (None,), TypeError, r"GRU: input must be a NumPy array, got NoneType"),
+        ("gru", (np.ma.masked_array(X),), TypeError, "a NumPy array, got MaskedArray"),
+    ],
+)
+def test_wrong_arguments(rng, kind, arguments, error, message):
+    input, *rest = arguments
+    with pytest.raises(error, match=message):
+        call(kind, input, draw_parameters(rng, kind, 5, 9), *rest)
+
+
+def test_wrong_options(rng):
+    parameters = draw_parameters(rng, "gru", 5, 9)
+    with pytest.raises(TypeError, match="batch_first must be a bool, got int"):
+        gru(X, parameters, batch_first=1)
+    with pytest.raises(TypeError, match="prefix must be a str, got NoneType"):
+        gru(X, parameters, prefix=None)
+    with pytest.raises(TypeError, match=r"parameters must be a mapping .*, got list"):
+        gru(X, list(parameters))
+    with pytest.raises(ValueError, match="Unknown nonlinearity 'elu'"):
+        rnn(X, parameters, nonlinearity="elu")
+    parameters = draw_parameters(rng, "rnn_relu", 5, 9, dtype="complex64")
+    with pytest.raises(TypeError, match="relu: expected a real dtype"):
+        rnn(X.astype("complex64"), parameters, nonlinearity="relu")
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "error", "message"),
+    [
+        (
+            "weight_hh_l0",
+            np.zeros((27, 8)),
+            RuntimeError,
+            r"\(3 \* hidden, hidden\), got \(27, 8\)",
+        ),
+        (
+            "weight_hh_l0",
+            np.zeros((26, 9)),
+            RuntimeError,
+            r"\(3 \* hidden, hidden\), got \(26, 9\)",
+        ),
+        ("weight_hh_l0", np.zeros(27), RuntimeError, r"expected 2D and not empty, got \(27,\)"),
+        ("weight_ih_l0", np.zeros((27, 0)), RuntimeError, r"2D and not empty, got \(27, 0\)"),
+        ("weight_ih_l0", np.zeros((26, 5)), RuntimeError, r"l0: expected shape \(27, 5\)"),
+        ("weight_ih_l1", np.zeros((27, 5)), RuntimeError, r"l1: expected shape \(27, 18\)"),
+        ("bias_hh_l1_reverse", np.zeros((27, 1)), RuntimeError, r"reverse: expected shape \(27,\)"),
+        (
+            "bias_ih_l1",
+            np.zeros(27, "f4"),
+            ValueError,
+            "expected float64 as in weight_ih_l0, got f",
+        ),
+        ("bias_ih_l1", [0.0] * 27, TypeError, "bias_ih_l1 must be a NumPy array, got list"),
+        ("bias_ih_l1", np.zeros(27, "i8"), ValueError, "bias_ih_l1 must have a floating .*int64"),
+    ],
+)
+def test_wrong_parameters_are_found_before_the_first_layer_runs(
+    rng, monkeypatch, name, weight, error, message
+):
+    monkeypatch.setattr(ostinato.numpy, "_layer", None)
+    parameters = draw_parameters(rng, "gru", 5, 9, layers=2, ways=2) | {name: weight}
+    with pytest.raises(error, match=message):
+        gru(X, parameters)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"cell": "elman"}, ValueError, "cell: expected one of rnn_tanh, .*, got 'elman'"),
+        ({"input": X[0]}, ValueError, "layer: Expected input to be 3D, got 2D instead"),
+        ({"batch_sizes": [3]}, ValueError, r"input to be 2D \(packed\), got 3D instead"),
+        ({"c_0": X}, RuntimeError, "c_0: expected None for gru"),
+        ({"h_0": X[0]}, RuntimeError, r"h_0 and c_0 should also be 3-D but got \(2-D\) tensors"),
+        ({"count": 5}, RuntimeError, "weights: expected 4 per direction for gru, got 5 in all"),
+        ({"count": 0}, RuntimeError, "weights: expected 4 per direction for gru, got 0 in all"),
+        ({"bidirectional": True}, RuntimeError, "weights: .*, got 4 in all for 2"),
+        ({"has_biases": False}, RuntimeError, "weights: expected 2 per direction for gru, got 4"),
+    ],
+)
+def test_wrong_arguments_of_a_layer(rng, changes, error, message):
+    weights = (list(draw_parameters(rng, "gru", 5, 9).values()) * 2)[: changes.pop("count", 4)]
+    arguments = {"cell": "gru", "input": X, "batch_sizes": None, "h_0": None, "c_0": None}
+    arguments |= {"weights": weights, "has_biases": True, "bidirectional": False} | changes
+    with pytest.raises(error, match=message):
+        layer(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "error", "message"),
+    [
+        ([1, 2], ValueError, r"from at most 1 to at least 0, got \[1, 2\]"),
+        ([4, -1], ValueError, r"from at most 4 to at least 0, got \[4, -1\]"),
+        ([-3], ValueError, r"from at most 0 to at least 0, got \[-3\]"),
+        ([2, 2], ValueError, "expected a sum of 3, the rows of input, got 4"),
+        ([], ValueError, "expected a sum of 3, the rows of input, got 0"),
+        # These would add up to 3 in 64 bits.
+        ([2**62] * 4 + [3], ValueError, "expected a sum of 3, .*, got 18446744073709551619"),
+        ([2.0, 1.0], TypeError, "a 1D sequence of whole numbers, got 1D of float64"),
+        ([[2, 1]], TypeError, "a 1D sequence of whole numbers, got 2D of int64"),
+        ([True, True, True], TypeError, "whole numbers, got 1D of bool"),
+        ([2**70], TypeError, "whole numbers, got 1D of object"),
+        (3, TypeError, "a 1D sequence of whole numbers, got 0D of int64"),
+    ],
+)
+def test_wrong_batch_sizes(rng, sizes, error, message):
+    weights = list(draw_parameters(rng, "gru", 5, 9).values())
+    options = {"has_biases": True, "bidirectional": False}
+    with pytest.raises(error, match=message):
+        layer("gru", np.zeros((3, 5)), sizes, None, None, weights, **options)
+
+
+def test_batch_sizes_of_more_rows_than_the_states_have(rng):
+    options = {"has_biases": True, "bidirectional": False}
+    for states in ((np.zeros((1, 1, 9)), None), (None, np.zeros((1, 1, 9)))):
+        cell = "gru" if states[1] is None else "lstm"
+        weights = list(draw_parameters(rng, cell, 5, 9).values())
+        with pytest.raises(ValueError, match=r"from at most 1 to at least 0, got \[2, 2\]"):
+            layer(cell, np.zeros((4, 5)), [2, 2], *states, weights, **options)
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_no_mixture_of_shapes_reaches_the_engine(data):
+    # Each shape is now and then a wrong one. Whatever is accepted must be computed right.
+    kind = data.draw(st.sampled_from(KINDS))
+    rng = np.random.default_rng(0)
+    steps, batch, size, hidden = (data.draw(st.integers(1, 3)) for _ in range(4))
+    hidden += 1
+    parameters = draw_parameters(rng, kind, size, hidden, dtype="float32")
+    hx = pair(draw_states(rng, kind, (1, batch), hidden, "float32"))
+    arrays = {"input": rng.standard_normal((steps, batch, size)).astype("f4"), **parameters}
+    arrays |= {n: s for n, s in zip(("h_0", "c_0"), hx, strict=True) if s is not None}
+    for name in data.draw(st.sets(st.sampled_from(sorted(arrays)), max_size=2)):
+        shape = list(arrays[name].shape)
+        axis = data.draw(st.integers(0, len(shape) - 1))
+        shape[axis] = data.draw(st.integers(0, 9))
+        drop = data.draw(st.booleans()) and data.draw(st.booleans())
+        arrays[name] = rng.standard_normal(shape[1:] if drop else shape).astype("f4")
+    sizes = data.draw(st.none() | st.lists(st.integers(-1, 4), max_size=3))
+    input, h_0, c_0 = arrays.pop("input"), arrays.pop("h_0"), arrays.pop("c_0", None)
+    input = input if sizes is None else input.reshape(-1, input.shape[-1])
+    arguments = (cell_of(kind), input, sizes, h_0, c_0, list(arrays.values()))
+    options = {"has_biases": True, "bidirectional": False}
+    try:
+        actual = layer(*arguments, **options)
+    except (ValueError, RuntimeError):
+        return
+    assert_all(assert_close, actual, reference.layer(*arguments, **options), steps=8)
+
+
+# ---- without torch ----
+
+
+def test_importing_and_running_without_torch():
+    program = """
+        import sys
+        import ostinato
+        ostinato.numpy
+        assert "torch" not in sys.modules, "imported torch"
+
+        sys.modules["torch"] = None  # an import of torch would now raise
+        import numpy
+        zeros = {"weight_ih_l0": numpy.zeros((6, 3)), "weight_hh_l0": numpy.zeros((6, 2))}
+        output, h_n = ostinato.numpy.gru(numpy.zeros((4, 3)), zeros, numpy.ones((1, 2)))
+        print(output[:, 0].tolist())
+        print(ostinato.numpy.gru(numpy.zeros((4, 3), "f2"),
+                                 {n: a.astype("f2") for n, a in zeros.items()})[1].tolist())
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr
+    # Each step: r = z = 1/2, n = 0, h' = h / 2.
+    assert done.stdout.split("\n")[:2] == ["[0.5, 0.25, 0.125, 0.0625]", "[[0.0, 0.0]]"]
+    assert "no engine for float16" in done.stderr
