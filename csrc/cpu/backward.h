@@ -128,8 +128,8 @@ private:
             return;
         }
         team.run(shares_.tiles * size_.directions, [&](int64_t task, int member) {
-            const int64_t d = task % size_.directions, b0 = task / size_.directions * shares_.tile_rows;
-            const int64_t b1 = min(b0 + shares_.tile_rows, size_.batch);
+            const int64_t d = task % size_.directions, tile = task / size_.directions;
+            const int64_t b0 = shares_.begin(tile), b1 = shares_.begin(tile + 1);
             for (int64_t s = chunk_[d].s1 - 1; s >= chunk_[d].s0; s--) Step(*this, d, s, member).run(b0, b1, 0, blocks_);
         });
     }

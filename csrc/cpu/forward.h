@@ -134,9 +134,9 @@ private:
         }
         // Tile by tile, the directions alternating: the longest tiles are claimed first.
         team.run(shares_.tiles * size_.directions, [&](int64_t task, int member) {
-            const int64_t d = task % size_.directions, b0 = task / size_.directions * shares_.tile_rows;
+            const int64_t d = task % size_.directions, tile = task / size_.directions, b0 = shares_.begin(tile);
             for (int64_t s = s0[d]; s < s1[d]; s++) {
-                const int64_t b1 = min(b0 + shares_.tile_rows, steps_.rows(d, s));
+                const int64_t b1 = min(shares_.begin(tile + 1), steps_.rows(d, s));
                 if (b0 >= b1) continue;
                 Step step(*this, d, s, s0[d], s1[d], member);
                 step.begin(b0, b1);

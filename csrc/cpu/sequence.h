@@ -163,22 +163,25 @@ struct Relay {
 // How a walk is shared: row tiles, or all rows together by unit blocks.
 struct Shares {
     static constexpr int64_t kSecondLevel = 1 << 20;
-    int64_t tile_rows, tiles;
+    int64_t batch, tiles;
     bool together;
 
     // work: multiply-adds of one step for one row. weight_bytes: what a tile streams per step. tile_height: rows of a register tile.
-    Shares(const Sizes& sizes, int members, int64_t work, int64_t weight_bytes, int64_t tile_height) {
+    Shares(const Sizes& sizes, int members, int64_t work, int64_t weight_bytes, int64_t tile_height) : batch(sizes.batch) {
         const int64_t per_direction = max(1, members / sizes.directions), whole = ceil_div(sizes.batch, per_direction);
         // More tiles than members even out ragged rows (the longest are claimed first) and cores that others hold for a
         // while. They cost another read of the weights per step, so few where these do not fit the second-level cache.
         const int64_t spare = members == 1 ? 1 : weight_bytes <= kSecondLevel ? 4 : 2;
-        tile_rows = max(1, min(whole, round_up(ceil_div(whole, spare), tile_height)));
-        tiles = ceil_div(sizes.batch, tile_rows);
+        // A tile has about as many rows as a register tile or more, and all have the same, give or take one.
+        tiles = min(batch, per_direction * max(1, min(spare, (whole + tile_height / 2) / tile_height)));
         // A relay's barrier costs some hundred nanoseconds a step, so a step must be worth several of them.
         constexpr int64_t kWorthRelay = 1 << 15;
         together = members > 1 && sizes.directions == 1 && !sizes.projection && sizes.batch < 2 * members &&
                    work * sizes.batch >= kWorthRelay;
     }
+
+    // First row of a tile; that of tile `tiles` is the end.
+    int64_t begin(int64_t tile) const { return tile * batch / tiles; }
 };
 
 }  // namespace
