@@ -336,7 +336,13 @@ def test_a_prefix_finds_a_layer_in_a_whole_model(rng):
     own = draw_parameters(rng, "gru", 5, 9, layers=2, ways=2)
     model = {f"encoder.gru.{n}": a for n, a in own.items()}
     model |= {f"decoder.{n}": a for n, a in draw_parameters(rng, "lstm", 3, 4).items()}
-    model |= {"encoder.gru.norm.weight": np.ones(3), "fc.weight": np.ones((2, 2)), 7: np.ones(1)}
+    # The first has the length of the prefix and the form of a name behind it.
+    model |= {
+        "encoder.old.weight_ih_l5": np.ones(1),
+        "encoder.gru.norm.weight": np.ones(3),
+        "fc.weight": np.ones((2, 2)),
+        7: np.ones(1),
+    }
     input = rng.standard_normal((6, 3, 5))
     found = gru(input, model, prefix="encoder.gru.")
     assert_all(assert_same_bits, (*found, None), (*gru(input, own), None))

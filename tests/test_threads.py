@@ -159,7 +159,7 @@ def test_a_forked_data_loader_worker(init):
     module = layer_of()
     inputs = [torch.randn(8, 2, 64) for _ in range(12)]
     with torch.no_grad():
-        # The parent's pool is at work before the fork, and has workers that the child will not have.
+        # The parent's pool has been at work, and has workers that the child will not have.
         expected = [module(x)[0] for x in inputs]
     for _ in range(2):
         loader = DataLoader(
@@ -200,7 +200,9 @@ def in_child(body):
 
 
 def all_equal(actual, expected):
-    return all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+    """Compare without torch, whose own operators hang in a child if they need its OpenMP."""
+    pairs = zip(actual, expected, strict=True)
+    return all(a.numpy().tobytes() == e.numpy().tobytes() for a, e in pairs)
 
 
 @forks
@@ -262,14 +264,17 @@ def test_a_keyboard_interrupt_leaves_the_pool_working():
     long, short = torch.randn(400, 16, 64), torch.randn(8, 2, 64)
     expected = gradients(module, short)
     main = threading.main_thread().ident
-    for delay in (0.005, 0.02, 0.05, 0.1, 0.2):
+
+    def call_until_interrupted(delay):
         timer = threading.Timer(delay, signal.pthread_kill, (main, signal.SIGINT))
+        timer.start()
+        until = time.monotonic() + TIMEOUT
+        while time.monotonic() < until:
+            gradients(module, long)
+
+    for delay in (0.005, 0.02, 0.05, 0.1, 0.2):
         with pytest.raises(KeyboardInterrupt):
-            timer.start()
-            until = time.monotonic() + TIMEOUT
-            while time.monotonic() < until:
-                gradients(module, long)
-        timer.join()
+            call_until_interrupted(delay)
         same(gradients(module, short), expected)
     in_threads(2, lambda _: same(gradients(module, short), expected))
 
@@ -371,5 +376,6 @@ def test_two_threads_on_a_crowded_machine(shape, capsys):
     one, two = (1e3 * sum(seconds) / len(seconds) for seconds in times.values())
     with capsys.disabled():
         print(f"\n{shape}, every core taken: {one:.2f} ms in one thread, {two:.2f} ms in two")
-    # Generous: the scheduler decides who waits. What must not come back is a hundredfold.
-    assert two < 2.5 * one + 1
+    # Generous: the scheduler decides who waits. A barrier that waits for a sleeping thread at every
+    # step was seen to cost a factor of 2,000.
+    assert two < 5 * one
