@@ -522,7 +522,9 @@ def _layer_backward_cpu(
         _address(dy),
         _address(dh_n),
         _address(dc_n),
-        *map(_address, places[:3]),
+        _address(places[0]),
+        _address(places[1]),
+        _address(places[2]),
         _addresses(places[3:], sizes, call.has_biases),
         _threads(),
     )
