@@ -91,10 +91,12 @@ def test_eight_threads_call_one_layer_a_thousand_times_each(shape):
 
 
 def gradients(module, x):
+    """Run forward and backward, and nothing of torch's that would open a parallel region."""
     x = x.detach().requires_grad_()
     output, h_n = module(x)
-    loss = output.square().sum() + h_n.sum()
-    return [output.detach(), *torch.autograd.grad(loss, [x, *module.parameters()])]
+    seeds = torch.ones(()).expand_as(output), torch.ones(()).expand_as(h_n)
+    grads = torch.autograd.grad((output, h_n), [x, *module.parameters()], seeds)
+    return [output.detach(), *grads]
 
 
 @pytest.mark.parametrize("cls", [nn.GRU, nn.RNN])
@@ -359,12 +361,13 @@ def every_core_taken():
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs sched_getaffinity")
 @pytest.mark.parametrize("shape", [(100, 1), (20, 16)])
-def test_two_threads_on_a_crowded_machine(shape, capsys):
+def test_a_crowded_machine(shape, capsys):
     module, x = layer_of(hidden=256), torch.randn(*shape, 64)
     expected = gradients(module, x)
-    times = {1: [], 2: []}
+    # Eight are more than there is any use for; whoever comes last must not be waited for.
+    times = {1: [], 2: [], 8: []}
     with every_core_taken():
-        until = time.monotonic() + 5
+        until = time.monotonic() + 6
         while time.monotonic() < until:
             for threads, seconds in times.items():
                 torch.set_num_threads(threads)
@@ -373,9 +376,9 @@ def test_two_threads_on_a_crowded_machine(shape, capsys):
                 seconds.append(time.perf_counter() - started)
                 same(results, expected)
     # Means, since what a lost time slice costs is in the tail that a median does not see.
-    one, two = (1e3 * sum(seconds) / len(seconds) for seconds in times.values())
+    one, two, eight = (1e3 * sum(seconds) / len(seconds) for seconds in times.values())
     with capsys.disabled():
-        print(f"\n{shape}, every core taken: {one:.2f} ms in one thread, {two:.2f} ms in two")
+        print(f"\n{shape} in 1, 2, 8 threads, every core taken: {one:.1f} {two:.1f} {eight:.1f} ms")
     # Generous: the scheduler decides who waits. A barrier that waits for a sleeping thread at every
     # step was seen to cost a factor of 2,000.
-    assert two < 5 * one
+    assert two < 10 * one

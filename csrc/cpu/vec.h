@@ -220,7 +220,7 @@ inline Vec<T> tanh(Vec<T> x) {
     exp_parts(magnitude * Vec<T>(-2), scale, p);
     const Vec<T> m = fma(scale, p, scale - Vec<T>(1));
     const Vec<T> y = -m / (m + Vec<T>(2));
-    return Vec<T>((Raw)((Bits)y.v ^ sign));
+    return Vec<T>((Raw)(((Bits)y.v & ~ExpConstants<T>::kSign) | sign));  // at zero, y is -0
 }
 
 template <class T>
