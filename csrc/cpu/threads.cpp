@@ -27,9 +27,10 @@ inline void pause() {
 // How long a worker looks for the next phase before it sleeps.
 constexpr std::chrono::microseconds kSpin(60);
 constexpr int kMaxWorkers = 255;
-// A delay that only a lost time slice explains, and how long the caller then works alone before it tries again.
+// A delay that only a lost time slice explains, and how long the caller then works alone before it tries again:
+// shortly after a single disturbance, longer each time that another follows.
 constexpr std::chrono::microseconds kSlice(500);
-constexpr std::chrono::milliseconds kAlone(200);
+constexpr std::chrono::milliseconds kAloneFirst(4), kAloneMost(200);
 
 using Clock = std::chrono::steady_clock;
 using Call = void (*)(const void*, int64_t, int);
@@ -107,7 +108,7 @@ public:
     // Whether somebody else held the cores lately.
     bool crowded() const {
         const auto since = crowded_.load(std::memory_order_relaxed);
-        return since != 0 && Clock::now().time_since_epoch().count() - since < Clock::duration(kAlone).count();
+        return since != 0 && Clock::now().time_since_epoch().count() - since < alone_.load(std::memory_order_relaxed);
     }
 
     // Looks back on a phase. When the kernel puts a thread aside for another process, it is gone for a time slice, several
@@ -115,11 +116,20 @@ public:
     // phase at that risk, one thread is faster than two until the cores are free again.
     void judge() {
         const auto waited = Clock::now() - out_of_work_;
-        if (lost_ > kSlice || (longest_ != Clock::duration{} && waited > kSlice && waited > longest_ + longest_ / 2))
+        if (lost_ > kSlice || (longest_ != Clock::duration{} && waited > kSlice && waited > longest_ + longest_ / 2)) {
             declare_crowded();
+        } else {
+            const auto alone = alone_.load(std::memory_order_relaxed);
+            alone_.store(alone - alone / 16, std::memory_order_relaxed);
+        }
     }
 
-    void declare_crowded() { crowded_.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed); }
+    void declare_crowded() {
+        const Clock::rep first = Clock::duration(kAloneFirst).count(), most = Clock::duration(kAloneMost).count();
+        const auto twice = 2 * alone_.load(std::memory_order_relaxed);
+        alone_.store(twice < first ? first : twice > most ? most : twice, std::memory_order_relaxed);
+        crowded_.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed);
+    }
 
 private:
     bool claim_and_run(uint32_t phase, int member, bool own = false) {
@@ -166,6 +176,7 @@ private:
     Clock::duration longest_{}, lost_{};  // of the caller's tasks in the last phase, in processor time; taken from it
     Clock::time_point out_of_work_{};     // when the caller found nothing left to claim
     std::atomic<Clock::rep> crowded_{0};  // when the cores were last found taken
+    std::atomic<Clock::rep> alone_{0};    // for how long one thread works alone after that
     const void* body_ = nullptr;
     int64_t tasks_ = 0;
     uint32_t phase_ = 0;

@@ -3,7 +3,7 @@
 // Promises (design, decision 8):
 //   - Tasks are claimed one at a time, the caller claims too, and it waits only for tasks that a worker has claimed. Where
 //     another process holds the cores, workers arrive late or never and the caller does the work alone; a caller that was
-//     kept waiting works alone for the next fifth of a second.
+//     kept waiting works alone for some milliseconds, and up to a fifth of a second where that goes on.
 //   - A second Python thread finds the pool busy and runs alone. Nothing blocks.
 //   - Workers spin for some tens of microseconds after a phase, then sleep in the kernel.
 //   - Beside torch, its OpenMP workers are used instead of ours (threads.cpp, OpenMp).
