@@ -79,6 +79,25 @@ def test_the_pattern_knows_torch_s_operators():
     assert {"aten::gru", "aten::lstm", "aten::rnn_tanh", "aten::gru_cell"} <= found
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_nor_where_no_profiler_looks(name, monkeypatch):
+    """Calls that nobody watches go past the dispatcher (ops.py), where a profile cannot follow."""
+
+    def refuse(*_, **__):
+        pytest.fail("an operator of torch ran")
+
+    for owner in (torch, torch._VF):
+        for found in [n for n in dir(owner) if RECURRENT.search(n)]:
+            monkeypatch.setattr(owner, found, refuse)
+    module, inputs = (make() for make in CASES[name])
+    with torch.no_grad():
+        module(inputs)
+    sum(t.sum() for t in tensors_of(module(inputs))).backward()
+    # They would have been seen.
+    with pytest.raises(pytest.fail.Exception):
+        torch.nn.GRU(3, 4)(torch.randn(5, 2, 3))
+
+
 def test_importing_ostinato_does_not_import_torch():
     code = "import ostinato, sys; assert 'torch' not in sys.modules; print(ostinato.__version__)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

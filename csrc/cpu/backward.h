@@ -119,12 +119,14 @@ private:
     void walk(Team& team) {
         if (shares_.together) {
             relay_.reset();
-            team.run(team.members(), [&](int64_t, int member) {
+            const auto share = [&](int64_t, int member) {
                 relay_.run(chunk_[0].s1 - chunk_[0].s0, member, team.members(), [&](int64_t i, int64_t group) {
                     const Step step(*this, 0, chunk_[0].s1 - 1 - i, member);
                     step.run(0, size_.batch, group * kGroup, min(blocks_, (group + 1) * kGroup));
                 });
-            });
+            };
+            team.run(team.members(), share);
+            share(0, 0);  // a closed relay is completed by the caller, who may have claimed no task
             return;
         }
         team.run(shares_.tiles * size_.directions, [&](int64_t task, int member) {

@@ -122,14 +122,16 @@ private:
         if (size_.steps == 1) return single_step(team);
         if (shares_.together) {
             relay_.reset();
-            team.run(team.members(), [&](int64_t, int member) {
+            const auto share = [&](int64_t, int member) {
                 relay_.run(s1[0] - s0[0], member, team.members(), [&](int64_t s, int64_t group) {
                     const int64_t n = steps_.rows(0, s0[0] + s);
                     Step step(*this, 0, s0[0] + s, s0[0], s1[0], member);
                     step.begin(0, n);
                     step.units(0, n, group * kGroup, min(blocks_, (group + 1) * kGroup));
                 });
-            });
+            };
+            team.run(team.members(), share);
+            share(0, 0);  // a closed relay is completed by the caller, who may have claimed no task
             return;
         }
         // Tile by tile, the directions alternating: the longest tiles are claimed first.

@@ -238,18 +238,17 @@ OpenMp g_openmp;
 // may have inherited locked mutexes.
 Pool* g_pool = nullptr;
 
-Pool& pool() {
-    static const bool once = [] {
+// Registered when the library is loaded: the parent may fork before it has used the pool, but not before torch used OpenMP.
+const bool g_fork_watched = [] {
+    g_pool = new Pool;
+    pthread_atfork(nullptr, nullptr, [] {
         g_pool = new Pool;
-        pthread_atfork(nullptr, nullptr, [] {
-            g_pool = new Pool;
-            g_openmp.forget();
-        });
-        return true;
-    }();
-    (void)once;
-    return *g_pool;
-}
+        g_openmp.forget();
+    });
+    return true;
+}();
+
+Pool& pool() { return *g_pool; }
 
 }  // namespace
 

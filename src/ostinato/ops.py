@@ -182,7 +182,7 @@ def _has_engine(call: _Call) -> bool:
     return (
         input.dtype in _ENGINE_DTYPES
         and input.device.type in ("cpu", "meta")
-        and not (len(call.weights) > 1 and call.weights[1].numel() == 0)
+        and not any(weight.numel() == 0 for weight in call.weights[:2])
     )
 
 
@@ -652,6 +652,7 @@ def _layer_backward_gradient(ctx: Any, *outer: Any) -> tuple[Any, ...]:
     here, so they get none of their own.
     """
     grads, call = _saved_call(ctx)
+    higher = torch.is_grad_enabled()
     with torch.enable_grad():
         # Aliases: derivatives with respect to this call's arguments stop here, higher ones go on.
         seeds = [_alias(grad) for grad in grads]
@@ -689,7 +690,7 @@ def _layer_backward_gradient(ctx: Any, *outer: Any) -> tuple[Any, ...]:
                 [found for found, _ in terms],
                 arguments,
                 [grad for _, grad in terms],
-                create_graph=True,
+                create_graph=higher,
                 allow_unused=True,
             )
     remaining = iter(second)
