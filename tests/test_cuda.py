@@ -6,6 +6,7 @@ everywhere.
 
 import pytest
 import torch
+from samples import SAMPLES, draw, gradients
 
 from ostinato import cuda, nn, ops
 
@@ -39,6 +40,26 @@ def test_torch_s_operator_gets_the_arguments_of_the_layer(cell, packed, biases, 
     )
     actual = cuda.layer(cell, input, sizes, layout, h_0, c_0, weights, biases)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+# torch says so of its CPU operator, not of the one for CUDA.
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+# It knows no rows without steps, which no PackedSequence has either.
+@pytest.mark.parametrize("kind", [kind for kind in SAMPLES if kind != "row of no steps"])
+def test_gradients_go_through_torch_s_operator(kind):
+    sample = draw(**SAMPLES[kind], dtype=torch.float64).training()
+    call = ops._Call(*sample.operator_arguments()[:-1])
+    found = []
+    for run in (
+        lambda *arguments, **options: ops.layer(*arguments, **options),
+        lambda cell, input, sizes, h_0, c_0, weights, **_: cuda.layer(
+            cell, input, sizes, ops._check(call), h_0, c_0, weights, call.has_biases
+        ),
+    ):
+        results = sample.run(run)
+        seeds = [torch.ones_like(result) for result in results]
+        found.append([*results, *gradients(results, sample.leaves(), seeds)])
+    torch.testing.assert_close(*found, rtol=1e-11, atol=1e-11)
 
 
 def test_what_torch_s_operator_does_not_serve():
