@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu/engine.h"
+#include "tensors.h"
 
 namespace nb = nanobind;
 using namespace ostinato;
@@ -121,6 +122,7 @@ NB_MODULE(_core, m) {
     m.def("instruction_sets", &instruction_sets, "Instruction sets that this processor can run, best first.");
     m.def("isa", [] { return std::string(active_isa()); }, "The instruction set in use.");
     m.def("set_isa", &set_isa, nb::arg("name"), "Uses another instruction set from now on, in every thread.");
+    define_tensors(m);
     m.attr("forced_threads") = forced_threads();
     if (const char* forced = std::getenv("OSTINATO_ISA"); forced && *forced) set_isa(forced);
 }

@@ -126,6 +126,32 @@ def draw(name, shape, dtype=torch.float32):
     return packed
 
 
+@pytest.mark.parametrize("isa", _core.instruction_sets())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("directions", [1, 2])
+@layers
+def test_one_step_of_a_few_rows(name, directions, dtype, isa):
+    """A few rows use the weights where they lie (csrc/cpu/gemm.h, kFewRows), more a packed copy."""
+    _core.set_isa(isa)
+    torch.set_num_threads(1)
+    for size, hidden in ((1, 3), (3, 5), (300, 33), (64, 128), (257, 16), (16, 65)):
+        module = LAYERS[name](size, hidden, bidirectional=directions == 2, dtype=dtype)
+        x = torch.randn(1, 37, size, dtype=dtype)
+        states = [s.to(dtype) for s in states_of(module, 37)]
+        seeds = cotangents(run(module, x, states, weights=False)[: 2 + len(states) - 1])
+        expected = run(module, x, states, seeds, weights=False)
+        for rows in (1, 2, 3, 4, 5, 9):
+            part = slice(30 - rows, 30)
+            actual = run(
+                module,
+                x[:, part],
+                [s[:, part] for s in states],
+                [seed[:, part] for seed in seeds],
+                weights=False,
+            )
+            same(actual, [e[:, part] for e in expected], f"I {size}, H {hidden}, {rows} rows")
+
+
 @pytest.mark.parametrize("shape", [*SHAPES, *PACKED])
 @layers
 def test_threads(name, shape):

@@ -112,6 +112,36 @@ def test_forward_and_backward_in_several_threads(cls):
     in_threads(6, body)
 
 
+@pytest.mark.parametrize("threads", [3, 4])
+@pytest.mark.parametrize("where", ["main thread", "another thread"])
+def test_more_threads_than_cores_walk_together(threads, where):
+    """Members that lose the processor close the relay; the caller then completes it alone."""
+    torch.manual_seed(0)
+    module = nn.LSTM(7, 130, dtype=torch.float64)
+    x = torch.randn(120, 5, 7, dtype=torch.float64)
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        expected, _ = module(x)
+
+    def body(_):
+        torch.set_num_threads(threads)
+        until = time.monotonic() + 1.5
+        with torch.no_grad():
+            for turn in range(10_000):
+                # The next call's output takes this memory: what is left undone shows.
+                poison = torch.full_like(expected, float("nan"))
+                del poison
+                output, _ = module(x)
+                assert torch.equal(output, expected), f"call {turn}"
+                if time.monotonic() > until:
+                    break
+
+    if where == "main thread":
+        body(0)
+    else:
+        in_threads(1, body)
+
+
 def test_different_layers_in_different_threads():
     modules = [layer_of(hidden, bidirectional=hidden % 2 == 1) for hidden in (65, 128, 200, 31)]
     inputs = [torch.randn(5 + i, 1 + 4 * i, 64) for i in range(4)]
@@ -205,6 +235,36 @@ def all_equal(actual, expected):
     """Compare without torch, whose own operators hang in a child if they need its OpenMP."""
     pairs = zip(actual, expected, strict=True)
     return all(a.numpy().tobytes() == e.numpy().tobytes() for a, e in pairs)
+
+
+@forks
+def test_a_fork_before_the_first_use_of_the_pool():
+    """Torch's OpenMP workers are the parent's, whether or not the parent ran a layer on them."""
+    script = """
+        import os, select, signal, sys
+        import torch
+        from ostinato import nn
+
+        torch.set_num_threads(2)
+        torch.randn(2_000_000).exp_()  # OpenMP has workers now
+        nn.GRU(4, 4)(torch.randn(2, 1, 4))  # too small to be shared
+        module, x = nn.GRU(128, 128), torch.randn(64, 16, 128)
+        pid = os.fork()
+        if pid == 0:
+            torch.set_num_threads(1)  # OSTINATO_NUM_THREADS still says two
+            with torch.no_grad():
+                module(x)
+            os._exit(7)
+        signal.alarm(%d)
+        _, status = os.waitpid(pid, 0)
+        sys.exit(0 if os.waitstatus_to_exitcode(status) == 7 else 1)
+    """
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script % TIMEOUT)],
+        env={**os.environ, "OSTINATO_NUM_THREADS": "2"},
+        timeout=TIMEOUT + 30,
+        check=True,
+    )
 
 
 @forks

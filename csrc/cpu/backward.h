@@ -29,6 +29,7 @@ public:
         hp_ = padded(H), op_ = padded(O), row_ = R * hp_ + kSkew;
         blocks_ = ceil_div(O, L);
         panel_ = G * H * L;
+        in_place_ = size_.steps == 1 && size_.batch <= max_tile_rows<1>();
         chunk_rows_ = chunk_rows(size_, row_ * sizeof(T));
         panels_ = arena_.take<T>(D * blocks_ * panel_);
         for (int i = 0; i < 2; i++) grads_[i] = arena_.take<T>(D * chunk_rows_ * row_);
@@ -95,14 +96,16 @@ private:
         for (int64_t i = 0; i < n; i++) p[i] = 0;
     }
 
-    // Packs W_hh by its rows, [block][gate][j < H][lane], and loads the gradient of c_n.
+    // Packs W_hh by its rows, [block][gate][j < H][lane], unless one step of few rows is all that reads it, and loads the
+    // gradient of c_n.
     void prepare(int64_t d, Team& team) {
         const int64_t H = size_.hidden, O = size_.output(), B = size_.batch;
         const auto& w = f_.weights[d];
         T* panels = panels_ + d * blocks_ * panel_;
-        team.run(blocks_, [&](int64_t block, int) {
-            RowMatrix<T>{in(w.hh), O, O, nullptr}.pack(panels + block * panel_, L, 0, G * H, block * L);
-        });
+        if (!in_place_)
+            team.run(blocks_, [&](int64_t block, int) {
+                RowMatrix<T>{in(w.hh), O, O, nullptr}.pack(panels + block * panel_, L, 0, G * H, block * L);
+            });
         if (size_.projection) {
             T* panels_hr = panels_hr_ + d * ceil_div(H, L) * O * L;
             team.run(ceil_div(H, L), [&](int64_t block, int) {
@@ -196,6 +199,12 @@ private:
             for (int g = 0; g < G; g++) {
                 RowPointers<T, MR> a;
                 for (int r = 0; r < MR; r++) a.row[r] = rows[b + r] + g * w.hp_;
+                if (w.in_place_) {
+                    const int64_t O = z.output(), H = z.hidden;
+                    const RowMatrix<T> weight{in(w.f_.weights[d].hh), O, O, nullptr};
+                    weight.template accumulate<MR, NJ, 1>(acc, a, g * H, H, u * L);
+                    continue;
+                }
                 accumulate<MR, NJ, 1>(acc, a, w.panels_ + (d * w.blocks_ + u) * w.panel_ + g * z.hidden * L, w.panel_,
                                       z.hidden);
             }
@@ -397,6 +406,7 @@ private:
     Shares shares_;
     Relay relay_;
     Chunk chunk_[2];
+    bool in_place_;
     int64_t hp_, op_, row_, blocks_, panel_, chunk_rows_;
     T *panels_, *grads_[2], *zeros_, *direct_ = nullptr, *dc_ = nullptr, *dx_ = nullptr;
     T *panels_hr_ = nullptr, *dh_ = nullptr, *unprojected_ = nullptr, *product_scratch_;

@@ -37,14 +37,14 @@ struct Forward {
     Sizes sizes;
     Weights<const void*> weights[2];
     const void *x, *h_0, *c_0;  // [N, I], [D, B, O] or null (zeros), [D, B, H] or null
-    void *y, *h_n, *c_n, *reserve;  // [N, D*O], [D, B, O], [D, B, H] or null, reserve or null
+    void *y, *h_n, *c_n, *reserve;  // [N, D*O], [D, B, O] or null, [D, B, H] (LSTM), reserve or null
 };
 
 // The gradients of y, h_n and c_n come in (null: zero); the wanted ones of x, h_0, c_0 and the weights go out.
 struct Backward {
     Sizes sizes;
     Weights<const void*> weights[2];
-    const void *x, *h_0, *c_0, *y, *reserve;
+    const void *x, *h_0, *c_0, *y, *reserve;  // y may be null where one step of a GRU or an LSTM was run
     const void *dy, *dh_n, *dc_n;
     void *dx, *dh_0, *dc_0;
     Weights<void*> grads[2];

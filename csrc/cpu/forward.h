@@ -55,7 +55,7 @@ public:
             for (int64_t d = 0; d < size_.directions; d++) {
                 s1[d] = s0[d];
                 while (s1[d] < size_.steps && steps_.rows_between(d, s0[d], s1[d] + 1) <= chunk_rows_) s1[d]++;
-                project_input(d, s0[d], s1[d], team);
+                if (!is_few_rows()) project_input(d, s0[d], s1[d], team);
             }
             walk(s0, s1, team);
             for (int64_t d = 0; d < size_.directions; d++) s0[d] = s1[d];
@@ -65,6 +65,9 @@ public:
 
 private:
     static constexpr int64_t kGroup = 4;  // unit blocks that a member claims at once when all walk together
+
+    // One step of a few rows: the weights are used where they lie, all in one phase.
+    bool is_few_rows() const { return size_.steps == 1 && size_.batch <= Projection::kFewRows; }
 
     // Multiply-adds of one row and step, and so also elements of W_hh.
     int64_t work() const { return G * size_.hidden * size_.output(); }
@@ -114,7 +117,7 @@ private:
         product.c[0] = gx_ + d * chunk_rows_ * G * hp_;
         product.ldc = G * hp_;
         product.start = start_ + d * G * hp_;
-        product.b = {weight(f_.weights[d].ih), size_.input, size_.hidden, hp_};
+        product.b = {weight(f_.weights[d].ih), size_.input, size_.hidden, hp_, G};
         product.run(team, product_scratch_);
     }
 
@@ -150,17 +153,18 @@ private:
     }
 
     // With one step nothing is gained by packing ahead: a group of blocks is packed, used for all rows while it is in
-    // the cache, and forgotten. A cell is this.
+    // the cache, and forgotten; for a few rows it is not even packed. A cell is this.
     void single_step(Team& team) {
         const int64_t groups = ceil_div(blocks_, kGroup);
         team.run(groups * size_.directions, [&](int64_t task, int member) {
             const int64_t d = task % size_.directions, u0 = task / size_.directions * kGroup, u1 = min(blocks_, u0 + kGroup);
             const int64_t n = steps_.rows(d, 0);
             T* panels = panels_ + member * kGroup * panel_;
-            for (int64_t u = u0; u < u1; u++) pack(d, u, panels + (u - u0) * panel_);
             Step step(*this, d, 0, 0, 1, member);
-            step.panels = panels, step.first_block = u0;
             step.begin(0, n);
+            if (is_few_rows()) return step.few_rows(n, u0, u1);
+            for (int64_t u = u0; u < u1; u++) pack(d, u, panels + (u - u0) * panel_);
+            step.panels = panels, step.first_block = u0;
             step.units(0, n, u0, u1);
         });
         if constexpr (C::kProjects) {
@@ -174,7 +178,7 @@ private:
     struct Step {
         const ForwardWalk& w;
         int64_t d, s, row0;
-        const T* gx;         // [rows, G * Hp] of this step
+        T* gx;               // [rows, G * Hp] of this step
         T *y, *c, *reserve;  // y: [rows, ld_y]; c: [B, Hp]; reserve: [rows, kSaved * Hp] or null
         T* unprojected;      // [B, Hp]
         int64_t ld_y;
@@ -211,11 +215,68 @@ private:
 
         template <int MR, int NJ>
         void tile(int64_t b, int64_t u) const {
-            const int64_t hp = w.hp_;
             Vec<T> acc[NJ][MR][G] = {};
             RowPointers<T, MR> h;
             for (int r = 0; r < MR; r++) h.row[r] = previous[b + r];
             accumulate<MR, NJ, G>(acc, h, panels + (u - first_block) * w.panel_, w.panel_, w.size_.output());
+            finish_tile<MR, NJ>(acc, b, u);
+        }
+
+        // All rows, W_hh where it lies. Two blocks at once give a cell of one gate chains enough to hide their latency.
+        void few_rows(int64_t n, int64_t u0, int64_t u1) const {
+            constexpr int NJ = G == 1 ? 2 : 1;
+            int64_t u = u0;
+            for (; u + NJ <= u1; u += NJ) few_rows_tiles<NJ>(n, u);
+            for (; u < u1; u++) few_rows_tiles<1>(n, u);
+        }
+
+        template <int NJ>
+        void few_rows_tiles(int64_t n, int64_t u) const {
+            if (n == 4) return few_rows_tile<4, NJ>(u);
+            if (n == 3) return few_rows_tile<3, NJ>(u);
+            if (n == 2) return few_rows_tile<2, NJ>(u);
+            if (n == 1) return few_rows_tile<1, NJ>(u);
+        }
+
+        template <int MR, int NJ>
+        void few_rows_tile(int64_t u) const {
+            const int64_t I = w.size_.input, O = w.size_.output();
+            // As project_input does it: chains of kDepth, added up, the biases to the first.
+            for (int64_t k0 = 0; k0 < I; k0 += Projection::kDepth) {
+                RowPointers<T, MR> x;
+                for (int r = 0; r < MR; r++) x.row[r] = w.weight(w.f_.x) + r * I + k0;
+                Vec<T> acc[NJ][MR][G] = {};
+                accumulate_in_place(acc, x, w.weight(w.f_.weights[d].ih) + k0, I, min(I - k0, Projection::kDepth), u);
+                for (int j = 0; j < NJ; j++)
+                    for (int r = 0; r < MR; r++)
+                        for (int g = 0; g < G; g++) {
+                            const int64_t column = g * w.hp_ + (u + j) * L;
+                            T* sum = gx + r * G * w.hp_ + column;
+                            const T* before = k0 ? sum : w.start_ + d * G * w.hp_ + column;
+                            (acc[j][r][g] + Vec<T>::load(before)).store(sum);
+                        }
+            }
+            Vec<T> acc[NJ][MR][G] = {};
+            RowPointers<T, MR> h;
+            for (int r = 0; r < MR; r++) h.row[r] = previous[r];
+            accumulate_in_place(acc, h, w.weight(w.f_.weights[d].hh), O, O, u);
+            finish_tile<MR, NJ>(acc, 0, u);
+        }
+
+        // The blocks from u on of a weight [G*H, ld].
+        template <int MR, int NJ>
+        OSTINATO_INLINE void accumulate_in_place(Vec<T> (&acc)[NJ][MR][G], const RowPointers<T, MR>& a, const T* weight,
+                                                 int64_t ld, int64_t depth, int64_t u) const {
+            const int64_t H = w.size_.hidden;
+            WeightRows<T> rows[NJ][G];
+            for (int j = 0; j < NJ; j++)
+                for (int g = 0; g < G; g++) rows[j][g] = {weight + (g * H + (u + j) * L) * ld, min(L, H - (u + j) * L)};
+            accumulate_rows<MR, NJ, G>(acc, a, rows, ld, depth);
+        }
+
+        template <int MR, int NJ>
+        OSTINATO_INLINE void finish_tile(Vec<T> (&acc)[NJ][MR][G], int64_t b, int64_t u) const {
+            const int64_t hp = w.hp_;
             // The input's part is often the larger one: added last, it does not coarsen the rounding of the chain.
             _Pragma("GCC unroll 8") for (int j = 0; j < NJ; j++)
                 _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++)
@@ -272,7 +333,17 @@ private:
 
     // h_n is the state of each row after its own last step, or h_0 where it has none.
     void finish(int64_t d) {
-        const int64_t O = size_.output(), B = size_.batch, H = size_.hidden, ld_y = size_.directions * O;
+        const int64_t B = size_.batch, H = size_.hidden;
+        if (f_.h_n) last_states(d);
+        if constexpr (C::kHasCell) {
+            T* c_n = static_cast<T*>(f_.c_n) + d * B * H;
+            for (int64_t b = 0; b < B; b++)
+                for (int64_t j = 0; j < H; j++) c_n[b * H + j] = c_[(d * B + b) * hp_ + j];
+        }
+    }
+
+    void last_states(int64_t d) {
+        const int64_t O = size_.output(), B = size_.batch, ld_y = size_.directions * O;
         T* h_n = static_cast<T*>(f_.h_n) + d * B * O;
         const T* h_0 = f_.h_0 ? weight(f_.h_0) + d * B * O : nullptr;
         for (int64_t b = steps_.rows(0, 0); b < B; b++)
@@ -281,11 +352,6 @@ private:
             const T* y = weight(f_.y) + steps_.first_row(d, s) * ld_y + d * O;
             for (int64_t b = steps_.rows(d, s + 1); b < steps_.rows(d, s); b++)
                 for (int64_t j = 0; j < O; j++) h_n[b * O + j] = y[b * ld_y + j];
-        }
-        if constexpr (C::kHasCell) {
-            T* c_n = static_cast<T*>(f_.c_n) + d * B * H;
-            for (int64_t b = 0; b < B; b++)
-                for (int64_t j = 0; j < H; j++) c_n[b * H + j] = c_[(d * B + b) * hp_ + j];
         }
     }
 

@@ -43,15 +43,16 @@ struct PackedRows {
 };
 
 // acc[j][r][v] += sum over k of A(r, k) * panel_j[k][v], in ascending k.
-// panel: NJ panels, panel_stride elements apart, each [depth][NV][L].
+// panel: NJ panels, panel_stride elements apart, each [depth][NV][L], k_stride elements from one k to the next.
 template <int MR, int NJ, int NV, class T, class A>
-OSTINATO_INLINE void accumulate(Vec<T> (&acc)[NJ][MR][NV], const A& a, const T* panel, int64_t panel_stride, int64_t depth) {
+OSTINATO_INLINE void accumulate(Vec<T> (&acc)[NJ][MR][NV], const A& a, const T* panel, int64_t panel_stride, int64_t depth,
+                                int64_t k_stride = NV * Vec<T>::kLanes) {
     constexpr int L = Vec<T>::kLanes;
     for (int64_t k = 0; k < depth; k++) {
         Vec<T> b[NJ][NV];
     _Pragma("GCC unroll 8") for (int j = 0; j < NJ; j++)
             _Pragma("GCC unroll 8") for (int v = 0; v < NV; v++)
-                b[j][v] = Vec<T>::load(panel + j * panel_stride + (k * NV + v) * L);
+                b[j][v] = Vec<T>::load(panel + j * panel_stride + k * k_stride + v * L);
         _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++) {
             const Vec<T> s(a.at(r, k));
             _Pragma("GCC unroll 8") for (int j = 0; j < NJ; j++)
@@ -60,32 +61,86 @@ OSTINATO_INLINE void accumulate(Vec<T> (&acc)[NJ][MR][NV], const A& a, const T* 
     }
 }
 
+// The same with the columns of W^T, i.e. rows of W, instead of a panel: NV * NJ times L rows, each contiguous in k. For
+// products of so few rows of A that packing W would cost as much as using it.
+template <class T>
+struct WeightRows {
+    const T* w;
+    int64_t rows;  // how many of the L rows exist; the others count as zero
+};
+
+template <int MR, int NJ, int NV, class T, class A>
+OSTINATO_INLINE void accumulate_rows(Vec<T> (&acc)[NJ][MR][NV], const A& a, const WeightRows<T> (&w)[NJ][NV], int64_t ld,
+                                     int64_t depth) {
+    // One cache line of each row at a time: the rows of several gates together would evict each other's lines.
+    constexpr int64_t E = Piece<T>::kElements, kLine = 64 / static_cast<int64_t>(sizeof(T));
+    for (int64_t k0 = 0; k0 < depth; k0 += kLine)
+        _Pragma("GCC unroll 8") for (int j = 0; j < NJ; j++)
+            _Pragma("GCC unroll 8") for (int v = 0; v < NV; v++) {
+                if (w[j][v].rows == Vec<T>::kLanes && k0 + kLine <= depth) {
+                    _Pragma("GCC unroll 8") for (int64_t k = k0; k < k0 + kLine; k += E) {
+                        Vec<T> columns[E];
+                        load_columns<T, true>(w[j][v].w + k, ld, 0, 0, columns);
+                        _Pragma("GCC unroll 4") for (int64_t i = 0; i < E; i++)
+                            _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++)
+                                acc[j][r][v] = fma(Vec<T>(a.at(r, k + i)), columns[i], acc[j][r][v]);
+                    }
+                } else if (w[j][v].rows) {
+                    for (int64_t k = k0; k < min(k0 + kLine, depth); k += E) {
+                        const int64_t n = min(E, depth - k);
+                        Vec<T> columns[E];
+                        load_columns<T, false>(w[j][v].w + k, ld, w[j][v].rows, n, columns);
+                        for (int64_t i = 0; i < n; i++)
+                            _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++)
+                                acc[j][r][v] = fma(Vec<T>(a.at(r, k + i)), columns[i], acc[j][r][v]);
+                    }
+                }
+            }
+}
+
 // Writes L columns of B = W^T, i.e. L rows of a row-major W, as [depth][stride] lanes: dst[k * stride + lane].
 // rows: how many of the L rows exist; the others become zero.
 template <class T>
 inline void pack_transposed(const T* w, int64_t ld, int64_t rows, int64_t depth, T* dst, int64_t stride) {
-    constexpr int L = Vec<T>::kLanes;
-    for (int64_t k = 0; k < depth; k += L) {
-        const int64_t n = min(L, depth - k);
-        Vec<T> tile[L];
-        for (int i = 0; i < L; i++) tile[i] = i < rows ? load_n(w + i * ld + k, n) : Vec<T>(0);
-        transpose(tile);
-        for (int64_t i = 0; i < n; i++) tile[i].store(dst + (k + i) * stride);
+    constexpr int64_t E = Piece<T>::kElements;
+    Vec<T> columns[E];
+    for (int64_t k = 0; k < depth; k += E) {
+        const int64_t n = min(E, depth - k);
+        if (rows == Vec<T>::kLanes && n == E)
+            load_columns<T, true>(w + k, ld, rows, n, columns);
+        else
+            load_columns<T, false>(w + k, ld, rows, n, columns);
+        for (int64_t i = 0; i < n; i++) columns[i].store(dst + (k + i) * stride);
     }
 }
 
-// ---- sources of B: pack(dst, k0, depth, column) writes L columns from `column` on, dst[k * stride + lane] ----
+// ---- sources of B: pack(dst, stride, k0, depth, column) writes L columns from `column` on, dst[k * stride + lane];
+// accumulate(acc, a, k0, depth, column) adds A * (all the columns of acc, from `column` on) without a packed copy ----
 
 // B = W^T for a weight of shape [gates * hidden, K]; column c is row (c / padded) * hidden + c % padded of W.
 // With padded a multiple of the lanes, a vector never crosses a gate, and columns past `hidden` are zero.
 template <class T>
 struct TransposedWeight {
     const T* w;
-    int64_t ld, hidden, padded;
+    int64_t ld, hidden, padded, gates;
+    int64_t columns() const { return gates * padded; }
     void pack(T* dst, int64_t stride, int64_t k0, int64_t depth, int64_t column) const {
+        const WeightRows<T> source = rows_of(k0, column);
+        pack_transposed(source.w, ld, source.rows, depth, dst, stride);
+    }
+    WeightRows<T> rows_of(int64_t k0, int64_t column) const {
         const int64_t gate = column / padded, unit = column % padded;
-        const int64_t rows = max(0, min(Vec<T>::kLanes, hidden - unit));
-        pack_transposed(w + (gate * hidden + unit) * ld + k0, ld, rows, depth, dst, stride);
+        return {w + (gate * hidden + unit) * ld + k0, max(0, min(Vec<T>::kLanes, hidden - unit))};
+    }
+    template <int MR, int NJ, int NV, class A>
+    OSTINATO_INLINE void accumulate(Vec<T> (&acc)[NJ][MR][NV], const A& a, int64_t k0, int64_t depth, int64_t column) const {
+        WeightRows<T> source[NJ][NV];
+        for (int j = 0; j < NJ; j++)
+            for (int v = 0; v < NV; v++) {
+                const int64_t first = column + (j * NV + v) * Vec<T>::kLanes;
+                source[j][v] = first < columns() ? rows_of(k0, first) : WeightRows<T>{w, 0};
+            }
+        accumulate_rows<MR, NJ, NV>(acc, a, source, ld, depth);
     }
 };
 
@@ -101,6 +156,21 @@ struct RowMatrix {
             const T* row = table ? table[k0 + k] : base + (k0 + k) * ld;
             load_n(row + (n ? column : 0), n).store(dst + k * stride);
         }
+    }
+    // Where there is no table. NJ times NV vectors of adjacent columns.
+    template <int MR, int NJ, int NV, class A>
+    OSTINATO_INLINE void accumulate(Vec<T> (&acc)[NJ][MR][NV], const A& a, int64_t k0, int64_t depth, int64_t column) const {
+        constexpr int64_t L = Vec<T>::kLanes;
+        const T* rows = base + k0 * ld + column;
+        if (column + NJ * NV * L <= columns) return ostinato::accumulate<MR, NJ, NV>(acc, a, rows, NV * L, depth, ld);
+        for (int64_t k = 0; k < depth; k++)
+            _Pragma("GCC unroll 4") for (int j = 0; j < NJ; j++)
+                _Pragma("GCC unroll 4") for (int v = 0; v < NV; v++) {
+                    const int64_t at = (j * NV + v) * L, n = max(0, min(L, columns - column - at));
+                    const Vec<T> b = load_n(rows + k * ld + (n ? at : 0), n);
+                    _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++)
+                        acc[j][r][v] = fma(Vec<T>(a.at(r, k)), b, acc[j][r][v]);
+                }
     }
 };
 
@@ -121,6 +191,8 @@ struct Product {
     static constexpr int L = Vec<T>::kLanes, NR = 3, MR = kAccumulators / NR;
     // kDepth is also part of the result: it says where the sum over k is cut, whatever the instruction set.
     static constexpr int64_t kDepth = 128, kTaskRows = 480, kTaskColumns = 384;
+    // Up to this many rows, B is used where it lies: packing it would cost as much as the product.
+    static constexpr int64_t kFewRows = 4;
 
     // Elements of scratch that one member of the team needs.
     static constexpr int64_t scratch() { return kDepth * (kTaskColumns + kTaskRows); }
@@ -144,6 +216,7 @@ struct Product {
         task /= column_tasks;
         const int64_t m0 = (task % row_tasks) * kTaskRows, m1 = min(rows, m0 + kTaskRows);
         const int batch = static_cast<int>(task / row_tasks);
+        if (rows <= kFewRows && a_column == 1) return few_rows(batch, n0, n1);
         T* panels = scratch_base + member * scratch();
         T* packed_a = panels + kDepth * kTaskColumns;
         bool first = !resume;
@@ -162,6 +235,29 @@ struct Product {
                 first = false;
             }
         }
+    }
+
+    void few_rows(int batch, int64_t n0, int64_t n1) const {
+        if (rows == 1) return few_rows_tile<1>(batch, n0, n1);
+        if (rows == 2) return few_rows_tile<2>(batch, n0, n1);
+        few_rows_tile<kFewRows>(batch, n0, n1);
+    }
+
+    template <int R>
+    void few_rows_tile(int batch, int64_t n0, int64_t n1) const {
+        bool first = !resume;
+        for (int segment = 0; segment < segments; segment++)
+            for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
+                const int64_t kn = min(kDepth, depth - k0);
+                RowPointers<T, R> a_rows;
+                for (int r = 0; r < R; r++) a_rows.row[r] = a[batch + segment] + min(r, rows - 1) * a_row + k0;
+                for (int64_t n = n0; n < n1; n += NR * L) {
+                    Vec<T> acc[1][R][NR] = {};
+                    b.accumulate(acc, a_rows, segment * depth + k0, kn, n);
+                    finish<R>(acc, rows, c[batch], 0, n, first);
+                }
+                first = false;
+            }
     }
 
     void pack_column(T* dst, int64_t k0, int64_t kn, int64_t column) const {
@@ -207,8 +303,14 @@ struct Product {
     template <int R, class A>
     void tile(const A& a_rows, int64_t n_rows, const T* panel, T* cs, int64_t m, int64_t n, int64_t kn, bool first) const {
         Vec<T> acc[1][R][NR] = {};
-        const bool whole = n + NR * L <= columns;
         accumulate<R, 1, NR>(acc, a_rows, panel, 0, kn);
+        finish<R>(acc, n_rows, cs, m, n, first);
+    }
+
+    // Adds a chain to what is there, and stores.
+    template <int R>
+    OSTINATO_INLINE void finish(Vec<T> (&acc)[1][R][NR], int64_t n_rows, T* cs, int64_t m, int64_t n, bool first) const {
+        const bool whole = n + NR * L <= columns;
         _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) {
             const T* row = cs + (m + min(r, n_rows - 1)) * ldc + n;
             _Pragma("GCC unroll 8") for (int v = 0; v < NR; v++) {

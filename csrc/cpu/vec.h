@@ -130,25 +130,65 @@ inline void store_n(Vec<T> x, T* p, int64_t n) {
 #endif
 }
 
-// Transposes kLanes x kLanes in registers: log2(kLanes) rounds of perfect shuffles.
-template <class T, size_t... I>
-inline void transpose(Vec<T>* rows, std::index_sequence<I...>) {
-    constexpr int L = Vec<T>::kLanes;
-    using Raw = typename Vec<T>::Raw;
-    for (int round = 1; round < L; round *= 2) {
-        Raw next[L];
-    _Pragma("GCC unroll 16") for (int i = 0; i < L / 2; i++) {
-            const Raw a = rows[i].v, b = rows[i + L / 2].v;
-            next[2 * i] = __builtin_shufflevector(a, b, (I % 2 ? L + I / 2 : I / 2)...);
-            next[2 * i + 1] = __builtin_shufflevector(a, b, (I % 2 ? L + (L + I) / 2 : (L + I) / 2)...);
-        }
-        _Pragma("GCC unroll 16") for (int i = 0; i < L; i++) rows[i].v = next[i];
-    }
+// ---- reading rows by columns ----
+
+// Rows are read in pieces of 16 bytes, the width in which every instruction set shuffles cheaply.
+template <class T>
+struct Piece {
+    static constexpr int kElements = 16 / sizeof(T);
+    typedef T Raw __attribute__((vector_size(16)));
+    typedef T Loose __attribute__((vector_size(16), aligned(1), may_alias));
+};
+
+template <class V, size_t... I>
+inline auto join(V a, V b, std::index_sequence<I...>) {
+    return __builtin_shufflevector(a, b, I...);
 }
 
-template <class T>
-inline void transpose(Vec<T>* rows) {
-    transpose(rows, std::make_index_sequence<Vec<T>::kLanes>{});
+// One vector out of kLanes / kElements pieces: piece(q) for q = 0, 1, ...
+template <class T, int kCount, class F>
+inline auto join_pieces(const F& piece, int first = 0) {
+    if constexpr (kCount == 1)
+        return piece(first);
+    else
+        return join(join_pieces<T, kCount / 2>(piece, first), join_pieces<T, kCount / 2>(piece, first + kCount / 2),
+                    std::make_index_sequence<kCount * Piece<T>::kElements>{});
+}
+
+// Interleaves the lower (or upper) halves of each 16 bytes of a and b.
+template <bool kUpper, class T, size_t... I>
+inline Vec<T> interleave(Vec<T> a, Vec<T> b, std::index_sequence<I...>) {
+    constexpr size_t E = Piece<T>::kElements;
+    return Vec<T>(__builtin_shufflevector(a.v, b.v, (I % 2 * sizeof...(I) + I / E * E + I % E / 2 + (kUpper ? E / 2 : 0))...));
+}
+
+// Element k of kLanes rows, for kElements consecutive k: columns[k] holds one lane per row. Rows past `rows` and elements
+// past `n` are zero and not read.
+template <class T, bool kWhole>
+inline void load_columns(const T* w, int64_t ld, int64_t rows, int64_t n, Vec<T>* columns) {
+    constexpr int L = Vec<T>::kLanes, E = Piece<T>::kElements;
+    using P = typename Piece<T>::Raw;
+    _Pragma("GCC unroll 8") for (int i = 0; i < E; i++) {
+        const auto piece = [&](int q) -> P {
+            const int64_t row = E * q + i;
+            if constexpr (kWhole) return *reinterpret_cast<const typename Piece<T>::Loose*>(w + row * ld);
+            if (row < rows && n >= E) return *reinterpret_cast<const typename Piece<T>::Loose*>(w + row * ld);
+            P part = {};
+            for (int64_t k = 0; row < rows && k < n; k++) part[k] = w[row * ld + k];
+            return part;
+        };
+        columns[i].v = join_pieces<T, L / E>(piece);
+    }
+    // Now the 16 bytes q of columns[i] are of row E * q + i: transposed in place by log2(E) perfect shuffles.
+    constexpr auto lanes = std::make_index_sequence<L>{};
+    _Pragma("GCC unroll 2") for (int round = 1; round < E; round *= 2) {
+        Vec<T> next[E];
+        _Pragma("GCC unroll 2") for (int i = 0; i < E / 2; i++) {
+            next[2 * i] = interleave<false>(columns[i], columns[i + E / 2], lanes);
+            next[2 * i + 1] = interleave<true>(columns[i], columns[i + E / 2], lanes);
+        }
+        _Pragma("GCC unroll 4") for (int i = 0; i < E; i++) columns[i] = next[i];
+    }
 }
 
 // ---- activations ----

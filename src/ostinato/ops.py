@@ -2,11 +2,13 @@
 
 `layer` is what the modules call. It runs one recurrent layer, in one or two directions:
 
-- float32 and float64 on the CPU: the operator `ostinato::layer`, which is the compiled engine;
+- float32 and float64 on the CPU: the compiled engine, by the short way where nobody looks on and
+  all tensors are plain (`short`), otherwise by the operator `ostinato::layer`;
 - CUDA: torch's cuDNN operator where that can serve (`ostinato.cuda`);
 - anything else: the reference, which torch's autograd differentiates.
 
-Every way starts at `_check`, and the engine can be reached through nothing else.
+Every way but the short one starts at `_check`, which says what is wrong. The short way asks the
+same in C++ (csrc/tensors.h) and, where the answer is no, declines and says nothing.
 
 Legend: T steps, B batch, N packed rows, I input, H hidden, O output of a step (proj_size, or H),
 D directions.
@@ -134,28 +136,21 @@ def layer(
         _require_tensor("c_0", c_0)
     for weight in weights:
         _require_tensor("weights", weight)
-    call = _Call(
-        input,
-        batch_sizes,
-        _batch(input, batch_sizes, h_0, c_0),
-        h_0,
-        c_0,
-        weights,
-        cell,
-        has_biases,
-        bidirectional,
-    )
-    tensors = call.tensors()
-    device = input.device.type
-    if _has_engine(call) and not _is_transformed():
-        keep = torch.is_grad_enabled() and any(
-            tensor is not None and tensor.requires_grad for tensor in tensors
-        )
-        if device == "cpu" and not _is_watched() and all(map(_is_plain, tensors)):
-            return _PlainLayer.run(call) if keep else _run(call, False)[:3]
-        output, h_n, c_n, _ = torch.ops.ostinato.layer(*call, keep)
-        return output, h_n, c_n if cell == "lstm" else None
+    batch = _batch(input, batch_sizes, h_0, c_0)
+    call = _Call(input, batch_sizes, batch, h_0, c_0, weights, cell, has_biases, bidirectional)
+    if _has_engine(call):
+        if (shape := _shape(call)) is not None:
+            found = short(cell, shape, input, batch_sizes, h_0, c_0, tuple(weights), has_biases)
+            if found is not None:
+                return found
+        if not _is_transformed():
+            keep = torch.is_grad_enabled() and any(
+                tensor is not None and tensor.requires_grad for tensor in call.tensors()
+            )
+            output, h_n, c_n, _ = torch.ops.ostinato.layer(*call, keep)
+            return output, h_n, c_n if cell == "lstm" else None
     sizes = _check(call)
+    device = input.device.type
     if device == "cuda" and cuda.serves(input):
         return cuda.layer(cell, input, batch_sizes, sizes, h_0, c_0, weights, has_biases)
     if input.dtype not in _ENGINE_DTYPES or device not in ("cpu", "meta"):
@@ -183,6 +178,7 @@ def _has_engine(call: _Call) -> bool:
         input.dtype in _ENGINE_DTYPES
         and input.device.type in ("cpu", "meta")
         and not any(weight.numel() == 0 for weight in call.weights[:2])
+        and all(t is None or t.layout is torch.strided for t in call.tensors())
     )
 
 
@@ -193,33 +189,17 @@ def _is_transformed() -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    return _interpreter() is not None or _forward_ad._current_level >= 0
 
 
-def _is_watched() -> bool:
-    """Whether a compiler, tracer, mode or profiler is to see the operator.
-
-    Where none is, the dispatcher is left out: it costs several times a step of a small cell.
-    """
-    return bool(
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._autograd._profiler_enabled()
-    )
-
-
-def _is_plain(tensor: Tensor | None) -> bool:
-    """Whether memory holds the values as they are: no subclass, lazy negation or lazy zeros."""
-    return tensor is None or (
-        type(tensor) in _PLAIN and not tensor.is_neg() and not tensor._is_zerotensor()
-    )
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
+# Looked up once: a cell's whole call takes a few microseconds.
+_functorch = torch._C._functorch
+_interpreter = _functorch.peek_interpreter_stack
+_forward_ad = torch.autograd.forward_ad
+_is_autocast = torch._C._is_any_autocast_enabled
+_tracing_state = torch._C._get_tracing_state
+_modes = torch._C._len_torch_dispatch_stack
+_is_profiled = torch._C._autograd._profiler_enabled
 
 
 def _reference(call: _Call) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -244,6 +224,125 @@ def _tell_reference(device: str, dtype: torch.dtype) -> None:
         return
     _told.add((device, dtype))
     _log.warning("no engine for %s on %s: the reference runs, correctly and slowly", dtype, device)
+
+
+# ---- the short way ----
+
+# input_size, hidden_size, proj_size, directions
+Shape = tuple[int, int, int, int]
+
+
+def _connect() -> bool:
+    """Open the short way if this torch has DLPack's table of C functions (2.10 and later)."""
+    table = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    return table is not None and _core.connect(table, Tensor, torch.nn.Parameter, torch.empty_like)
+
+
+_IS_SHORT = _connect()
+
+
+class _DeclinedError(Exception):
+    """The short way does not serve these tensors."""
+
+
+def short(
+    cell: str,
+    shape: Shape,
+    input: Any,
+    batch_sizes: Any,
+    h_0: Any,
+    c_0: Any,
+    weights: tuple[Any, ...],
+    has_biases: bool,
+    is_cell: bool = False,
+) -> tuple[Any, Any, Any] | None:
+    """Run a layer, or one step of a cell, past the dispatcher: a tenth of its cost per call.
+
+    Everything is checked in C++ against `shape`, the sizes that the module was made with.
+
+    Args:
+        cell: as in `layer`.
+        shape: input_size, hidden_size, proj_size, directions.
+        input: as in `layer`, or (B, I) or (I,) with `is_cell`.
+        batch_sizes: as in `layer`.
+        h_0: as in `layer`, or (B, H) or (H,) with `is_cell`.
+        c_0: likewise.
+        weights: as in `layer`.
+        has_biases: as in `layer`.
+        is_cell: whether input and states have no dimensions for steps and directions.
+
+    Returns:
+        output, h_n and c_n, where h_n is None with `is_cell` and c_n but for LSTM; or None instead
+        of the three where somebody looks on, or where anything is not as expected.
+    """
+    if not _IS_SHORT or not _is_alone():
+        return None
+    config = cell, is_cell, shape, has_biases
+    arguments = batch_sizes, input, h_0, c_0, *weights
+    if torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in arguments):
+        try:
+            found: Any = _Short.apply(config, *arguments)  # type: ignore[no-untyped-call]
+        except _DeclinedError:
+            return None
+        if is_cell:
+            return (found[0], None, found[1]) if cell == "lstm" else (found, None, None)
+        return found if cell == "lstm" else (*found, None)
+    found = _run_short(config, False, *arguments)
+    return None if found is None else found[:3]
+
+
+def _run_short(
+    config: tuple[str, bool, Shape, bool],
+    keep: bool,
+    batch_sizes: Any,
+    input: Any,
+    h_0: Any,
+    c_0: Any,
+    *weights: Any,
+) -> Any:
+    """Return output, h_n, c_n and what is kept for backward, or None if these are declined."""
+    cell, is_cell, shape, has_biases = config
+    return _core.tensors_forward(
+        _CELLS.get(cell, -1),
+        is_cell,
+        shape,
+        input,
+        batch_sizes,
+        h_0,
+        c_0,
+        weights,
+        has_biases,
+        keep,
+        _threads(),
+    )
+
+
+def _is_alone() -> bool:
+    """Whether no compiler, tracer, mode, profiler, autocast or transform is to see the operator."""
+    return not (
+        torch.compiler.is_compiling()
+        or _is_autocast()
+        or _tracing_state() is not None
+        or _modes()
+        or _is_profiled()
+        or _interpreter() is not None
+        or _forward_ad._current_level >= 0
+    )
+
+
+def _shape(call: _Call) -> Shape | None:
+    """Return the sizes that the weights say, or None if they make no sense."""
+    directions = 2 if call.bidirectional else 1
+    weights, gates = call.weights, _GATES.get(call.cell)
+    count = len(weights) // directions
+    if gates is None or count < 2 or not call.input.dim() or not weights[0].dim():
+        return None
+    projection = 0
+    if call.cell == "lstm" and count == (5 if call.has_biases else 3):
+        if not weights[count - 1].dim():
+            return None
+        projection = weights[count - 1].shape[0]
+    return call.input.shape[-1], weights[0].shape[0] // gates, projection, directions
 
 
 # ---- checks ----
@@ -426,8 +525,10 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _run(call: _Call, keep: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Check, allocate and run the engine; c_n and reserve are None where there is none."""
+def _layer_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Check, allocate and run the engine; c_n and reserve are empty where there is none."""
+    *fields, keep = arguments
+    call = _Call(*fields)
     sizes = _check(call)
     is_double = call.input.dtype == torch.float64
     # Named, so that dense copies outlive the call that reads their addresses.
@@ -435,12 +536,10 @@ def _run(call: _Call, keep: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor
     weights = [weight.contiguous() for weight in call.weights]
     output = x.new_empty((*x.shape[:-1], sizes.directions * sizes.output))
     h_n = x.new_empty((sizes.directions, sizes.batch, sizes.output))
-    c_n = reserve = None
-    if call.cell == "lstm":
-        c_n = x.new_empty((sizes.directions, sizes.batch, sizes.hidden))
-    if keep:
-        kept = _core.reserve_bytes(_CELLS[call.cell], is_double, sizes)
-        reserve = x.new_empty((kept,), dtype=torch.uint8)
+    has_cell = call.cell == "lstm"
+    c_n = x.new_empty((sizes.directions, sizes.batch, sizes.hidden) if has_cell else (0,))
+    kept = _core.reserve_bytes(_CELLS[call.cell], is_double, sizes) if keep else 0
+    reserve = x.new_empty((kept,), dtype=torch.uint8)
     _core.layer_forward(
         _CELLS[call.cell],
         is_double,
@@ -452,21 +551,10 @@ def _run(call: _Call, keep: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor
         _addresses(weights, sizes, call.has_biases),
         output.data_ptr(),
         h_n.data_ptr(),
-        _address(c_n),
-        _address(reserve),
+        c_n.data_ptr() if has_cell else 0,
+        reserve.data_ptr() if keep else 0,
         _threads(),
     )
-    return output, h_n, c_n, reserve
-
-
-def _layer_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`_run` for the dispatcher, whose results are always tensors."""
-    *call, keep = arguments
-    output, h_n, c_n, reserve = _run(_Call(*call), keep)
-    if c_n is None:
-        c_n = output.new_empty((0,))
-    if reserve is None:
-        reserve = output.new_empty((0,), dtype=torch.uint8)
     return output, h_n, c_n, reserve
 
 
@@ -580,130 +668,164 @@ def _layer_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     (y, reserve), call = _saved_call(ctx)
     needs_input, _, _, needs_h_0, needs_c_0, needs_weights, *_ = ctx.needs_input_grad
     wanted = [needs_input, needs_h_0, needs_c_0, *needs_weights]
-    found: list[Tensor | None] = [None] * len(wanted)
-    if any(grad is not None for grad in grads[:3]):
-        dx, dh_0, dc_0, dw = torch.ops.ostinato.layer_backward(
-            *grads[:3], y, reserve, wanted, *call
-        )
+    grads = grads[:3]
+    if _is_beyond_engine(grads):
+        found = _reference_gradients(call, grads, wanted)
+    elif any(grad is not None for grad in grads):
+        dx, dh_0, dc_0, dw = torch.ops.ostinato.layer_backward(*grads, y, reserve, wanted, *call)
         found = [g if want else None for g, want in zip((dx, dh_0, dc_0, *dw), wanted, strict=True)]
+    else:
+        found = [None] * len(wanted)
     dx, dh_0, dc_0, *dw = found
     return dx, None, None, dh_0, dc_0, dw, None, None, None, None
 
 
-class _PlainLayer(torch.autograd.Function):
-    """`ostinato::layer` with its gradient, for calls that only autograd needs to see.
-
-    The same kernels and formulas as behind the operator, at a fifth of the cost per call.
-    """
-
-    @staticmethod
-    def run(call: _Call) -> tuple[Tensor, Tensor, Tensor | None]:
-        input, batch_sizes, batch, h_0, c_0, weights, *config = call
-        results = _PlainLayer.apply(  # type: ignore[no-untyped-call]
-            batch_sizes, batch, config, input, h_0, c_0, *weights
-        )
-        return results if call.cell == "lstm" else (*results, None)
+class _Short(torch.autograd.Function):
+    """The short way with its gradient. Raises _DeclinedError."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        batch_sizes: Tensor | None,
-        batch: int,
-        config: tuple[str, bool, bool],
-        input: Tensor,
-        h_0: Tensor | None,
-        c_0: Tensor | None,
-        *weights: Tensor,
-    ) -> tuple[Tensor, ...]:
-        call = _Call(input, batch_sizes, batch, h_0, c_0, list(weights), *config)
-        output, h_n, c_n, reserve = _run(call, True)
-        ctx.save_for_backward(output, reserve, batch_sizes, input, h_0, c_0, *weights)
-        ctx.weights, ctx.batch, ctx.config = len(weights), batch, config
+        config: tuple[str, bool, Shape, bool],
+        batch_sizes: Any,
+        input: Any,
+        h_0: Any,
+        c_0: Any,
+        *weights: Any,
+    ) -> Any:
+        cell, is_cell, _, _ = config
+        found = _run_short(config, True, batch_sizes, input, h_0, c_0, *weights)
+        if found is None:
+            raise _DeclinedError
+        output, h_n, c_n, reserve = found
+        # One step of a GRU or an LSTM is differentiated without its output, which the caller may
+        # then change in place, as with torch's cells.
+        reads_output = _GATES[cell] == 1 or not is_cell
+        ctx.save_for_backward(
+            output if reads_output else None, reserve, batch_sizes, input, h_0, c_0, *weights
+        )
+        ctx.config = config
         ctx.set_materialize_grads(False)
+        if is_cell:
+            return output if c_n is None else (output, c_n)
         return (output, h_n) if c_n is None else (output, h_n, c_n)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        dy, dh_n, dc_n = (*grads, None)[:3]
-        wanted = list(ctx.needs_input_grad[3:])
+        cell, is_cell, shape, has_biases = ctx.config
+        wanted = ctx.needs_input_grad[2:]
+        dy, dh_n, dc_n = (grads[0], None, *grads[1:], None)[:3] if is_cell else (*grads, None)[:3]
         if dy is None and dh_n is None and dc_n is None:
-            return (None, None, None, *[None] * len(wanted))
-        (y, reserve), call = _saved_call(ctx)
-        # A gradient to be differentiated, or one that is no plain memory, takes the operator.
-        plain = not torch.is_grad_enabled() and all(map(_is_plain, grads))
-        backward = _layer_backward_cpu if plain else torch.ops.ostinato.layer_backward
-        dx, dh_0, dc_0, dw = backward(dy, dh_n, dc_n, y, reserve, wanted, *call)
-        found = zip((dx, dh_0, dc_0, *dw), wanted, strict=True)
-        return (None, None, None, *[grad if want else None for grad, want in found])
+            return (None, None, *[None] * len(wanted))
+        # read once: a checkpoint recomputes at every reading
+        output, reserve, batch_sizes, input, h_0, c_0, *weights = ctx.saved_tensors
+        found: Any = None
+        if not _is_beyond_engine((dy, dh_n, dc_n)):
+            found = _core.tensors_backward(
+                _CELLS[cell],
+                is_cell,
+                shape,
+                input,
+                batch_sizes,
+                h_0,
+                c_0,
+                tuple(weights),
+                has_biases,
+                output,
+                reserve,
+                dy,
+                dh_n,
+                dc_n,
+                wanted,
+                _threads(),
+            )
+        if found is None:
+            call = _Call(
+                input,
+                batch_sizes,
+                0 if is_cell else _batch(input, batch_sizes, h_0, c_0),
+                h_0,
+                c_0,
+                weights,
+                cell,
+                has_biases,
+                shape[3] == 2,
+            )
+            found = _reference_gradients(call, (dy, dh_n, dc_n), wanted, is_cell)
+        return (None, None, *found)
 
 
-def _setup_layer_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    *grads, _, _, ctx.wanted = inputs[:6]
-    call = _Call(*inputs[6:])
-    ctx.save_for_backward(*grads, call.batch_sizes, *call.tensors())
-    ctx.weights, ctx.batch, ctx.config = len(call.weights), call.batch, call[6:]
-    ctx.set_materialize_grads(False)
+def _is_beyond_engine(grads: Sequence[Tensor | None]) -> bool:
+    """Whether gradients are to be differentiated themselves, or are many at once (vmap)."""
+    return torch.is_grad_enabled() or any(
+        # torch.autograd.grad makes them of the one kind, torch.vmap of the other.
+        grad is not None
+        and (_functorch.is_legacy_batchedtensor(grad) or _functorch.is_batchedtensor(grad))
+        for grad in grads
+    )
 
 
-def _layer_backward_gradient(ctx: Any, *outer: Any) -> tuple[Any, ...]:
-    """Second derivatives: the reference differentiated twice.
+def _reference_gradients(
+    call: _Call,
+    grads: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    is_cell: bool = False,
+) -> list[Tensor | None]:
+    """Differentiate the reference: gradients of any order, and of batches of gradients.
 
-    `output` and `reserve` are functions of the other arguments, whose derivatives are taken in full
-    here, so they get none of their own.
+    Args:
+        call: of a layer, or with `is_cell` of a cell.
+        grads: of output, h_n and c_n.
+        wanted: whether input, h_0, c_0 and each weight needs a gradient.
+        is_cell: whether input and states have no dimensions for steps and directions.
+
+    Returns:
+        The gradients, None where not wanted or zero.
     """
-    grads, call = _saved_call(ctx)
     higher = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Aliases: derivatives with respect to this call's arguments stop here, higher ones go on.
-        seeds = [_alias(grad) for grad in grads]
-        input, h_0, c_0, *weights = primals = [_alias(tensor) for tensor in call.tensors()]
-        results = _reference(call._replace(input=input, h_0=h_0, c_0=c_0, weights=weights))
+        # Aliases: these derivatives stop at this call's arguments, higher ones go on.
+        primals: list[Any] = [None if t is None else t.view_as(t) for t in call.tensors()]
+        input, h_0, c_0, *weights = primals
+        arguments = call._replace(input=input, h_0=h_0, c_0=c_0, weights=weights)
+        results: Sequence[Tensor | None]
+        if is_cell:
+            results = _reference_cell(arguments)
+        else:
+            _check(arguments)  # what hooks of saved tensors return need not be what was saved
+            results = _reference(arguments)
         pairs = [
-            (result, seed)
-            for result, seed in zip(results, seeds, strict=True)
-            if result is not None and seed is not None
+            (result, grad)
+            for result, grad in zip(results, grads, strict=True)
+            if result is not None and grad is not None and result.requires_grad
         ]
-        asked = [
-            primal
-            for primal, want in zip(primals, ctx.wanted, strict=True)
-            if want and primal is not None
-        ]
-        inner: Sequence[Tensor | None] = torch.autograd.grad(
-            [result for result, _ in pairs],
-            asked,
-            [seed for _, seed in pairs],
-            create_graph=True,
-            allow_unused=True,
-        )
-        given = [
-            grad for grad, want in zip((*outer[:3], *outer[3]), ctx.wanted, strict=True) if want
-        ]
-        terms = [
-            (found, grad)
-            for found, grad in zip(inner, given, strict=True)
-            if found is not None and grad is not None
-        ]
-        arguments: list[Any] = [t for t in (*seeds, *primals) if t is not None]
-        second: Sequence[Tensor | None] = [None] * len(arguments)
-        if terms:
-            second = torch.autograd.grad(
-                [found for found, _ in terms],
-                arguments,
-                [grad for _, grad in terms],
+        asked = [p for p, want in zip(primals, wanted, strict=True) if want and p is not None]
+        found: Sequence[Tensor | None] = [None] * len(asked)
+        if pairs and asked:
+            found = torch.autograd.grad(
+                [result for result, _ in pairs],
+                asked,
+                [grad for _, grad in pairs],
                 create_graph=higher,
                 allow_unused=True,
             )
-    remaining = iter(second)
-    dy, dh_n, dc_n, dx, dh_0, dc_0, *dw = (
-        None if tensor is None else next(remaining) for tensor in (*seeds, *primals)
-    )
-    return dy, dh_n, dc_n, None, None, None, dx, None, None, dh_0, dc_0, dw, None, None, None
+    remaining = iter(found)
+    return [
+        next(remaining) if want and primal is not None else None
+        for primal, want in zip(primals, wanted, strict=True)
+    ]
 
 
-def _alias(tensor: Tensor | None) -> Any:
-    if tensor is None:
-        return None
-    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
+def _reference_cell(call: _Call) -> tuple[Tensor, None, Tensor | None]:
+    """Run the reference on (B, I) or (I,) and (B, H) or (H,)."""
+    lead = (1, 1) if call.input.dim() == 1 else (1,)
+    h_0, c_0 = (None if t is None else t.reshape(*lead, *t.shape) for t in (call.h_0, call.c_0))
+    input = call.input.reshape(*lead, *call.input.shape)
+    layer_call = call._replace(input=input, batch=input.shape[1], h_0=h_0, c_0=c_0)
+    _check(layer_call)
+    output, _, c_n = _reference(layer_call)
+    shape = (*call.input.shape[:-1], output.shape[-1])
+    return output.reshape(shape), None, None if c_n is None else c_n.reshape(shape)
 
 
 # ---- registration: one line per backend ----
@@ -714,10 +836,4 @@ torch.library.register_fake("ostinato::layer", _layer_fake, lib=_library)
 torch.library.register_fake("ostinato::layer_backward", _layer_backward_fake, lib=_library)
 torch.library.register_autograd(
     "ostinato::layer", _layer_gradient, setup_context=_setup_layer, lib=_library
-)
-torch.library.register_autograd(
-    "ostinato::layer_backward",
-    _layer_backward_gradient,
-    setup_context=_setup_layer_backward,
-    lib=_library,
 )

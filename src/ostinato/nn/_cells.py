@@ -32,6 +32,24 @@ class _Cell(torch.nn.modules.rnn.RNNCellBase):
     _kind: ClassVar[str]
     _gates: ClassVar[int]
 
+    def _short(
+        self, cell: str, input: Any, h: Any, c: Any
+    ) -> tuple[Tensor, None, Tensor | None] | None:
+        """Take the short way of `ostinato.ops`, if it serves these arguments."""
+        plain = self._parameters
+        bias = bool(self.bias)
+        try:
+            weights: tuple[Any, ...] = plain["weight_ih"], plain["weight_hh"]
+            biases = plain["bias_ih"], plain["bias_hh"]
+        except KeyError:  # parametrized, or replaced by plain tensors
+            return None
+        if bias:
+            weights += biases
+        elif biases[0] is not None or biases[1] is not None:
+            return None
+        sizes = (self.input_size, self.hidden_size, 0, 1)
+        return ops.short(cell, sizes, input, None, h, c, weights, bias, True)
+
     def _step(
         self, cell: str, input: Any, h: Tensor | None, c: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
@@ -203,6 +221,9 @@ class RNNCell(_Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Return h' of one step."""
+        found = self._short(f"rnn_{self.nonlinearity}", input, hx, None)
+        if found is not None:
+            return found[0]
         if hx is not None and not isinstance(hx, Tensor):
             reject_type(self._kind, "hx", "a Tensor or None", hx)
         # As in torch, the attribute counts when it is used, not when it is set.
@@ -260,6 +281,9 @@ class GRUCell(_Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Return h' of one step."""
+        found = self._short("gru", input, hx, None)
+        if found is not None:
+            return found[0]
         if hx is not None and not isinstance(hx, Tensor):
             reject_type(self._kind, "hx", "a Tensor or None", hx)
         return self._step("gru", input, hx, None)[0]
@@ -319,7 +343,9 @@ class LSTMCell(_Cell):
         self, input: Tensor, hx: tuple[Tensor, Tensor] | list[Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return (h', c') of one step."""
-        h, c = self._step("lstm", input, *state_pair(self._kind, hx))
+        h, c = state_pair(self._kind, hx)
+        found = self._short("lstm", input, h, c)
+        h, c = (found[0], found[2]) if found is not None else self._step("lstm", input, h, c)
         assert c is not None
         return h, c
 
