@@ -16,14 +16,15 @@ CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp')
 # What runs without torch: the engine by itself and the NumPy face of it.
 ENGINE_TESTS := tests/test_core.py tests/test_numpy.py
 
-.PHONY: help demo test lint bench docs wheel sanitize clean
+.PHONY: help demo test lint bench bench-quick docs wheel sanitize clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo      train a GRU on real ragged sequences, beside torch.nn'
 	@echo 'make test      every test: pytest, doctests, and the engine under sanitizers'
 	@echo 'make lint      formatting, types, import rules, weak symbols'
-	@echo 'make bench     ours and torch.nn interleaved in one process'
+	@echo 'make bench     ours and every peer interleaved in one process; tables and picture in build/bench'
+	@echo 'make bench-quick  a tenth of the rows, beside torch.nn alone'
 	@echo 'make docs      doctests, examples in Markdown and links'
 	@echo 'make wheel     a wheel in dist/, tried in an environment without a compiler'
 	@echo 'make sanitize  the tests of the engine under ASan and UBSan'
@@ -45,8 +46,11 @@ lint: $(VENV)/package.stamp
 	$(BIN)/python tools/check_symbols.py $(BUILD)/cmake
 	@wc -l $(SOURCES) | awk '$$2 != "total" && $$1 > 600 {print "note: " $$2 " has " $$1 " lines; over 600, a file states why"}'
 
-bench: $(VENV)/package.stamp
-	$(BIN)/python benchmarks/run.py $(ARGS)
+bench: $(VENV)/bench.stamp
+	$(BIN)/python benchmarks/run.py --out $(BUILD)/bench $(ARGS)
+
+bench-quick: $(VENV)/package.stamp
+	$(BIN)/python benchmarks/run.py --quick $(ARGS)
 
 docs: $(VENV)/package.stamp
 	$(BIN)/python tools/check_docs.py
@@ -92,6 +96,10 @@ $(BUILD)/sanitize.stamp: $(VENV)/package.stamp
 	rm -rf $(BUILD)/sanitize
 	$(PIP) install --no-deps --no-build-isolation --target $(BUILD)/sanitize $(SETTINGS)=$(BUILD)/cmake-sanitize \
 		--config-settings=cmake.define.OSTINATO_SANITIZE=ON --config-settings=install.strip=false .
+	touch $@
+
+$(VENV)/bench.stamp: $(VENV)/package.stamp
+	$(PIP) install -c constraints.txt matplotlib onnx onnxruntime openvino tqdm
 	touch $@
 
 # sktime carries the data set as files; none of its code runs, so none of its dependencies come.

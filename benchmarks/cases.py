@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
+
+GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,8 @@ class Case:
         layers: stacked layers.
         bidirectional: two directions.
         ragged: lengths falling evenly from T to this fraction of it, packed; 1 means padded.
-        goal: the least median ratio torch.nn / ours that is promised, or 1.
+        quick: whether `make bench-quick` measures it.
+        odd: whether the row is there for its odd size, beside a round one.
     """
 
     layer: str
@@ -31,12 +35,27 @@ class Case:
     layers: int = 1
     bidirectional: bool = False
     ragged: float = 1.0
-    goal: float = 1.0
+    quick: bool = False
+    odd: bool = False
+
+    @property
+    def is_cell(self) -> bool:
+        return self.steps == 0
+
+    @property
+    def gates(self) -> int:
+        """Gates per unit."""
+        return GATES[self.layer.removesuffix("Cell")]
+
+    @property
+    def kind(self) -> str:
+        """The group whose geometric mean is told."""
+        return "training" if self.train else "inference"
 
     @property
     def name(self) -> str:
         """The row's label."""
-        words = [self.layer, "training" if self.train else "inference"]
+        words = [self.layer, self.kind]
         words += [f"{self.layers} layers"] * (self.layers > 1)
         words += ["bidirectional"] * self.bidirectional
         words += ["packed"] * (self.ragged < 1)
@@ -48,31 +67,79 @@ class Case:
         sizes = f"B{self.batch} I{self.input} H{self.hidden}"
         return f"T{self.steps} {sizes}" if self.steps else sizes
 
+    def lengths(self) -> list[int]:
+        """Steps of each row, falling."""
+        last, rows = self.steps * self.ragged, max(1, self.batch - 1)
+        return [int(self.steps + (last - self.steps) * row / rows) for row in range(self.batch)]
 
-CASES = [
-    Case("GRU", 100, 1, 128, 128, goal=4),
-    Case("GRU", 100, 32, 256, 256, train=True, goal=2),
+    @property
+    def tokens(self) -> int:
+        """Rows of all steps."""
+        return sum(self.lengths()) if self.steps else self.batch
+
+    @property
+    def operations(self) -> int:
+        """Floating point operations of its matrix products; a multiply-add is two.
+
+        Backward has the hidden product once more, and the weight gradients; the gradient of the
+        input only between layers, since the input wants none.
+        """
+        directions = 2 if self.bidirectional else 1
+        total = 0
+        for layer in range(self.layers):
+            size = self.hidden * directions if layer else self.input
+            both = size + self.hidden
+            if self.train:
+                both += self.hidden + (size if layer else 0) + size + self.hidden
+            total += 2 * self.tokens * directions * self.gates * self.hidden * both
+        return total
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weight_hh of a layer, which each step reads."""
+        return 4 * self.gates * self.hidden**2 * (2 if self.bidirectional else 1)
+
+
+def _grid() -> list[Case]:
+    layers = ("GRU", "LSTM", "RNN")
+    shapes = [
+        (100, 1, 64, 64),
+        (100, 1, 128, 128),
+        (100, 1, 256, 256),
+        (100, 1, 512, 512),
+        (100, 8, 128, 128),
+        (100, 32, 256, 256),
+        (100, 64, 512, 512),
+    ]
+    quick = {(100, 1, 128, 128), (100, 32, 256, 256)}
+    rows = [
+        Case(layer, *shape, train=train, quick=shape in quick)
+        for train, layer, shape in itertools.product((False, True), layers, shapes)
+    ]
+    rows += [Case(layer, 50, 128, 1024, 1024) for layer in layers]
     # Lengths fall from T to 24% of it: 62% of the tokens are there.
-    Case("GRU", 1000, 32, 64, 64, train=True, ragged=0.24, goal=8),
-    *(
-        Case(layer, *shape)
-        for layer in ("GRU", "LSTM", "RNN")
-        for shape in ((100, 1, 64, 64), (100, 1, 256, 256), (100, 8, 128, 128), (100, 32, 256, 256))
-    ),
-    Case("LSTM", 100, 1, 128, 128),
-    Case("RNN", 100, 1, 128, 128),
-    Case("GRU", 100, 64, 512, 512),
-    Case("GRU", 100, 32, 193, 193),
-    *(Case(layer, 100, 1, 128, 128, train=True) for layer in ("GRU", "LSTM", "RNN")),
-    *(Case(layer, 100, 32, 256, 256, train=True) for layer in ("LSTM", "RNN")),
-    Case("LSTM", 1000, 32, 64, 64, train=True, ragged=0.24),
-    Case("GRU", 100, 16, 128, 128, layers=2),
-    Case("GRU", 100, 16, 128, 128, bidirectional=True),
-    Case("LSTM", 100, 16, 128, 128, train=True, layers=2, bidirectional=True),
-    *(
-        Case(cell, 0, batch, hidden, hidden, train=train)
-        for cell in ("GRUCell", "LSTMCell", "RNNCell")
-        for batch, hidden in ((1, 128), (64, 256))
-        for train in (False, True)
-    ),
-]
+    rows += [
+        Case(layer, 1000, 32, 64, 64, train=True, ragged=0.24, quick=layer == "GRU")
+        for layer in layers
+    ]
+    for layer, train in itertools.product(layers, (False, True)):
+        rows.append(Case(layer, 100, 16, 128, 128, train=train, layers=2))
+        rows.append(Case(layer, 100, 16, 128, 128, train=train, bidirectional=True))
+    # Each odd size after its round neighbour.
+    for layer, (round_size, size) in itertools.product(
+        ("GRU", "LSTM"), ((32, 37), (96, 100), (192, 193), (640, 650))
+    ):
+        row = Case(layer, 50, 32, round_size, round_size)
+        rows += [row, replace(row, input=size, hidden=size, odd=True)]
+    rows += [
+        Case(f"{layer}Cell", 0, 1, hidden, hidden, train=train, quick=hidden == 64)
+        for layer, train, hidden in itertools.product(layers, (False, True), (16, 64, 128, 256))
+    ]
+    rows += [
+        Case(f"{layer}Cell", 0, 64, 256, 256, train=train)
+        for layer, train in itertools.product(layers, (False, True))
+    ]
+    return rows
+
+
+CASES = _grid()

@@ -44,3 +44,42 @@ def test_a_command_is_required(capsys):
         main([])
     assert stopped.value.code == 2
     assert "command" in capsys.readouterr().err
+
+
+BENCH = ["bench", "--input-size", "5", "--hidden-size", "7", "--seconds", "0.01"]
+
+
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+@pytest.mark.parametrize(
+    "options",
+    [["--steps", "3"], ["--steps", "0", "--batch", "2"], ["--layers", "2", "--bidirectional"]],
+)
+@pytest.mark.parametrize("train", [[], ["--train"]])
+def test_bench_compares_a_shape_with_torchs(cell, options, train, capsys):
+    assert main([*BENCH, "--cell", cell, *options, *train]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("forward and backward" if train else "inference")
+    times = [float(line.split()[-2]) for line in lines[1:3]]
+    shown = float(lines[3].split()[3])
+    assert all(time > 0 for time in times)
+    assert shown > 0
+    assert float(lines[4].split()[-1]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--cell", "qrnn"],
+        ["--hidden-size", "0"],
+        ["--batch", "-1"],
+        ["--steps", "-1"],
+        ["--steps", "0", "--layers", "2"],
+        ["--steps", "0", "--bidirectional"],
+        ["--input-size", "many"],
+    ],
+)
+def test_bench_refuses_wrong_sizes(wrong, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([*BENCH, *wrong])
+    assert stopped.value.code == 2
+    assert wrong[0] in capsys.readouterr().err

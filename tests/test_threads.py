@@ -419,7 +419,6 @@ def every_core_taken():
             process.wait(TIMEOUT)
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs sched_getaffinity")
 def milliseconds(call, seconds=0.7):
     """Return the time of a call, the mean of as many as there are in these seconds."""
     started, calls = time.perf_counter(), 0
@@ -429,6 +428,7 @@ def milliseconds(call, seconds=0.7):
     return 1e3 * passed / calls
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs sched_getaffinity")
 @pytest.mark.parametrize("shape", [(100, 1), (20, 16)])
 def test_a_crowded_machine(shape, capsys):
     module, x = layer_of(hidden=256), torch.randn(*shape, 64)

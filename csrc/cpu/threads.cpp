@@ -7,6 +7,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -28,9 +29,9 @@ inline void pause() {
 constexpr std::chrono::microseconds kSpin(60);
 constexpr int kMaxWorkers = 255;
 // A delay that only a lost time slice explains, and how long the caller then works alone before it tries again:
-// shortly after a single disturbance, longer each time that another follows.
+// shortly after a single disturbance, twice as long each time that another follows soon.
 constexpr std::chrono::microseconds kSlice(500);
-constexpr std::chrono::milliseconds kAloneFirst(4), kAloneMost(200);
+constexpr std::chrono::milliseconds kAloneFirst(4), kAloneMost(200), kSoon(50);
 
 using Clock = std::chrono::steady_clock;
 using Call = void (*)(const void*, int64_t, int);
@@ -71,7 +72,7 @@ public:
 
     // Opens a phase for `workers` of our own, already started, and whoever else follows.
     void open(int64_t tasks, int workers, Call call, const void* body) {
-        call_ = call, body_ = body, tasks_ = tasks;
+        call_ = call, body_ = body, tasks_ = tasks, opened_ = Clock::now();
         pending_.store(tasks, std::memory_order_relaxed);
         ticket_.store(ticket_of(++phase_, workers, static_cast<uint64_t>(tasks)), std::memory_order_seq_cst);
         if (workers > 0 && sleepers_.load(std::memory_order_seq_cst) > 0) {
@@ -91,7 +92,9 @@ public:
             before = now;
         }
         out_of_work_ = Clock::now();
-        lost_ = (out_of_work_ - start) - (cpu_time() - start_cpu);
+        // What the kernel took from the caller, and what OpenMP took before it let the caller begin: it first waits for
+        // every worker to have left the region before.
+        lost_ = (out_of_work_ - start) - (cpu_time() - start_cpu) + (start - opened_);
     }
 
     // Another's part.
@@ -116,19 +119,17 @@ public:
     // phase at that risk, one thread is faster than two until the cores are free again.
     void judge() {
         const auto waited = Clock::now() - out_of_work_;
-        if (lost_ > kSlice || (longest_ != Clock::duration{} && waited > kSlice && waited > longest_ + longest_ / 2)) {
+        if (lost_ > kSlice || (longest_ != Clock::duration{} && waited > kSlice && waited > longest_ + longest_ / 2))
             declare_crowded();
-        } else {
-            const auto alone = alone_.load(std::memory_order_relaxed);
-            alone_.store(alone - alone / 16, std::memory_order_relaxed);
-        }
     }
 
     void declare_crowded() {
-        const Clock::rep first = Clock::duration(kAloneFirst).count(), most = Clock::duration(kAloneMost).count();
-        const auto twice = 2 * alone_.load(std::memory_order_relaxed);
-        alone_.store(twice < first ? first : twice > most ? most : twice, std::memory_order_relaxed);
-        crowded_.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed);
+        const auto now = Clock::now().time_since_epoch();
+        const Clock::duration alone(alone_.load(std::memory_order_relaxed));
+        const bool again = now - Clock::duration(crowded_.load(std::memory_order_relaxed)) < 4 * alone + kSoon;
+        const Clock::duration next = again ? std::min<Clock::duration>(2 * alone, kAloneMost) : kAloneFirst;
+        alone_.store(std::max<Clock::duration>(next, kAloneFirst).count(), std::memory_order_relaxed);
+        crowded_.store(now.count(), std::memory_order_relaxed);
     }
 
 private:
@@ -174,7 +175,7 @@ private:
     alignas(64) std::atomic<int> sleepers_{0};
     Call call_ = nullptr;
     Clock::duration longest_{}, lost_{};  // of the caller's tasks in the last phase, in processor time; taken from it
-    Clock::time_point out_of_work_{};     // when the caller found nothing left to claim
+    Clock::time_point opened_{}, out_of_work_{};  // when the phase began, and when the caller found nothing left to claim
     std::atomic<Clock::rep> crowded_{0};  // when the cores were last found taken
     std::atomic<Clock::rep> alone_{0};    // for how long one thread works alone after that
     const void* body_ = nullptr;

@@ -1,10 +1,12 @@
-"""`python -m ostinato info`: what this installation has and what it would use."""
+"""`python -m ostinato`: what this installation has and would use, and what a shape would gain."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import platform
+import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import numpy
@@ -64,13 +66,92 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("info", help="versions, instruction sets and threads")
-    parser.parse_args(argv)
+    bench = commands.add_parser("bench", help="our layer beside torch.nn's, for a shape of yours")
+    bench.add_argument("--cell", choices=["rnn", "gru", "lstm"], default="gru")
+    bench.add_argument("--input-size", type=_size, default=128)
+    bench.add_argument("--hidden-size", type=_size, default=128)
+    bench.add_argument("--batch", type=_size, default=1)
+    bench.add_argument("--steps", type=_count, default=100, help="0: one step of the cell")
+    bench.add_argument("--layers", type=_size, default=1)
+    bench.add_argument("--bidirectional", action="store_true")
+    bench.add_argument("--train", action="store_true", help="forward and backward")
+    bench.add_argument("--threads", type=_size, help="as torch has them, unless told")
+    bench.add_argument("--seconds", type=float, default=2.0, help="for each of the two")
+    arguments = parser.parse_args(argv)
+    if arguments.command == "bench":
+        if arguments.steps == 0 and (arguments.layers > 1 or arguments.bidirectional):
+            parser.error("--layers and --bidirectional need --steps of 1 or more")
+        return _bench(arguments)
 
     lines = info()
     width = max(map(len, lines))
     for name, value in lines.items():
         print(f"{name:<{width}}  {value}")
     return 0
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, got {value}")
+    return value
+
+
+def _size(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
+    return value
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    """Measure one shape and print what it gains."""
+    if not find_spec("torch"):
+        print("bench compares with torch.nn: pip install ostinato[torch]", file=sys.stderr)
+        return 1
+    import torch
+
+    from ostinato.bench import Shape, gain
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    shape = Shape(
+        arguments.cell,
+        arguments.input_size,
+        arguments.hidden_size,
+        arguments.batch,
+        arguments.steps,
+        arguments.layers,
+        arguments.bidirectional,
+        arguments.train,
+    )
+    found = gain(shape, arguments.seconds, _progress())
+    low, median, high = found.ratio
+    what = "forward and backward" if shape.train else "inference"
+    print(f"{what}, float32, {torch.get_num_threads()} threads, {_core.isa()}")
+    print(f"torch.nn {torch.__version__:<16}{found.torch_us:12.1f} us")
+    print(f"ostinato {__version__:<16}{found.ostinato_us:12.1f} us")
+    print(f"torch.nn / ostinato      {median:12.2f}    (quartiles {low:.2f} to {high:.2f})")
+    print(f"outputs differ by at most {found.difference:.1e}")
+    return 0
+
+
+def _progress() -> Callable[[int, int], None] | None:
+    """Return what draws a bar of tqdm's, which the extra `bench` brings."""
+    if not find_spec("tqdm"):
+        print("pip install ostinato[bench] for a progress bar", file=sys.stderr)
+        return None
+    from tqdm import tqdm
+
+    bar = tqdm(unit="round", leave=False)
+
+    def show(done: int, rounds: int) -> None:
+        bar.total = rounds
+        bar.update(done - bar.n)
+        if done == rounds:
+            bar.close()
+
+    return show
 
 
 if __name__ == "__main__":
