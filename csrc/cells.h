@@ -18,7 +18,7 @@
 #ifdef __CUDACC__
 #define OSTINATO_CELL __device__ __forceinline__
 #else
-#define OSTINATO_CELL inline
+#define OSTINATO_CELL inline __attribute__((always_inline))
 #endif
 
 namespace ostinato {

@@ -182,8 +182,10 @@ private:
             // Rows that end here start from the gradient of h_n.
             const T* dh_n = w.f_.dh_n ? in(w.f_.dh_n) + d * z.batch * z.output() : nullptr;
             for (int64_t b = max(b0, min(n, n_next)); b < min(b1, n); b++)
-                for (int64_t u = u0; u < u1; u++)
-                    arrive(b, u * L, dh_n ? load_n(dh_n + b * z.output() + u * L, min(L, z.output() - u * L)) : Vec<T>(0));
+                for (int64_t u = u0; u < u1; u++) {
+                    const Vec<T> carry = dh_n ? load_n(dh_n + b * z.output() + u * L, min(L, z.output() - u * L)) : Vec<T>(0);
+                    arrive(&carry, 1, b, u * L);
+                }
             if constexpr (C::kProjects) {
                 if (!z.projection) return;
                 for (int64_t b = b0; b < min(b1, n); b++) rows[b] = dh + b * w.op_;
@@ -219,9 +221,9 @@ private:
             template <int MR, int NJ>
             void tile(int64_t b, int64_t u) const {
                 Vec<T> acc[NJ][MR][1];
+                step.prefetch(b, MR, u, NJ);
                 step.carry<MR, NJ>(acc, b, u);
-                for (int j = 0; j < NJ; j++)
-                    for (int r = 0; r < MR; r++) step.arrive(b + r, (u + j) * L, acc[j][r][0]);
+                for (int j = 0; j < NJ; j++) step.arrive(acc[j][0], MR, b, (u + j) * L);
             }
         };
 
@@ -254,17 +256,33 @@ private:
             }
         };
 
-        // dL/dh_t of one row and block of outputs is complete: carry plus the gradient of y_t.
-        void arrive(int64_t b, int64_t unit, Vec<T> carry) const {
-            const int64_t O = z.output();
-            if (w.f_.dy) carry = carry + load_n(in(w.f_.dy) + (row0 + b) * z.directions * O + d * O + unit, min(L, O - unit));
-            if (dh)
-                carry.store(dh + b * w.op_ + unit);
-            else
-                cell(b, unit, carry);
+        // What cell() will read comes from memory: asked for before the product, it is here after it.
+        void prefetch(int64_t b, int n_rows, int64_t u, int blocks) const {
+            for (int64_t row = row0 + b; row < row0 + b + n_rows; row++) {
+                const T* saved = in(w.f_.reserve) + (d * z.rows + row) * C::kSaved * w.hp_;
+                for (int64_t unit = u * L; unit < (u + blocks) * L; unit += 64 / static_cast<int64_t>(sizeof(T))) {
+                    for (int i = 0; i < C::kSaved; i++) __builtin_prefetch(saved + i * w.hp_ + unit);
+                    if (w.f_.dy) __builtin_prefetch(in(w.f_.dy) + (row * z.directions + d) * z.output() + unit);
+                }
+            }
         }
 
-        void cell(int64_t b, int64_t unit, Vec<T> dh_t) const {
+        // dL/dh_t of one block of outputs is complete for some rows: what was carried plus the gradient of y_t. Out of line
+        // for the reason that ForwardWalk::Step::cells tells.
+        __attribute__((noinline)) void arrive(const Vec<T>* carried, int n_rows, int64_t b, int64_t unit) const {
+            const int64_t O = z.output();
+            for (int r = 0; r < n_rows; r++) {
+                Vec<T> carry = carried[r];
+                if (w.f_.dy)
+                    carry = carry + load_n(in(w.f_.dy) + (row0 + b + r) * z.directions * O + d * O + unit, min(L, O - unit));
+                if (dh)
+                    carry.store(dh + (b + r) * w.op_ + unit);
+                else
+                    cell(b + r, unit, carry);
+            }
+        }
+
+        OSTINATO_INLINE void cell(int64_t b, int64_t unit, Vec<T> dh_t) const {
             const int64_t hp = w.hp_, lanes = min(L, z.hidden - unit);
             Vec<T> saved[C::kSaved + 1], h_previous(0), c_previous(0), h(0), dc(0), da[R];
             const T* reserve = in(w.f_.reserve) + (d * z.rows + row0 + b) * C::kSaved * hp;

@@ -1,8 +1,10 @@
 // The forward walk.
 //
-// Traffic per chunk of steps: the input projection gx = x * W_ih^T + biases is one product over all rows of the chunk
-// and lands in scratch small enough to stay cached; each step then reads its gx once, streams the packed W_hh panels (from
-// the first or second cache level, shared by the rows of a tile) and writes y, and in training what backward needs.
+// Traffic per row tile and chunk of steps: the input projection gx = x * W_ih^T + biases is one product over all rows of the
+// chunk and lands in scratch small enough for the second cache level; each step then reads its gx once, streams the packed
+// W_hh panels (from the first or second level, shared by the rows of a tile) and writes y, and in training what backward
+// needs. A tile does both by itself, so nobody waits for anybody until all steps are done. Only where the members walk
+// together, or where there is one step, is the projection a phase of its own (project_input).
 #pragma once
 
 #include "sequence.h"
@@ -27,11 +29,22 @@ public:
         hp_ = padded(H);
         blocks_ = ceil_div(H, L);
         panel_ = O * G * L;
-        chunk_rows_ = chunk_rows(size_, G * hp_ * sizeof(T));
+        is_tiled_ = size_.steps > 1 && !shares_.together;
+        if (is_tiled_) {
+            tile_rows_ = ceil_div(B, shares_.tiles);
+            const int64_t step_bytes = max(1, tile_rows_) * G * hp_ * static_cast<int64_t>(sizeof(T));
+            tile_steps_ = min(size_.steps, max(1, kTileBytes / step_bytes));
+            chunk_rows_ = members * tile_rows_ * tile_steps_;
+            panels_ih_ = arena_.take<T>(D * input_blocks() * kBlock * size_.input);
+            sources_ = arena_.take<const T*>(chunk_rows_);
+            targets_ = arena_.take<T*>(chunk_rows_);
+        } else {
+            chunk_rows_ = D * chunk_rows(size_, G * hp_ * sizeof(T));
+        }
         panels_ = arena_.take<T>(size_.steps == 1 ? members * kGroup * panel_ : D * blocks_ * panel_);
         start_ = arena_.take<T>(D * G * hp_);
         apart_ = arena_.take<T>(D * hp_);
-        gx_ = arena_.take<T>(D * chunk_rows_ * G * hp_);
+        gx_ = arena_.take<T>(chunk_rows_ * G * hp_);
         zeros_ = arena_.take<T>(padded(O));
         previous_ = arena_.take<const T*>(members * B);
         if (C::kHasCell) c_ = arena_.take<T>(D * B * hp_);
@@ -48,23 +61,22 @@ public:
         steps_.fill();
         for (int64_t i = 0; i < padded(size_.output()); i++) zeros_[i] = 0;
         for (int64_t d = 0; d < size_.directions; d++) prepare(d, team);
-        // The directions advance together, each through chunks of its own.
-        int64_t s0[2] = {0, 0};
-        while (s0[0] < size_.steps || (size_.directions == 2 && s0[1] < size_.steps)) {
-            int64_t s1[2];
-            for (int64_t d = 0; d < size_.directions; d++) {
-                s1[d] = s0[d];
-                while (s1[d] < size_.steps && steps_.rows_between(d, s0[d], s1[d] + 1) <= chunk_rows_) s1[d]++;
-                if (!is_few_rows()) project_input(d, s0[d], s1[d], team);
-            }
-            walk(s0, s1, team);
-            for (int64_t d = 0; d < size_.directions; d++) s0[d] = s1[d];
-        }
+        if (is_tiled_)
+            walk_apart(team);
+        else if (size_.steps == 1)
+            walk_once(team);
+        else
+            walk_together(team);
         for (int64_t d = 0; d < size_.directions; d++) finish(d);
     }
 
 private:
     static constexpr int64_t kGroup = 4;  // unit blocks that a member claims at once when all walk together
+    static constexpr int64_t kTileBytes = 512 << 10;  // of gx, for the steps that a tile projects at once
+    static constexpr int NR = G == 3 ? 3 : 4;  // vectors of a panel of W_ih: G * Hp columns are whole panels, often
+    static constexpr int64_t kBlock = NR * L;
+
+    int64_t input_blocks() const { return ceil_div(G * hp_, kBlock); }
 
     // One step of a few rows: the weights are used where they lie, all in one phase.
     bool is_few_rows() const { return size_.steps == 1 && size_.batch <= Projection::kFewRows; }
@@ -88,6 +100,16 @@ private:
         const auto& w = f_.weights[d];
         if (size_.steps != 1)
             team.run(blocks_, [&](int64_t block, int) { pack(d, block, panels_ + (d * blocks_ + block) * panel_); });
+        if (is_tiled_)
+            team.run(input_blocks(), [&](int64_t block, int) {
+                const TransposedWeight<T> source = input_weight(d);
+                T* panel = panels_ih_ + (d * input_blocks() + block) * kBlock * size_.input;
+                for (int64_t v = 0; v < kBlock; v += L)
+                    if (block * kBlock + v < source.columns())
+                        source.pack(panel + v, kBlock, 0, size_.input, block * kBlock + v);
+                    else
+                        for (int64_t k = 0; k < size_.input; k++) Vec<T>(0).store(panel + k * kBlock + v);
+            });
         if (size_.projection) {
             T* panels_hr = panels_hr_ + d * ceil_div(O, L) * H * L;
             team.run(ceil_div(O, L), [&](int64_t block, int) {
@@ -107,60 +129,122 @@ private:
                     c_[(d * B + b) * hp_ + j] = f_.c_0 && j < H ? weight(f_.c_0)[(d * B + b) * H + j] : T(0);
     }
 
-    void project_input(int64_t d, int64_t s0, int64_t s1, Team& team) {
+    TransposedWeight<T> input_weight(int64_t d) const { return {weight(f_.weights[d].ih), size_.input, size_.hidden, hp_, G}; }
+
+    // gx of all rows of the steps [s0, s1).
+    void project_input(int64_t d, int64_t s0, int64_t s1, T* gx, Team& team) {
         Projection product;
         product.rows = steps_.rows_between(d, s0, s1);
         product.columns = G * hp_;
         product.depth = size_.input;
         product.a[0] = weight(f_.x) + steps_.first_row(d, s0, s1) * size_.input;
         product.a_row = size_.input;
-        product.c[0] = gx_ + d * chunk_rows_ * G * hp_;
+        product.c[0] = gx;
         product.ldc = G * hp_;
         product.start = start_ + d * G * hp_;
-        product.b = {weight(f_.weights[d].ih), size_.input, size_.hidden, hp_, G};
+        product.b = input_weight(d);
         product.run(team, product_scratch_);
     }
 
-    void walk(const int64_t* s0, const int64_t* s1, Team& team) {
-        if (size_.steps == 1) return single_step(team);
-        if (shares_.together) {
+    // gx of a tile's rows [b0, b1) of the steps [s0, s1): row b of step s at gx + ((s - s0) * tile_rows_ + b - b0) * G * Hp.
+    // The same chains as project_input's, over panels that were packed for the whole call.
+    void project_tile(int64_t d, int64_t s0, int64_t s1, int64_t b0, int64_t b1, T* gx, int member) const {
+        const T** sources = sources_ + member * tile_rows_ * tile_steps_;
+        T** targets = targets_ + member * tile_rows_ * tile_steps_;
+        int64_t count = 0;
+        for (int64_t s = s0; s < s1; s++)
+            for (int64_t b = b0; b < min(b1, steps_.rows(d, s)); b++, count++) {
+                sources[count] = weight(f_.x) + (steps_.first_row(d, s) + b) * size_.input;
+                targets[count] = gx + ((s - s0) * tile_rows_ + b - b0) * G * hp_;
+            }
+        constexpr int MR = kAccumulators / NR;
+        for (int64_t block = 0; block < input_blocks(); block++)
+            for (int64_t i = 0; i < count;) {
+                const int64_t left = count - i;
+                if (left > MR / 2)
+                    project_rows<MR>(d, block, sources + i, targets + i, min(MR, left)), i += MR;
+                else if (left > 1)
+                    project_rows<MR / 2>(d, block, sources + i, targets + i, left), i += MR / 2;
+                else
+                    project_rows<1>(d, block, sources + i, targets + i, 1), i++;
+            }
+    }
+
+    template <int R>
+    void project_rows(int64_t d, int64_t block, const T* const* sources, T* const* targets, int64_t count) const {
+        const T* panel = panels_ih_ + (d * input_blocks() + block) * kBlock * size_.input;
+        for (int64_t k0 = 0; k0 < size_.input; k0 += Projection::kDepth) {
+            // Rows past the end read the last one again; what they compute is not stored.
+            RowPointers<T, R> x;
+            for (int r = 0; r < R; r++) x.row[r] = sources[min(r, count - 1)] + k0;
+            Vec<T> acc[1][R][NR] = {};
+            accumulate<R, 1, NR>(acc, x, panel + k0 * kBlock, 0, min(Projection::kDepth, size_.input - k0));
+        _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) {
+                if (r >= count) break;
+                _Pragma("GCC unroll 8") for (int v = 0; v < NR; v++) {
+                    const int64_t column = block * kBlock + v * L;
+                    if (column >= G * hp_) break;
+                    const T* before = k0 ? targets[r] + column : start_ + d * G * hp_ + column;
+                    (acc[0][r][v] + Vec<T>::load(before)).store(targets[r] + column);
+                }
+            }
+        }
+    }
+
+    // Each member takes tiles of rows through all steps, the directions alternating: the longest tiles are claimed first.
+    void walk_apart(Team& team) {
+        team.run(shares_.tiles * size_.directions, [&](int64_t task, int member) {
+            const int64_t d = task % size_.directions, tile = task / size_.directions;
+            const int64_t b0 = shares_.begin(tile), end = shares_.begin(tile + 1);
+            T* gx = gx_ + member * tile_rows_ * tile_steps_ * G * hp_;
+            for (int64_t s0 = 0; s0 < size_.steps; s0 += tile_steps_) {
+                const int64_t s1 = min(size_.steps, s0 + tile_steps_);
+                project_tile(d, s0, s1, b0, end, gx, member);
+                for (int64_t s = s0; s < s1; s++) {
+                    const int64_t b1 = min(end, steps_.rows(d, s));
+                    if (b0 >= b1) continue;
+                    Step step(*this, d, s, gx + (s - s0) * tile_rows_ * G * hp_, b0, member);
+                    step.begin(b0, b1);
+                    step.units(b0, b1, 0, blocks_);
+                    if constexpr (C::kProjects)
+                        if (size_.projection) step.project(b0, b1);
+                }
+            }
+        });
+    }
+
+    // All members share the unit blocks of each step. One direction.
+    void walk_together(Team& team) {
+        for (int64_t s0 = 0, s1; s0 < size_.steps; s0 = s1) {
+            for (s1 = s0; s1 < size_.steps && steps_.rows_between(0, s0, s1 + 1) <= chunk_rows_;) s1++;
+            project_input(0, s0, s1, gx_, team);
             relay_.reset();
             const auto share = [&](int64_t, int member) {
-                relay_.run(s1[0] - s0[0], member, team.members(), [&](int64_t s, int64_t group) {
-                    const int64_t n = steps_.rows(0, s0[0] + s);
-                    Step step(*this, 0, s0[0] + s, s0[0], s1[0], member);
+                relay_.run(s1 - s0, member, team.members(), [&](int64_t i, int64_t group) {
+                    const int64_t s = s0 + i, n = steps_.rows(0, s);
+                    T* gx = gx_ + (steps_.first_row(0, s) - steps_.first_row(0, s0, s1)) * G * hp_;
+                    Step step(*this, 0, s, gx, 0, member);
                     step.begin(0, n);
                     step.units(0, n, group * kGroup, min(blocks_, (group + 1) * kGroup));
                 });
             };
             team.run(team.members(), share);
             share(0, 0);  // a closed relay is completed by the caller, who may have claimed no task
-            return;
         }
-        // Tile by tile, the directions alternating: the longest tiles are claimed first.
-        team.run(shares_.tiles * size_.directions, [&](int64_t task, int member) {
-            const int64_t d = task % size_.directions, tile = task / size_.directions, b0 = shares_.begin(tile);
-            for (int64_t s = s0[d]; s < s1[d]; s++) {
-                const int64_t b1 = min(shares_.begin(tile + 1), steps_.rows(d, s));
-                if (b0 >= b1) continue;
-                Step step(*this, d, s, s0[d], s1[d], member);
-                step.begin(b0, b1);
-                step.units(b0, b1, 0, blocks_);
-                if constexpr (C::kProjects)
-                    if (size_.projection) step.project(b0, b1);
-            }
-        });
     }
 
     // With one step nothing is gained by packing ahead: a group of blocks is packed, used for all rows while it is in
     // the cache, and forgotten; for a few rows it is not even packed. A cell is this.
-    void single_step(Team& team) {
+    void walk_once(Team& team) {
+        const auto gx = [&](int64_t d) { return gx_ + d * (chunk_rows_ / size_.directions) * G * hp_; };
+        if (!is_few_rows())
+            for (int64_t d = 0; d < size_.directions; d++) project_input(d, 0, 1, gx(d), team);
         const int64_t groups = ceil_div(blocks_, kGroup);
         team.run(groups * size_.directions, [&](int64_t task, int member) {
             const int64_t d = task % size_.directions, u0 = task / size_.directions * kGroup, u1 = min(blocks_, u0 + kGroup);
             const int64_t n = steps_.rows(d, 0);
             T* panels = panels_ + member * kGroup * panel_;
-            Step step(*this, d, 0, 0, 1, member);
+            Step step(*this, d, 0, gx(d), 0, member);
             step.begin(0, n);
             if (is_few_rows()) return step.few_rows(n, u0, u1);
             for (int64_t u = u0; u < u1; u++) pack(d, u, panels + (u - u0) * panel_);
@@ -170,7 +254,7 @@ private:
         if constexpr (C::kProjects) {
             if (!size_.projection) return;
             team.run(size_.directions,
-                     [&](int64_t d, int member) { Step(*this, d, 0, 0, 1, member).project(0, steps_.rows(d, 0)); });
+                     [&](int64_t d, int member) { Step(*this, d, 0, gx(d), 0, member).project(0, steps_.rows(d, 0)); });
         }
     }
 
@@ -178,7 +262,8 @@ private:
     struct Step {
         const ForwardWalk& w;
         int64_t d, s, row0;
-        T* gx;               // [rows, G * Hp] of this step
+        T* gx;               // [rows, G * Hp] of this step, from row gx_first on
+        int64_t gx_first;
         T *y, *c, *reserve;  // y: [rows, ld_y]; c: [B, Hp]; reserve: [rows, kSaved * Hp] or null
         T* unprojected;      // [B, Hp]
         int64_t ld_y;
@@ -186,11 +271,10 @@ private:
         const T* panels;     // packed W_hh from first_block on
         int64_t first_block = 0;
 
-        Step(const ForwardWalk& walk, int64_t direction, int64_t step, int64_t s0, int64_t s1, int member)
-            : w(walk), d(direction), s(step), row0(walk.steps_.first_row(d, s)) {
+        Step(const ForwardWalk& walk, int64_t direction, int64_t step, T* gates_x, int64_t first, int member)
+            : w(walk), d(direction), s(step), row0(walk.steps_.first_row(d, s)), gx(gates_x), gx_first(first) {
             const Sizes& z = w.size_;
             ld_y = z.directions * z.output();
-            gx = w.gx_ + (d * w.chunk_rows_ + row0 - w.steps_.first_row(d, s0, s1)) * G * w.hp_;
             y = static_cast<T*>(w.f_.y) + row0 * ld_y + d * z.output();
             c = C::kHasCell ? w.c_ + d * z.batch * w.hp_ : nullptr;
             reserve =
@@ -275,38 +359,37 @@ private:
         }
 
         template <int MR, int NJ>
-        OSTINATO_INLINE void finish_tile(Vec<T> (&acc)[NJ][MR][G], int64_t b, int64_t u) const {
-            const int64_t hp = w.hp_;
-            // The input's part is often the larger one: added last, it does not coarsen the rounding of the chain.
-            _Pragma("GCC unroll 8") for (int j = 0; j < NJ; j++)
-                _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++)
-                    _Pragma("GCC unroll 8") for (int g = 0; g < G; g++)
-                        acc[j][r][g] = acc[j][r][g] + Vec<T>::load(g < C::kJoint ? gx + ((b + r) * G + g) * hp + (u + j) * L
-                                                                                 : w.apart_ + d * hp + (u + j) * L);
-            _Pragma("GCC unroll 8") for (int j = 0; j < NJ; j++)
-                _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++) cell(b + r, (u + j) * L, acc[j][r]);
+        OSTINATO_INLINE void finish_tile(const Vec<T> (&acc)[NJ][MR][G], int64_t b, int64_t u) const {
+            for (int j = 0; j < NJ; j++) cells(acc[j][0], MR, b, (u + j) * L);
         }
 
-        void cell(int64_t b, int64_t unit, const Vec<T>* gates) const {
+        // The cell on `rows` rows of one block of units, whose hidden products are sums[rows][G]. One loop out of line for
+        // all tiles: inlined into each and unrolled, the activations of several rows spill what they and the product need.
+        __attribute__((noinline)) void cells(const Vec<T>* sums, int rows, int64_t b, int64_t unit) const {
             const int64_t hp = w.hp_, n = min(L, w.size_.hidden - unit);
-            Vec<T> x(0), h(0), cell(0), saved[C::kSaved + 1];
-            if constexpr (C::kJoint < G) x = Vec<T>::load(gx + (b * G + C::kJoint) * hp + unit);
-            if constexpr (C::kUsesPrevious) h = load_n(previous[b] + unit, n);
-            if constexpr (C::kHasCell) cell = Vec<T>::load(c + b * hp + unit);
-            h = C::forward(gates, x, h, cell, saved);
-            if constexpr (C::kHasCell) cell.store(c + b * hp + unit);
-            if (C::kSaved && reserve)
-                for (int i = 0; i < C::kSaved; i++) {
-                    T* row = reserve + (b * C::kSaved + i) * hp;
-                    saved[i].store(row + unit);
-                    // Lanes past the last block are nobody's, but reserve is to be a function of the inputs.
-                    if (unit + L >= w.size_.hidden)
-                        for (int64_t j = unit + L; j < hp; j += L) Vec<T>(0).store(row + j);
-                }
-            if (unprojected)
-                h.store(unprojected + b * hp + unit);
-            else
-                store_n(h, y + b * ld_y + unit, n);
+            const T* in = gx + (b - gx_first) * G * hp + unit;
+            const T* apart = w.apart_ + d * hp + unit;
+            T* kept = reserve ? reserve + b * C::kSaved * hp + unit : nullptr;
+            for (int r = 0; r < rows; r++, sums += G, in += G * hp) {
+                Vec<T> gates[G], x(0), h(0), cell(0), saved[C::kSaved + 1];
+                // The input's part is often the larger one: added last, it does not coarsen the rounding of the chain.
+                for (int g = 0; g < G; g++) gates[g] = sums[g] + Vec<T>::load(g < C::kJoint ? in + g * hp : apart);
+                if constexpr (C::kJoint < G) x = Vec<T>::load(in + C::kJoint * hp);
+                if constexpr (C::kUsesPrevious) h = load_n(previous[b + r] + unit, n);
+                if constexpr (C::kHasCell) cell = Vec<T>::load(c + (b + r) * hp + unit);
+                h = C::forward(gates, x, h, cell, saved);
+                if constexpr (C::kHasCell) cell.store(c + (b + r) * hp + unit);
+                if (C::kSaved && kept)
+                    for (int i = 0; i < C::kSaved; i++, kept += hp) saved[i].store(kept);
+                if (unprojected)
+                    h.store(unprojected + (b + r) * hp + unit);
+                else
+                    store_n(h, y + (b + r) * ld_y + unit, n);
+            }
+            // Lanes past the last block are nobody's, but reserve is to be a function of the inputs.
+            if (kept && unit + L >= w.size_.hidden)
+                for (int64_t i = 0; i < rows * C::kSaved; i++)
+                    for (int64_t j = unit + L; j < hp; j += L) Vec<T>(0).store(reserve + (b * C::kSaved + i) * hp + j);
         }
 
         void project(int64_t b0, int64_t b1) const {
@@ -361,8 +444,12 @@ private:
     Steps steps_;
     Shares shares_;
     Relay relay_;
-    int64_t hp_, blocks_, panel_, chunk_rows_;
-    T *panels_, *start_, *apart_, *gx_, *zeros_, *c_ = nullptr;
+    bool is_tiled_;
+    int64_t hp_, blocks_, panel_, chunk_rows_;     // rows of gx_
+    int64_t tile_rows_ = 0, tile_steps_ = 0;  // of gx_ for one member
+    T *panels_, *panels_ih_ = nullptr, *start_, *apart_, *gx_, *zeros_, *c_ = nullptr;
+    const T** sources_ = nullptr;
+    T** targets_ = nullptr;
     T *panels_hr_ = nullptr, *unprojected_ = nullptr, *product_scratch_;
     const T** previous_;
 };

@@ -7,7 +7,7 @@
 // depend on k alone, so blocking over M and N only chooses who computes an element.
 //
 // Arithmetic: a tile holds MR x NJ x NV accumulators, 24 of 32 registers (AVX-512, NEON) or 12 of 16 (AVX2). Per k it
-// loads NJ * NV panel vectors and broadcasts MR scalars for MR * NJ * NV multiply-adds: at 8 x 3 that is 11 loads for 24.
+// loads NJ * NV panel vectors and broadcasts MR scalars for MR * NJ * NV multiply-adds: 11 loads for 24 at 8 x 3, 10 at 6 x 4.
 // Memory: a panel of kDepth x (3 vectors) fits the first-level cache (24 KiB at AVX-512) and is reused for every row
 // of the task; the A block of a task (kTaskRows x kDepth) stays in the second level and is reused for every panel.
 #pragma once
@@ -17,9 +17,6 @@
 
 namespace ostinato {
 namespace {
-
-// Where the accumulators must stay in registers across a call, the call must go.
-#define OSTINATO_INLINE inline __attribute__((always_inline))
 
 constexpr int kAccumulators = kRegisters == 32 ? 24 : 12;
 
@@ -188,7 +185,7 @@ struct Product {
     bool resume = false;       // the sum goes on from what C holds
     B b{};
 
-    static constexpr int L = Vec<T>::kLanes, NR = 3, MR = kAccumulators / NR;
+    static constexpr int L = Vec<T>::kLanes;
     // kDepth is also part of the result: it says where the sum over k is cut, whatever the instruction set.
     static constexpr int64_t kDepth = 128, kTaskRows = 480, kTaskColumns = 384;
     // Up to this many rows, B is used where it lies: packing it would cost as much as the product.
@@ -197,26 +194,36 @@ struct Product {
     // Elements of scratch that one member of the team needs.
     static constexpr int64_t scratch() { return kDepth * (kTaskColumns + kTaskRows); }
 
-    int64_t task_columns = 0, column_tasks = 0, row_tasks = 0;
-    T* scratch_base = nullptr;
-
     // Runs on the whole team; scratch_base is [members][scratch()].
     void run(Team& team, T* scratch_elements) {
         if (rows == 0 || columns == 0) return;
         scratch_base = scratch_elements;
+        // Panels of 3 or of 4 vectors, whichever leaves fewer of them empty: 16 vectors are four panels of 4.
+        const int64_t vectors = ceil_div(columns, L);
+        if (round_up(vectors, 4) < round_up(vectors, 3))
+            run_panels<4>(team);
+        else
+            run_panels<3>(team);
+    }
+
+private:
+    template <int NR>
+    void run_panels(Team& team) {
         const int64_t share = round_up(ceil_div(columns, team.members()), NR * L);
         task_columns = min(max(share, NR * L), kTaskColumns);
         column_tasks = ceil_div(columns, task_columns);
         row_tasks = ceil_div(rows, kTaskRows);
-        team.run(batches * column_tasks * row_tasks, [this](int64_t task, int member) { block(task, member); });
+        team.run(batches * column_tasks * row_tasks, [this](int64_t task, int member) { block<NR>(task, member); });
     }
 
+    template <int NR>
     void block(int64_t task, int member) const {
+        constexpr int MR = kAccumulators / NR;
         const int64_t n0 = (task % column_tasks) * task_columns, n1 = min(columns, n0 + task_columns);
         task /= column_tasks;
         const int64_t m0 = (task % row_tasks) * kTaskRows, m1 = min(rows, m0 + kTaskRows);
         const int batch = static_cast<int>(task / row_tasks);
-        if (rows <= kFewRows && a_column == 1) return few_rows(batch, n0, n1);
+        if (rows <= kFewRows && a_column == 1) return few_rows<NR>(batch, n0, n1);
         T* panels = scratch_base + member * scratch();
         T* packed_a = panels + kDepth * kTaskColumns;
         bool first = !resume;
@@ -226,24 +233,25 @@ struct Product {
                 const int64_t kn = min(kDepth, depth - k0);
                 for (int64_t n = n0; n < n1; n += NR * L)
                     for (int v = 0; v < NR; v++)
-                        pack_column(panels + (n - n0) * kn + v * L, segment * depth + k0, kn, n + v * L);
-                if (a_column != 1) pack_rows(as, packed_a, m0, m1, k0, kn);
+                        pack_column(panels + (n - n0) * kn + v * L, NR * L, segment * depth + k0, kn, n + v * L);
+                if (a_column != 1) pack_rows<MR>(as, packed_a, m0, m1, k0, kn);
                 for (int64_t n = n0; n < n1; n += NR * L)
                     for (int64_t m = m0; m < m1; m += MR)
-                        tile_rows(min(MR, m1 - m), as, packed_a + (m - m0) * kn, panels + (n - n0) * kn, c[batch], m, n, k0,
+                        tile_rows<NR>(min(MR, m1 - m), as, packed_a + (m - m0) * kn, panels + (n - n0) * kn, c[batch], m, n, k0,
                                   kn, first);
                 first = false;
             }
         }
     }
 
+    template <int NR>
     void few_rows(int batch, int64_t n0, int64_t n1) const {
-        if (rows == 1) return few_rows_tile<1>(batch, n0, n1);
-        if (rows == 2) return few_rows_tile<2>(batch, n0, n1);
-        few_rows_tile<kFewRows>(batch, n0, n1);
+        if (rows == 1) return few_rows_tile<1, NR>(batch, n0, n1);
+        if (rows == 2) return few_rows_tile<2, NR>(batch, n0, n1);
+        few_rows_tile<kFewRows, NR>(batch, n0, n1);
     }
 
-    template <int R>
+    template <int R, int NR>
     void few_rows_tile(int batch, int64_t n0, int64_t n1) const {
         bool first = !resume;
         for (int segment = 0; segment < segments; segment++)
@@ -254,21 +262,22 @@ struct Product {
                 for (int64_t n = n0; n < n1; n += NR * L) {
                     Vec<T> acc[1][R][NR] = {};
                     b.accumulate(acc, a_rows, segment * depth + k0, kn, n);
-                    finish<R>(acc, rows, c[batch], 0, n, first);
+                    finish<R, NR>(acc, rows, c[batch], 0, n, first);
                 }
                 first = false;
             }
     }
 
-    void pack_column(T* dst, int64_t k0, int64_t kn, int64_t column) const {
+    void pack_column(T* dst, int64_t stride, int64_t k0, int64_t kn, int64_t column) const {
         if (column < columns)
-            b.pack(dst, NR * L, k0, kn, column);
+            b.pack(dst, stride, k0, kn, column);
         else
-            for (int64_t k = 0; k < kn; k++) Vec<T>(0).store(dst + k * NR * L);
+            for (int64_t k = 0; k < kn; k++) Vec<T>(0).store(dst + k * stride);
     }
 
     // A^T is read along its rows (a_row == 1): tiles of MR, k-major. A cache line of a row holds several tiles, which are
     // filled together, so that it is fetched once; rows past the end are zero.
+    template <int MR>
     void pack_rows(const T* as, T* dst, int64_t m0, int64_t m1, int64_t k0, int64_t kn) const {
         constexpr int64_t kTogether = max(1, 64 / static_cast<int64_t>(sizeof(T)) / MR);
         int64_t m = m0;
@@ -287,28 +296,30 @@ struct Product {
         }
     }
 
+    template <int NR>
     void tile_rows(int64_t n_rows, const T* as, const T* packed, const T* panel, T* cs, int64_t m, int64_t n, int64_t k0,
                    int64_t kn, bool first) const {
-        if (a_column != 1) return tile<MR>(PackedRows<T, MR>{packed}, n_rows, panel, cs, m, n, kn, first);
+        constexpr int MR = kAccumulators / NR;
+        if (a_column != 1) return tile<MR, NR>(PackedRows<T, MR>{packed}, n_rows, panel, cs, m, n, kn, first);
         // Rows past the end read the last one again; what they compute is not stored.
         RowPointers<T, MR> a_rows;
         for (int r = 0; r < MR; r++) a_rows.row[r] = as + (m + min(r, n_rows - 1)) * a_row + k0;
-        if (n_rows > MR / 2) return tile<MR>(a_rows, n_rows, panel, cs, m, n, kn, first);
+        if (n_rows > MR / 2) return tile<MR, NR>(a_rows, n_rows, panel, cs, m, n, kn, first);
         RowPointers<T, MR / 2> half;
         for (int r = 0; r < MR / 2; r++) half.row[r] = a_rows.row[r];
-        if (n_rows > 1) return tile<MR / 2>(half, n_rows, panel, cs, m, n, kn, first);
-        tile<1>(RowPointers<T, 1>{{half.row[0]}}, 1, panel, cs, m, n, kn, first);
+        if (n_rows > 1) return tile<MR / 2, NR>(half, n_rows, panel, cs, m, n, kn, first);
+        tile<1, NR>(RowPointers<T, 1>{{half.row[0]}}, 1, panel, cs, m, n, kn, first);
     }
 
-    template <int R, class A>
+    template <int R, int NR, class A>
     void tile(const A& a_rows, int64_t n_rows, const T* panel, T* cs, int64_t m, int64_t n, int64_t kn, bool first) const {
         Vec<T> acc[1][R][NR] = {};
         accumulate<R, 1, NR>(acc, a_rows, panel, 0, kn);
-        finish<R>(acc, n_rows, cs, m, n, first);
+        finish<R, NR>(acc, n_rows, cs, m, n, first);
     }
 
     // Adds a chain to what is there, and stores.
-    template <int R>
+    template <int R, int NR>
     OSTINATO_INLINE void finish(Vec<T> (&acc)[1][R][NR], int64_t n_rows, T* cs, int64_t m, int64_t n, bool first) const {
         const bool whole = n + NR * L <= columns;
         _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) {
@@ -333,6 +344,9 @@ struct Product {
             }
         }
     }
+
+    int64_t task_columns = 0, column_tasks = 0, row_tasks = 0;
+    T* scratch_base = nullptr;
 };
 
 }  // namespace

@@ -101,11 +101,13 @@ struct TileWalk {
     void run(int64_t b0, int64_t b1, int64_t u0, int64_t u1) const {
         if (b0 >= b1) return;
         constexpr int MR = max_tile_rows<NV>();
-        const int64_t mr = ceil_div(b1 - b0, ceil_div(b1 - b0, MR));  // tiles of nearly equal height
-        if (b1 - b0 == mr) return rows<MR>(mr, b0, u0, u1);
+        // Tiles of equal height, give or take one row.
+        const int64_t tiles = ceil_div(b1 - b0, MR), height = (b1 - b0) / tiles, taller = (b1 - b0) % tiles;
+        if (tiles == 1) return rows<MR>(height, b0, u0, u1);
         constexpr int64_t kGroup = 2 * blocks_side_by_side<NV, MR>();
         for (int64_t u = u0; u < u1; u += kGroup)
-            for (int64_t b = b0; b < b1; b += mr) rows<MR>(min(mr, b1 - b), b, u, min(u1, u + kGroup));
+            for (int64_t tile = 0, b = b0; tile < tiles; b += height + (tile < taller), tile++)
+                rows<MR>(height + (tile < taller), b, u, min(u1, u + kGroup));
     }
 };
 
@@ -173,15 +175,16 @@ struct Shares {
         // while. They cost another read of the weights per step, so few where these do not fit the second-level cache.
         const int64_t spare = members == 1 ? 1 : weight_bytes <= kSecondLevel ? 4 : 2;
         // A tile has about as many rows as a register tile or more, and all have the same, give or take one.
-        tiles = min(batch, per_direction * max(1, min(spare, (whole + tile_height / 2) / tile_height)));
+        tiles = max(1, min(batch, per_direction * max(1, min(spare, (whole + tile_height / 2) / tile_height))));
         // A relay's barrier costs some hundred nanoseconds a step, so a step must be worth several of them.
         constexpr int64_t kWorthRelay = 1 << 15;
         together = members > 1 && sizes.directions == 1 && !sizes.projection && sizes.batch < 2 * members &&
                    work * sizes.batch >= kWorthRelay;
     }
 
-    // First row of a tile; that of tile `tiles` is the end.
-    int64_t begin(int64_t tile) const { return tile * batch / tiles; }
+    // First row of a tile; that of tile `tiles` is the end. Tiles are of equal height, give or take one row, the taller ones
+    // first: they are claimed first.
+    int64_t begin(int64_t tile) const { return tile * (batch / tiles) + min(tile, batch % tiles); }
 };
 
 }  // namespace

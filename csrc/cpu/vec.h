@@ -15,6 +15,9 @@
 #include <arm_neon.h>
 #endif
 
+// Where accumulators or constants must stay in registers across a call, the call must go.
+#define OSTINATO_INLINE inline __attribute__((always_inline))
+
 namespace ostinato {
 namespace {
 
@@ -223,7 +226,7 @@ constexpr T inverse_factorial(int k) {
 // e^x - 1 = scale * p + (scale - 1) and e^x = scale * p + scale, with scale = 2^n and p = e^r - 1, |r| <= ln(2) / 2.
 // The Taylor series of p to r^7 (float) or r^13 (double) ends below half a unit in the last place. NaN passes through p.
 template <class T>
-inline void exp_parts(Vec<T> x, Vec<T>& scale, Vec<T>& p) {
+OSTINATO_INLINE void exp_parts(Vec<T> x, Vec<T>& scale, Vec<T>& p) {
     using C = ExpConstants<T>;
     using Raw = typename Vec<T>::Raw;
     using Bits = typename Vec<T>::Bits;
@@ -241,7 +244,7 @@ inline void exp_parts(Vec<T> x, Vec<T>& scale, Vec<T>& p) {
 
 // 1 / (1 + e^-x)
 template <class T>
-inline Vec<T> sigmoid(Vec<T> x) {
+OSTINATO_INLINE Vec<T> sigmoid(Vec<T> x) {
     Vec<T> scale, p;
     exp_parts(-x, scale, p);
     const Vec<T> y = Vec<T>(1) / (fma(scale, p, scale) + Vec<T>(1));
@@ -251,7 +254,7 @@ inline Vec<T> sigmoid(Vec<T> x) {
 
 // sign(x) * -m / (m + 2) with m = e^(-2|x|) - 1: no cancellation near zero.
 template <class T>
-inline Vec<T> tanh(Vec<T> x) {
+OSTINATO_INLINE Vec<T> tanh(Vec<T> x) {
     using Raw = typename Vec<T>::Raw;
     using Bits = typename Vec<T>::Bits;
     const Bits sign = (Bits)x.v & ExpConstants<T>::kSign;
@@ -264,13 +267,13 @@ inline Vec<T> tanh(Vec<T> x) {
 }
 
 template <class T>
-inline Vec<T> relu(Vec<T> x) {
+OSTINATO_INLINE Vec<T> relu(Vec<T> x) {
     return Vec<T>(x.v < T(0) ? typename Vec<T>::Raw{} : x.v);
 }
 
 // x where y is positive or NaN, zero elsewhere: the gradient of relu in terms of its output y.
 template <class T>
-inline Vec<T> where_positive(Vec<T> y, Vec<T> x) {
+OSTINATO_INLINE Vec<T> where_positive(Vec<T> y, Vec<T> x) {
     return Vec<T>(y.v <= T(0) ? typename Vec<T>::Raw{} : x.v);
 }
 
