@@ -186,6 +186,6 @@ def _call(module: torch.nn.Module, x: torch.Tensor, train: bool) -> Callable[[],
     def step() -> None:
         for parameter in module.parameters():
             parameter.grad = None
-        _first(module(x)).sum().backward()
+        _first(module(x)).sum().backward()  # type: ignore[no-untyped-call]
 
     return step
