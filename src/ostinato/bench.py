@@ -23,17 +23,19 @@ def compare(
     calls: Mapping[str, Callable[[], Any]],
     seconds: float,
     progress: Callable[[int, int], None] | None = None,
+    pause: float = 0.0,
 ) -> dict[str, list[float]]:
     """Time several calls in turns.
 
     In each round everyone is timed once, one right after the other, so that a disturbance of the
-    machine falls on all. Before its sample each makes a call that is not timed, while the threads
-    of the one before go to sleep.
+    machine falls on all. Before its sample each makes a call that is not timed.
 
     Args:
         calls: what is timed, by name.
         seconds: how long to go on, for each of them; seven rounds at least.
         progress: is told (rounds done, rounds in all).
+        pause: seconds before each turn, in which the threads of the one before go to sleep. Where
+            libraries with threads of their own are compared, these spin for some milliseconds.
 
     Returns:
         Seconds per call, one for each round, by name.
@@ -50,7 +52,7 @@ def compare(
         raise ValueError("calls: expected at least one, got none")
     one = {name: min(_seconds(call, 1) for _ in range(3)) for name, call in calls.items()}
     repeats = {name: max(1, int(_SAMPLE / max(duration, 1e-9))) for name, duration in one.items()}
-    round_time = sum(one[name] * (repeats[name] + 1) for name in calls)
+    round_time = sum(one[name] * (repeats[name] + 1) + pause for name in calls)
     rounds = int(seconds * len(calls) / round_time)
     rounds = min(_MOST_ROUNDS, max(_FEWEST_ROUNDS, rounds))
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -58,6 +60,7 @@ def compare(
         if progress:
             progress(done, rounds)
         for name, call in calls.items():
+            time.sleep(pause)
             call()
             samples[name].append(_seconds(call, repeats[name]))
     if progress:
