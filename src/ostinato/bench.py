@@ -14,8 +14,9 @@ import torch
 
 from ostinato import nn
 
-# A sample is at least this long, so that the clock's resolution does not show.
-_SAMPLE = 2e-3
+# A sample is at least this long, so that the clock's resolution does not show, and follows so much
+# that is not timed: threads that slept need milliseconds until they all run.
+_SAMPLE, _WARM = 2e-3, 10e-3
 _FEWEST_ROUNDS, _MOST_ROUNDS = 7, 101
 
 
@@ -28,7 +29,8 @@ def compare(
     """Time several calls in turns.
 
     In each round everyone is timed once, one right after the other, so that a disturbance of the
-    machine falls on all. Before its sample each makes a call that is not timed.
+    machine falls on all. Before its sample each runs for 10 ms, one call at least, that is not
+    timed.
 
     Args:
         calls: what is timed, by name.
@@ -52,7 +54,8 @@ def compare(
         raise ValueError("calls: expected at least one, got none")
     one = {name: min(_seconds(call, 1) for _ in range(3)) for name, call in calls.items()}
     repeats = {name: max(1, int(_SAMPLE / max(duration, 1e-9))) for name, duration in one.items()}
-    round_time = sum(one[name] * (repeats[name] + 1) + pause for name in calls)
+    warm = {name: max(1, int(_WARM / max(duration, 1e-9))) for name, duration in one.items()}
+    round_time = sum(one[name] * (repeats[name] + warm[name]) + pause for name in calls)
     rounds = int(seconds * len(calls) / round_time)
     rounds = min(_MOST_ROUNDS, max(_FEWEST_ROUNDS, rounds))
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -61,7 +64,7 @@ def compare(
             progress(done, rounds)
         for name, call in calls.items():
             time.sleep(pause)
-            call()
+            _seconds(call, warm[name])
             samples[name].append(_seconds(call, repeats[name]))
     if progress:
         progress(rounds, rounds)
