@@ -222,6 +222,7 @@ struct Layer {
     bool read(const std::array<int64_t, 4>& expected) {
         const auto [I, H, P, D] = expected;
         if (cell < Cell::kRnnTanh || cell > Cell::kLstm || (D != 1 && D != 2)) return false;
+        if (P && cell != Cell::kLstm) return false;
         x_data = reader.read(input, x, true);
         if (!reader.accepts || x.ndim < 1 || x.ndim > 3 || x.shape[x.ndim - 1] != I || H < 1) return false;
         const int64_t columns = x.ndim > 1 ? x.shape[x.ndim - 2] : 1;
@@ -278,9 +279,9 @@ struct Layer {
         return PyTuple_GetItem(weights.ptr(), direction * per_direction + index);
     }
 
-    const void* state(nb::handle object, int64_t size, bool make_dense = true) {
-        if (!is_cell) return reader.read(object, {sizes.directions, sizes.batch, size}, make_dense);
-        return x.ndim == 2 ? reader.read(object, {sizes.batch, size}, make_dense) : reader.read(object, {size}, make_dense);
+    const void* state(nb::handle object, int64_t size) {
+        if (!is_cell) return reader.read(object, {sizes.directions, sizes.batch, size}, true);
+        return x.ndim == 2 ? reader.read(object, {sizes.batch, size}, true) : reader.read(object, {size}, true);
     }
 
     Fresh new_state(nb::handle like, int64_t size) const {

@@ -328,3 +328,13 @@ def test_gradgradcheck_of_a_cell(kind):
         return tuple(outputs(cell(x, tuple(states) if len(states) == 2 else states[0])))
 
     assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_only_an_lstm_is_projected():
+    for cell, gates, expected in (("lstm", 4, True), ("gru", 3, False), ("rnn_tanh", 1, False)):
+        rows = gates * 4
+        weights = *(torch.randn(rows, n) for n in (3, 2)), *torch.randn(2, rows), torch.randn(2, 4)
+        found = ops.short(
+            cell, (3, 4, 2, 1), torch.randn(5, 2, 3), None, None, None, weights, has_biases=True
+        )
+        assert (found is not None) == expected, cell
