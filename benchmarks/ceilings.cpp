@@ -48,6 +48,8 @@ double rate(int threads, double seconds, const Body& body) {
 }
 
 volatile float g_sink;
+// Known to the compiler, they made one chain its own fixed point: it was folded away, and the peak 12/11 of what it is.
+volatile float g_factor = 0.999f, g_summand = 1e-3f;
 
 }  // namespace
 
@@ -56,7 +58,7 @@ extern "C" double peak_operations(int threads, double seconds) {
     return rate(threads, seconds, [] {
         return [] {
             constexpr int kChains = 12, kTurns = 200000;
-            Lanes acc[kChains], a = Lanes{} + 0.999f, b = Lanes{} + 1e-3f;
+            Lanes acc[kChains], a = Lanes{} + g_factor, b = Lanes{} + g_summand;
             for (int i = 0; i < kChains; i++) acc[i] = Lanes{} + static_cast<float>(i);
             for (int turn = 0; turn < kTurns; turn++)
                 for (int i = 0; i < kChains; i++) acc[i] = acc[i] * a + b;
