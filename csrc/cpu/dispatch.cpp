@@ -101,8 +101,10 @@ thread_local Scratch::Kept Scratch::t_kept;
 constexpr int64_t kWorthATeam = 1 << 18;
 
 int members_for(Cell cell, const Sizes& sizes, int threads) {
-    const int64_t work = sizes.rows * gates_of(cell) * sizes.hidden * (sizes.input + sizes.output());
-    return work < kWorthATeam ? 1 : threads;
+    const int64_t units = gates_of(cell) * sizes.hidden, step = units * sizes.output();
+    // A single row whose steps are not worth sharing leaves the others nothing but the packing of small weights.
+    if (sizes.steps > 1 && sizes.batch * sizes.directions == 1 && step < kWorthRelay) return 1;
+    return sizes.rows * units * (sizes.input + sizes.output()) < kWorthATeam ? 1 : threads;
 }
 
 }  // namespace

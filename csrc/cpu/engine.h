@@ -68,6 +68,9 @@ struct KernelTable {
 // Units are stored in multiples of this many in reserve and scratch, so that both are the same on every instruction set.
 constexpr int64_t padded(int64_t units) { return (units + 15) / 16 * 16; }
 
+// Multiply-adds of a step that are worth sharing: a relay's barrier costs some hundred nanoseconds.
+constexpr int64_t kWorthRelay = 1 << 15;
+
 // ---- dispatch.cpp ----
 
 int64_t reserve_bytes(Cell cell, bool is_double, const Sizes& sizes);

@@ -9,7 +9,8 @@
 // Arithmetic: a tile holds MR x NJ x NV accumulators, 24 of 32 registers (AVX-512, NEON) or 12 of 16 (AVX2). Per k it
 // loads NJ * NV panel vectors and broadcasts MR scalars for MR * NJ * NV multiply-adds: 11 loads for 24 at 8 x 3, 10 at 6 x 4.
 // Memory: a panel of kDepth x (3 vectors) fits the first-level cache (24 KiB at AVX-512) and is reused for every row
-// of the task; the A block of a task (kTaskRows x kDepth) stays in the second level and is reused for every panel.
+// of the task; the A block of a task (kTaskRows x kDepth) stays in the second level and is reused for every panel. A^T is read
+// where it lies: packed, the weight gradients of T100 B32 H256 took 5% longer.
 #pragma once
 
 #include "threads.h"
@@ -24,6 +25,7 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t greatest_common_divisor(int64_t a, int64_t b) { return b ? greatest_common_divisor(b, a % b) : a; }
 
 // A as MR row pointers, each row contiguous in k.
 template <class T, int MR>
@@ -32,11 +34,12 @@ struct RowPointers {
     T at(int r, int64_t k) const { return row[r][k]; }
 };
 
-// A packed k-major: element (r, k) at k * MR + r.
-template <class T, int MR>
-struct PackedRows {
+// A as MR neighbouring columns of rows that are `ld` elements apart.
+template <class T>
+struct Columns {
     const T* p;
-    T at(int r, int64_t k) const { return p[k * MR + r]; }
+    int64_t ld;
+    T at(int r, int64_t k) const { return p[k * ld + r]; }
 };
 
 // acc[j][r][v] += sum over k of A(r, k) * panel_j[k][v], in ascending k.
@@ -178,7 +181,8 @@ struct Product {
     int64_t rows = 0, columns = 0, depth = 0;  // M, N (of C; B may be packed wider), K of one segment
     int batches = 1, segments = 1;
     const T* a[4] = {};
-    int64_t a_row = 0, a_column = 1;  // element (m, k) at a + m * a_row + k * a_column; one of them is 1
+    // Element (m, k) at a + m * a_row + k * a_column; one of them is 1. Where it is a_row, 7 elements past a row may be read.
+    int64_t a_row = 0, a_column = 1;
     T* c[4] = {};
     int64_t ldc = 0;
     const T* start = nullptr;  // [N] added to the first chain (readable up to a multiple of the lanes), or none
@@ -191,8 +195,8 @@ struct Product {
     // Up to this many rows, B is used where it lies: packing it would cost as much as the product.
     static constexpr int64_t kFewRows = 4;
 
-    // Elements of scratch that one member of the team needs.
-    static constexpr int64_t scratch() { return kDepth * (kTaskColumns + kTaskRows); }
+    // Elements of scratch that one member of the team needs: what is packed of B.
+    static constexpr int64_t scratch() { return kDepth * kTaskColumns; }
 
     // Runs on the whole team; scratch_base is [members][scratch()].
     void run(Team& team, T* scratch_elements) {
@@ -209,39 +213,42 @@ struct Product {
 private:
     template <int NR>
     void run_panels(Team& team) {
-        const int64_t share = round_up(ceil_div(columns, team.members()), NR * L);
-        task_columns = min(max(share, NR * L), kTaskColumns);
+        constexpr int64_t MR = kAccumulators / NR, kWidth = NR * L;
+        const int64_t panels = ceil_div(columns, kWidth), members = team.members();
+        const bool few = rows <= kFewRows && a_column == 1;
+        // Members share the columns where these can be shared evenly, since then nobody packs what another packs too; else rows.
+        const int64_t across = few ? members : greatest_common_divisor(panels, members);
+        task_columns = min(ceil_div(panels, across), kTaskColumns / kWidth) * kWidth;
         column_tasks = ceil_div(columns, task_columns);
-        row_tasks = ceil_div(rows, kTaskRows);
-        team.run(batches * column_tasks * row_tasks, [this](int64_t task, int member) { block<NR>(task, member); });
+        tiles = ceil_div(rows, MR);
+        row_tasks = few ? batches : ceil_div(batches * tiles * MR, kTaskRows);
+        while (!few && column_tasks * row_tasks % members && row_tasks < batches * tiles) row_tasks++;
+        team.run(column_tasks * row_tasks, [&](int64_t task, int member) {
+            const int64_t n0 = task % column_tasks * task_columns, n1 = min(columns, n0 + task_columns), part = task / column_tasks;
+            if (few) return few_rows<NR>(static_cast<int>(part), n0, n1);
+            const int64_t all = batches * tiles;
+            block<NR>(part * all / row_tasks, (part + 1) * all / row_tasks, n0, n1, scratch_base + member * scratch());
+        });
     }
 
+    // Tiles [t0, t1) of MR rows, counted through the batches, by columns [n0, n1). The batches share what is packed of B.
     template <int NR>
-    void block(int64_t task, int member) const {
-        constexpr int MR = kAccumulators / NR;
-        const int64_t n0 = (task % column_tasks) * task_columns, n1 = min(columns, n0 + task_columns);
-        task /= column_tasks;
-        const int64_t m0 = (task % row_tasks) * kTaskRows, m1 = min(rows, m0 + kTaskRows);
-        const int batch = static_cast<int>(task / row_tasks);
-        if (rows <= kFewRows && a_column == 1) return few_rows<NR>(batch, n0, n1);
-        T* panels = scratch_base + member * scratch();
-        T* packed_a = panels + kDepth * kTaskColumns;
+    void block(int64_t t0, int64_t t1, int64_t n0, int64_t n1, T* panels) const {
+        constexpr int64_t MR = kAccumulators / NR, kWidth = NR * L;
         bool first = !resume;
-        for (int segment = 0; segment < segments; segment++) {
-            const T* as = a[batch + segment];
+        for (int segment = 0; segment < segments; segment++)
             for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
                 const int64_t kn = min(kDepth, depth - k0);
-                for (int64_t n = n0; n < n1; n += NR * L)
+                for (int64_t n = n0; n < n1; n += kWidth)
                     for (int v = 0; v < NR; v++)
-                        pack_column(panels + (n - n0) * kn + v * L, NR * L, segment * depth + k0, kn, n + v * L);
-                if (a_column != 1) pack_rows<MR>(as, packed_a, m0, m1, k0, kn);
-                for (int64_t n = n0; n < n1; n += NR * L)
-                    for (int64_t m = m0; m < m1; m += MR)
-                        tile_rows<NR>(min(MR, m1 - m), as, packed_a + (m - m0) * kn, panels + (n - n0) * kn, c[batch], m, n, k0,
-                                  kn, first);
+                        pack_column(panels + (n - n0) * kn + v * L, kWidth, segment * depth + k0, kn, n + v * L);
+                for (int64_t n = n0; n < n1; n += kWidth)
+                    for (int64_t t = t0; t < t1; t++) {
+                        const int64_t batch = t / tiles, m = t % tiles * MR;
+                        tile_rows<NR>(min(MR, rows - m), a[batch + segment], panels + (n - n0) * kn, c[batch], m, n, k0, kn, first);
+                    }
                 first = false;
             }
-        }
     }
 
     template <int NR>
@@ -275,32 +282,12 @@ private:
             for (int64_t k = 0; k < kn; k++) Vec<T>(0).store(dst + k * stride);
     }
 
-    // A^T is read along its rows (a_row == 1): tiles of MR, k-major. A cache line of a row holds several tiles, which are
-    // filled together, so that it is fetched once; rows past the end are zero.
-    template <int MR>
-    void pack_rows(const T* as, T* dst, int64_t m0, int64_t m1, int64_t k0, int64_t kn) const {
-        constexpr int64_t kTogether = max(1, 64 / static_cast<int64_t>(sizeof(T)) / MR);
-        int64_t m = m0;
-        for (; m + kTogether * MR <= m1; m += kTogether * MR, dst += kTogether * MR * kn)
-            for (int64_t k = 0; k < kn; k++) {
-                const T* source = as + m + (k0 + k) * a_column;
-                for (int64_t i = 0; i < kTogether; i++)
-                    std::memcpy(dst + (i * kn + k) * MR, source + i * MR, MR * sizeof(T));
-            }
-        for (; m < m1; m += MR, dst += MR * kn) {
-            const int64_t n = min(MR, m1 - m);
-            for (int64_t k = 0; k < kn; k++) {
-                const T* source = as + m + (k0 + k) * a_column;
-                for (int64_t r = 0; r < MR; r++) dst[k * MR + r] = r < n ? source[r] : T(0);
-            }
-        }
-    }
-
     template <int NR>
-    void tile_rows(int64_t n_rows, const T* as, const T* packed, const T* panel, T* cs, int64_t m, int64_t n, int64_t k0,
-                   int64_t kn, bool first) const {
+    void tile_rows(int64_t n_rows, const T* as, const T* panel, T* cs, int64_t m, int64_t n, int64_t k0, int64_t kn,
+                   bool first) const {
         constexpr int MR = kAccumulators / NR;
-        if (a_column != 1) return tile<MR, NR>(PackedRows<T, MR>{packed}, n_rows, panel, cs, m, n, kn, first);
+        // A^T: MR neighbours of a row at a time, up to MR - 1 past the end. The next tiles find its cache lines near.
+        if (a_column != 1) return tile<MR, NR>(Columns<T>{as + m + k0 * a_column, a_column}, n_rows, panel, cs, m, n, kn, first);
         // Rows past the end read the last one again; what they compute is not stored.
         RowPointers<T, MR> a_rows;
         for (int r = 0; r < MR; r++) a_rows.row[r] = as + (m + min(r, n_rows - 1)) * a_row + k0;
@@ -345,7 +332,7 @@ private:
         }
     }
 
-    int64_t task_columns = 0, column_tasks = 0, row_tasks = 0;
+    int64_t task_columns = 0, column_tasks = 0, row_tasks = 0, tiles = 0;  // tiles: of MR rows, in a batch
     T* scratch_base = nullptr;
 };
 

@@ -176,8 +176,6 @@ struct Shares {
         const int64_t spare = members == 1 ? 1 : weight_bytes <= kSecondLevel ? 4 : 2;
         // A tile has about as many rows as a register tile or more, and all have the same, give or take one.
         tiles = max(1, min(batch, per_direction * max(1, min(spare, (whole + tile_height / 2) / tile_height))));
-        // A relay's barrier costs some hundred nanoseconds a step, so a step must be worth several of them.
-        constexpr int64_t kWorthRelay = 1 << 15;
         together = members > 1 && sizes.directions == 1 && !sizes.projection && sizes.batch < 2 * members &&
                    work * sizes.batch >= kWorthRelay;
     }
