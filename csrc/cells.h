@@ -2,13 +2,14 @@
 // Equation numbers are those of docs/math.md.
 //
 // V is a lane vector on the CPU (cpu/vec.h) or a scalar on the GPU. It brings +, -, *, mixed with plain numbers, and
-// fma(a, b, c), sigmoid, tanh, relu, where_positive. No standard headers, so that NVRTC takes this file as it is.
+// fma(a, b, c), sigmoid, tanh, sigmoid_times_tanh (one division), relu, where_positive. No standard headers, so that NVRTC
+// takes this file as it is.
 //
 // A walker (cpu/sequence.h) drives a cell through the constants below and never names a gate:
 //   kGates   rows of weight_hh per unit, in torch's order.
 //   kJoint   gates [0, kJoint) receive input and hidden product in one sum; the others receive the hidden product
 //            in a[g] and the input product apart in `x` (only n of the GRU: its hidden product is scaled by r).
-//   kSaved   values per unit that forward keeps for backward.
+//   kSaved   values per unit that forward keeps for backward; where nothing is kept, `saved` may be null.
 //   kGrads   gate gradients per unit that backward returns; slot g < kGates is the gradient of the hidden product of
 //            gate g, and input_slot(g) that of its input product.
 //   kHasCell a second state c;  kProjects: h may be projected (weight_hr);  kUsesPrevious: h_{t-1} also enters beside
@@ -63,7 +64,7 @@ struct Gru {
         const V z = sigmoid(a[1]);
         const V q = a[2];
         const V n = tanh(fma(r, q, x));
-        saved[0] = r, saved[1] = z, saved[2] = n, saved[3] = q;
+        if (saved) saved[0] = r, saved[1] = z, saved[2] = n, saved[3] = q;
         return fma(z, h - n, n);
     }
 
@@ -87,13 +88,10 @@ struct Lstm {
 
     template <class V>
     OSTINATO_CELL static V forward(const V* a, V, V, V& c, V* saved) {
-        const V i = sigmoid(a[0]);
         const V f = sigmoid(a[1]);
-        const V g = tanh(a[2]);
-        const V o = sigmoid(a[3]);
-        c = fma(f, c, i * g);
-        saved[0] = i, saved[1] = f, saved[2] = g, saved[3] = o, saved[4] = c;
-        return o * tanh(c);
+        c = fma(f, c, sigmoid_times_tanh(a[0], a[2]));
+        if (saved) { saved[0] = sigmoid(a[0]), saved[1] = f, saved[2] = tanh(a[2]), saved[3] = sigmoid(a[3]), saved[4] = c; }
+        return sigmoid_times_tanh(a[3], c);
     }
 
     // dc enters as dL/dc_t from step t+1 and leaves as dL/dc_{t-1}.

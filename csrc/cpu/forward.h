@@ -377,7 +377,7 @@ private:
                 if constexpr (C::kJoint < G) x = Vec<T>::load(in + C::kJoint * hp);
                 if constexpr (C::kUsesPrevious) h = load_n(previous[b + r] + unit, n);
                 if constexpr (C::kHasCell) cell = Vec<T>::load(c + (b + r) * hp + unit);
-                h = C::forward(gates, x, h, cell, saved);
+                h = C::forward(gates, x, h, cell, kept ? saved : nullptr);
                 if constexpr (C::kHasCell) cell.store(c + (b + r) * hp + unit);
                 if (C::kSaved && kept)
                     for (int i = 0; i < C::kSaved; i++, kept += hp) saved[i].store(kept);

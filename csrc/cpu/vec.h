@@ -102,6 +102,44 @@ inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
 #endif
 }
 
+// The larger of x and low, the smaller of x and high; NaN stays NaN.
+template <class T>
+inline Vec<T> at_least(Vec<T> x, T low) {
+    const Vec<T> bound(low);
+#if defined(__AVX512F__)
+    // Where an operand is NaN, these give the second. (Without a mask GCC 12 warns of its own header.)
+    if constexpr (sizeof(T) == 4)
+        return Vec<T>(_mm512_maskz_max_ps(0xffff, bound.v, x.v));
+    else
+        return Vec<T>(_mm512_maskz_max_pd(0xff, bound.v, x.v));
+#elif defined(__AVX2__)
+    if constexpr (sizeof(T) == 4)
+        return Vec<T>(_mm256_max_ps(bound.v, x.v));
+    else
+        return Vec<T>(_mm256_max_pd(bound.v, x.v));
+#else
+    return Vec<T>(x.v < low ? bound.v : x.v);
+#endif
+}
+
+template <class T>
+inline Vec<T> at_most(Vec<T> x, T high) {
+    const Vec<T> bound(high);
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4)
+        return Vec<T>(_mm512_maskz_min_ps(0xffff, bound.v, x.v));
+    else
+        return Vec<T>(_mm512_maskz_min_pd(0xff, bound.v, x.v));
+#elif defined(__AVX2__)
+    if constexpr (sizeof(T) == 4)
+        return Vec<T>(_mm256_min_ps(bound.v, x.v));
+    else
+        return Vec<T>(_mm256_min_pd(bound.v, x.v));
+#else
+    return Vec<T>(x.v > high ? bound.v : x.v);
+#endif
+}
+
 // The first n lanes (0 <= n <= kLanes); the others are zero, and nothing past p[n-1] is touched.
 template <class T>
 inline Vec<T> load_n(const T* p, int64_t n) {
@@ -196,74 +234,97 @@ inline void load_columns(const T* w, int64_t ld, int64_t rows, int64_t n, Vec<T>
 
 // ---- activations ----
 
+// 2^x = 2^n + 2^n * p with n = round(x), r = x - n and p = 2^r - 1 = r * (c_0 + c_1 r + ...), |r| <= 1/2. The polynomial
+// interpolates (2^r - 1) / r at Chebyshev nodes: relative error 1.2e-8 (float) and 2.7e-19 (double).
 template <class T>
-struct ExpConstants;
+struct Exp2;
 template <>
-struct ExpConstants<float> {
-    static constexpr float kLow = -87.0f, kHigh = 88.0f;  // 2^n stays a normal number in between
-    static constexpr float kLog2e = 1.44269504088896341f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+struct Exp2<float> {
+    static constexpr float kMost = 88.0f;  // 2 * e^kMost is finite, and 2^n a normal number down to e^-(kMost - 1)
     static constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-    static constexpr int kMantissa = 23, kTerms = 7;
+    static constexpr float kLog2e = 1.44269502f, kLog2eRest = 1.92596299e-8f;
+    static constexpr int kMantissa = 23;
     static constexpr uint32_t kOne = 0x3f800000u, kSign = 0x80000000u;
+    static constexpr float kTerms[] = {0.6931472f, 0.2402265f, 0.05550357f, 0.009618083f, 0.0013390863f, 0.00015453163f};
 };
 template <>
-struct ExpConstants<double> {
-    static constexpr double kLow = -708.0, kHigh = 709.0;
-    static constexpr double kLog2e = 1.44269504088896340736, kLn2High = 0.693147180369123816490;
-    static constexpr double kLn2Low = 1.90821492927058770002e-10;
+struct Exp2<double> {
+    static constexpr double kMost = 709.0;
     static constexpr double kMagic = 6755399441055744.0;
-    static constexpr int kMantissa = 52, kTerms = 13;
+    static constexpr double kLog2e = 1.4426950408889634, kLog2eRest = 2.0355273740931033e-17;
+    static constexpr int kMantissa = 52;
     static constexpr uint64_t kOne = 0x3ff0000000000000u, kSign = 0x8000000000000000u;
+    static constexpr double kTerms[] = {0.6931471805599453,     0.24022650695910072,    0.055504108664821625,
+                                        0.00961812910762848,    0.001333355814640647,   0.00015403530393370734,
+                                        1.5252733841556773e-05, 1.3215486808705563e-06, 1.0178057087733941e-07,
+                                        7.0548973041554995e-09, 4.4558179083360645e-10, 2.5729324177362305e-11};
 };
 
-template <class T>
-constexpr T inverse_factorial(int k) {
-    double product = 1;  // exact up to 18!
-    for (int i = 2; i <= k; i++) product *= i;
-    return static_cast<T>(1 / product);
-}
-
-// e^x - 1 = scale * p + (scale - 1) and e^x = scale * p + scale, with scale = 2^n and p = e^r - 1, |r| <= ln(2) / 2.
-// The Taylor series of p to r^7 (float) or r^13 (double) ends below half a unit in the last place. NaN passes through p.
-template <class T>
-OSTINATO_INLINE void exp_parts(Vec<T> x, Vec<T>& scale, Vec<T>& p) {
-    using C = ExpConstants<T>;
+// e^(factor * x) as scale and p, e^(factor * x) = scale * p + scale, where scale is a power of two; factor is -1 or -2. The
+// product with log2(e) is not rounded, but its constant is: without kFar, which adds the rest of it, the relative error grows
+// by 1.3e-8 * |factor * x| in float. NaN passes through p.
+template <bool kFar, class T>
+OSTINATO_INLINE void exp_parts(Vec<T> x, int factor, Vec<T>& scale, Vec<T>& p) {
+    using E = Exp2<T>;
     using Raw = typename Vec<T>::Raw;
     using Bits = typename Vec<T>::Bits;
-    x.v = x.v < C::kLow ? Vec<T>(C::kLow).v : x.v;
-    x.v = x.v > C::kHigh ? Vec<T>(C::kHigh).v : x.v;
-    const Vec<T> shifted = fma(x, Vec<T>(C::kLog2e), Vec<T>(C::kMagic));
-    const Vec<T> n = shifted - Vec<T>(C::kMagic);
-    Vec<T> r = fma(n, Vec<T>(-C::kLn2High), x);
-    r = fma(n, Vec<T>(-C::kLn2Low), r);
-    Vec<T> q(inverse_factorial<T>(C::kTerms));
-    _Pragma("GCC unroll 16") for (int k = C::kTerms - 1; k >= 2; k--) q = fma(q, r, Vec<T>(inverse_factorial<T>(k)));
-    p = fma(r * r, q, r);
-    scale = Vec<T>((Raw)(((Bits)shifted.v << C::kMantissa) + C::kOne));
+    const Vec<T> log2e(factor * E::kLog2e);
+    const Vec<T> shifted = fma(x, log2e, Vec<T>(E::kMagic));
+    Vec<T> r = fma(x, log2e, Vec<T>(E::kMagic) - shifted);
+    if (kFar) r = fma(x, Vec<T>(factor * E::kLog2eRest), r);
+    constexpr int kCount = sizeof(E::kTerms) / sizeof(T);
+    Vec<T> q(E::kTerms[kCount - 1]);
+    _Pragma("GCC unroll 16") for (int k = kCount - 2; k >= 0; k--) q = fma(q, r, Vec<T>(E::kTerms[k]));
+    p = r * q;
+    scale = Vec<T>((Raw)(((Bits)shifted.v << E::kMantissa) + E::kOne));
+}
+
+// sigmoid(x) = 1 / denominator, but for x below -kMost, where it is zero.
+template <class T>
+OSTINATO_INLINE Vec<T> sigmoid_denominator(Vec<T> x) {
+    Vec<T> scale, p;
+    exp_parts<true>(at_least(at_most(x, Exp2<T>::kMost - 1), -Exp2<T>::kMost), -1, scale, p);
+    return fma(scale, p, scale) + Vec<T>(1);
+}
+
+// Zero where x is below -kMost: the clamp would leave a denormal.
+template <class T>
+OSTINATO_INLINE Vec<T> zero_below(Vec<T> x, Vec<T> y) {
+    return Vec<T>(x.v < -Exp2<T>::kMost ? typename Vec<T>::Raw{} : y.v);
+}
+
+// tanh(x) = numerator / denominator = sign(x) * |m| / (m + 2) with m = e^(-2|x|) - 1: no cancellation near zero.
+template <class T>
+OSTINATO_INLINE void tanh_parts(Vec<T> x, Vec<T>& numerator, Vec<T>& denominator) {
+    using Raw = typename Vec<T>::Raw;
+    using Bits = typename Vec<T>::Bits;
+    const Bits sign = (Bits)x.v & Exp2<T>::kSign;
+    Vec<T> scale, p;
+    exp_parts<false>(at_most(Vec<T>((Raw)((Bits)x.v ^ sign)), Exp2<T>::kMost / 2 - 1), -2, scale, p);
+    const Vec<T> m = fma(scale, p, scale - Vec<T>(1));
+    numerator = Vec<T>((Raw)(((Bits)m.v & ~Exp2<T>::kSign) | sign));
+    denominator = m + Vec<T>(2);
 }
 
 // 1 / (1 + e^-x)
 template <class T>
 OSTINATO_INLINE Vec<T> sigmoid(Vec<T> x) {
-    Vec<T> scale, p;
-    exp_parts(-x, scale, p);
-    const Vec<T> y = Vec<T>(1) / (fma(scale, p, scale) + Vec<T>(1));
-    // The clamp inside exp_parts would leave a denormal where the limit is zero.
-    return Vec<T>(x.v < -ExpConstants<T>::kHigh ? typename Vec<T>::Raw{} : y.v);
+    return zero_below(x, Vec<T>(1) / sigmoid_denominator(x));
 }
 
-// sign(x) * -m / (m + 2) with m = e^(-2|x|) - 1: no cancellation near zero.
 template <class T>
 OSTINATO_INLINE Vec<T> tanh(Vec<T> x) {
-    using Raw = typename Vec<T>::Raw;
-    using Bits = typename Vec<T>::Bits;
-    const Bits sign = (Bits)x.v & ExpConstants<T>::kSign;
-    const Vec<T> magnitude((Raw)((Bits)x.v ^ sign));
-    Vec<T> scale, p;
-    exp_parts(magnitude * Vec<T>(-2), scale, p);
-    const Vec<T> m = fma(scale, p, scale - Vec<T>(1));
-    const Vec<T> y = -m / (m + Vec<T>(2));
-    return Vec<T>((Raw)(((Bits)y.v & ~ExpConstants<T>::kSign) | sign));  // at zero, y is -0
+    Vec<T> numerator, denominator;
+    tanh_parts(x, numerator, denominator);
+    return numerator / denominator;
+}
+
+// sigmoid(a) * tanh(b) with one division.
+template <class T>
+OSTINATO_INLINE Vec<T> sigmoid_times_tanh(Vec<T> a, Vec<T> b) {
+    Vec<T> numerator, denominator;
+    tanh_parts(b, numerator, denominator);
+    return zero_below(a, numerator / (sigmoid_denominator(a) * denominator));
 }
 
 template <class T>
