@@ -30,7 +30,7 @@ public:
         blocks_ = ceil_div(O, L);
         panel_ = G * H * L;
         in_place_ = size_.steps == 1 && size_.batch <= max_tile_rows<1>();
-        chunk_rows_ = chunk_rows(size_, row_ * sizeof(T));
+        chunk_rows_ = max(chunk_rows(size_, row_ * sizeof(T)), min(size_.rows, kFewestRows));
         panels_ = arena_.take<T>(D * blocks_ * panel_);
         for (int i = 0; i < 2; i++) grads_[i] = arena_.take<T>(D * chunk_rows_ * row_);
         zeros_ = arena_.take<T>(op_);
@@ -81,6 +81,8 @@ private:
     static constexpr int64_t kGroup = 4;
     // Rows of gate gradients are read by columns too: a stride that is no power of two spreads them over the cache.
     static constexpr int64_t kSkew = 16;
+    // Each chunk reads and writes the weight gradients once: worth this many rows, though their gate gradients leave the caches.
+    static constexpr int64_t kFewestRows = 512;
 
     struct Chunk {
         int64_t s0 = 0, s1 = 0;  // steps [s0, s1)

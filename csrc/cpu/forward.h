@@ -33,7 +33,8 @@ public:
         if (is_tiled_) {
             tile_rows_ = ceil_div(B, shares_.tiles);
             const int64_t step_bytes = max(1, tile_rows_) * G * hp_ * static_cast<int64_t>(sizeof(T));
-            tile_steps_ = min(size_.steps, max(1, kTileBytes / step_bytes));
+            const bool is_far = G * H * size_.input * static_cast<int64_t>(sizeof(T)) > kNear;
+            tile_steps_ = min(size_.steps, max(kTileBytes / step_bytes, is_far ? ceil_div(kFarRows, max(1, tile_rows_)) : 1));
             chunk_rows_ = members * tile_rows_ * tile_steps_;
             panels_ih_ = arena_.take<T>(D * input_blocks() * kBlock * size_.input);
             sources_ = arena_.take<const T*>(chunk_rows_);
@@ -73,6 +74,8 @@ public:
 private:
     static constexpr int64_t kGroup = 4;  // unit blocks that a member claims at once when all walk together
     static constexpr int64_t kTileBytes = 512 << 10;  // of gx, for the steps that a tile projects at once
+    // Where W_ih is so large that it comes from memory, it is worth more rows at once, though gx then leaves the second level.
+    static constexpr int64_t kNear = 4 << 20, kFarRows = 128;
     static constexpr int NR = G == 3 ? 3 : 4;  // vectors of a panel of W_ih: G * Hp columns are whole panels, often
     static constexpr int64_t kBlock = NR * L;
 
