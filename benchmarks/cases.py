@@ -117,6 +117,8 @@ def _grid() -> list[Case]:
         for train, layer, shape in itertools.product((False, True), layers, shapes)
     ]
     rows += [Case(layer, 50, 128, 1024, 1024) for layer in layers]
+    # One series of one feature: nearly nothing but weight_hh is read.
+    rows += [Case(layer, 1000, 1, 1, size) for layer, size in itertools.product(layers, (256, 512))]
     # Lengths fall from T to 24% of it: 62% of the tokens are there.
     rows += [
         Case(layer, 1000, 32, 64, 64, train=True, ragged=0.24, quick=layer == "GRU")

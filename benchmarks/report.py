@@ -64,7 +64,8 @@ def groups(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
         layer = row["layer"]
         if not row["sizes"][0]:
             layer = f"{layer} B{row['sizes'][1]}"
-        words = [row["kind"], *(["packed"] * row["packed"]), layer]
+        one_feature = bool(row["sizes"][0]) and row["sizes"][2] == 1
+        words = [row["kind"], *["packed"] * row["packed"], *["of one feature"] * one_feature, layer]
         sorted_rows.setdefault(" ".join(words), []).append(row)
     return sorted_rows
 
@@ -96,7 +97,7 @@ def table(found: dict[str, Any]) -> str:
         f"Python {found['python']}. Peak {before['operations'] / 1e9:.0f} GFLOP/s before and "
         f"{after['operations'] / 1e9:.0f} after.",
         "",
-        f"| layer | shape | ours, us | {title} | GFLOP/s | of roofline | kept, KiB: torch / ours |",
+        f"| layer | shape | ours, us | {title} | GFLOP/s | of roofline | kept, KiB: torch / ours / recompute |",
         "|---|---|---:|" + "---:|" * (len(peers) + 3),
     ]
     for row in found["rows"]:
@@ -105,7 +106,7 @@ def table(found: dict[str, Any]) -> str:
             low, median, high = row["ratios"].get(peer, (None,) * 3)
             cells.append("" if median is None else f"{median:.2f} ({low:.2f}-{high:.2f})")
         kept = row.get("kept_bytes")
-        kept_cell = f"{kept['torch.nn'] >> 10} / {kept[OURS] >> 10}" if kept else ""
+        kept_cell = " / ".join(str(size >> 10) for size in kept.values()) if kept else ""
         lines.append(
             f"| {row['name']} | {row['shape']} | {row['microseconds'][OURS]:.4g} | "
             + " | ".join(cells)

@@ -24,7 +24,7 @@ import report
 import torch
 from cases import CASES, Case
 from peers import all_peers, as_sequence, module_call, result
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import ostinato
 from ostinato import _core, nn
@@ -66,9 +66,7 @@ def check(theirs: torch.nn.Module, ours: torch.nn.Module, x: Any, train: bool) -
 
 
 def kept_bytes(module: torch.nn.Module, x: Any) -> int:
-    """Bytes that forward keeps for backward, beside input and parameters."""
-    known = {p.untyped_storage().data_ptr() for p in module.parameters()}
-    known.add(result(x).untyped_storage().data_ptr())
+    """Bytes that forward keeps for backward, beside input, output and parameters."""
     kept: dict[int, int] = {}
 
     def pack(t: torch.Tensor) -> torch.Tensor:
@@ -78,14 +76,19 @@ def kept_bytes(module: torch.nn.Module, x: Any) -> int:
             key, size = storage.data_ptr(), storage.nbytes()
         except (NotImplementedError, RuntimeError):
             key, size = id(t), t.numel() * t.element_size()
-        if key not in known:
-            kept[key] = size
+        kept[key] = size
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         output = module(x)
-    del output
+    for known in (data_of(x), data_of(output[0]), *module.parameters()):
+        kept.pop(known.untyped_storage().data_ptr(), None)
     return sum(kept.values())
+
+
+def data_of(x: Any) -> torch.Tensor:
+    """The numbers of a padded or packed batch."""
+    return x.data if isinstance(x, PackedSequence) else x
 
 
 def measure(case: Case, peers: list[Any], budget: float) -> dict[str, Any]:
@@ -123,6 +126,8 @@ def measure(case: Case, peers: list[Any], budget: float) -> dict[str, Any]:
     }
     if case.train and not case.is_cell:
         row["kept_bytes"] = {"torch.nn": kept_bytes(theirs, x), "ostinato": kept_bytes(ours, x)}
+        ours.memory = "recompute"
+        row["kept_bytes"]["recompute"] = kept_bytes(ours, x)
     return row
 
 

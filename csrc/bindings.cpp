@@ -53,9 +53,11 @@ void fill(Weights<P> (&out)[2], const Addresses& in, int64_t directions) {
 }
 
 void layer_forward(int cell, bool is_double, const SizeList& sizes, Address batch_sizes, Address x, Address h_0, Address c_0,
-                   const Addresses& weights, Address y, Address h_n, Address c_n, Address reserve, int threads) {
+                   const Addresses& weights, Address y, Address h_n, Address c_n, Address reserve, int threads,
+                   bool recompute) {
     Forward call{};
     call.sizes = sizes_of(sizes, batch_sizes);
+    call.sizes.recompute = recompute;
     fill(call.weights, weights, call.sizes.directions);
     call.x = at(x), call.h_0 = at(h_0), call.c_0 = at(c_0);
     call.y = at<void*>(y), call.h_n = at<void*>(h_n), call.c_n = at<void*>(c_n), call.reserve = at<void*>(reserve);
@@ -65,9 +67,10 @@ void layer_forward(int cell, bool is_double, const SizeList& sizes, Address batc
 
 void layer_backward(int cell, bool is_double, const SizeList& sizes, Address batch_sizes, Address x, Address h_0, Address c_0,
                     const Addresses& weights, Address y, Address reserve, Address dy, Address dh_n, Address dc_n, Address dx,
-                    Address dh_0, Address dc_0, const Addresses& grads, int threads) {
+                    Address dh_0, Address dc_0, const Addresses& grads, int threads, bool recompute) {
     Backward call{};
     call.sizes = sizes_of(sizes, batch_sizes);
+    call.sizes.recompute = recompute;
     fill(call.weights, weights, call.sizes.directions);
     fill(call.grads, grads, call.sizes.directions);
     call.x = at(x), call.h_0 = at(h_0), call.c_0 = at(c_0), call.y = at(y), call.reserve = at(reserve);
@@ -107,18 +110,22 @@ NB_MODULE(_core, m) {
     m.doc() = "The compiled engine: recurrent layers over raw addresses. Use ostinato.nn or ostinato.numpy instead.";
     m.def("layer_forward", &layer_forward, nb::arg("cell"), nb::arg("is_double"), nb::arg("sizes"), nb::arg("batch_sizes"),
           nb::arg("x"), nb::arg("h_0"), nb::arg("c_0"), nb::arg("weights"), nb::arg("y"), nb::arg("h_n"), nb::arg("c_n"),
-          nb::arg("reserve"), nb::arg("threads"),
+          nb::arg("reserve"), nb::arg("threads"), nb::arg("recompute") = false,
           "One layer forward. Addresses of dense arrays (csrc/cpu/engine.h), 0 for an absent one.");
     m.def("layer_backward", &layer_backward, nb::arg("cell"), nb::arg("is_double"), nb::arg("sizes"), nb::arg("batch_sizes"),
           nb::arg("x"), nb::arg("h_0"), nb::arg("c_0"), nb::arg("weights"), nb::arg("y"), nb::arg("reserve"), nb::arg("dy"),
           nb::arg("dh_n"), nb::arg("dc_n"), nb::arg("dx"), nb::arg("dh_0"), nb::arg("dc_0"), nb::arg("grads"),
-          nb::arg("threads"), "Gradients of one layer. 0 for a gradient that is zero (in) or not wanted (out).");
+          nb::arg("threads"), nb::arg("recompute") = false,
+          "Gradients of one layer. 0 for a gradient that is zero (in) or not wanted (out).");
     m.def(
         "reserve_bytes",
-        [](int cell, bool is_double, const SizeList& sizes) {
-            return reserve_bytes(cell_of(cell), is_double, sizes_of(sizes, 0));
+        [](int cell, bool is_double, const SizeList& size_list, bool recompute) {
+            Sizes sizes = sizes_of(size_list, 0);
+            sizes.recompute = recompute;
+            return reserve_bytes(cell_of(cell), is_double, sizes);
         },
-        nb::arg("cell"), nb::arg("is_double"), nb::arg("sizes"), "Bytes that forward keeps for backward.");
+        nb::arg("cell"), nb::arg("is_double"), nb::arg("sizes"), nb::arg("recompute") = false,
+        "Bytes that forward keeps for backward.");
     m.def("instruction_sets", &instruction_sets, "Instruction sets that this processor can run, best first.");
     m.def("isa", [] { return std::string(active_isa()); }, "The instruction set in use.");
     m.def("set_isa", &set_isa, nb::arg("name"), "Uses another instruction set from now on, in every thread.");

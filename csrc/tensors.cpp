@@ -294,9 +294,11 @@ struct Layer {
 // Returns (output, h_n, c_n, reserve), with None for h_n of a cell (it is the output), for c_n of anything but an LSTM and for
 // reserve without `keep`; or None if it declines.
 nb::object layer_forward(int cell, bool is_cell, std::array<int64_t, 4> expected, nb::handle input, nb::handle batch_sizes,
-                         nb::handle h_0, nb::handle c_0, nb::handle weights, bool has_biases, bool keep, int threads) {
+                         nb::handle h_0, nb::handle c_0, nb::handle weights, bool has_biases, bool keep, bool recompute,
+                         int threads) {
     Layer layer{static_cast<Cell>(cell), is_cell, has_biases, input, batch_sizes, h_0, c_0, weights};
     if (!layer.read(expected)) return nb::none();
+    layer.sizes.recompute = recompute;
     const Sizes& z = layer.sizes;
     const bool has_cell = layer.cell == Cell::kLstm;
     const Fresh y = layer.new_output();
@@ -321,9 +323,11 @@ nb::object layer_forward(int cell, bool is_cell, std::array<int64_t, 4> expected
 // output: None where the cell's backward does not read it. grads: of output, h_n and c_n, each may be None.
 nb::object layer_backward(int cell, bool is_cell, std::array<int64_t, 4> expected, nb::handle input, nb::handle batch_sizes,
                           nb::handle h_0, nb::handle c_0, nb::handle weights, bool has_biases, nb::handle output,
-                          nb::handle reserve, nb::handle dy, nb::handle dh_n, nb::handle dc_n, nb::handle wanted, int threads) {
+                          nb::handle reserve, nb::handle dy, nb::handle dh_n, nb::handle dc_n, nb::handle wanted,
+                          bool recompute, int threads) {
     Layer layer{static_cast<Cell>(cell), is_cell, has_biases, input, batch_sizes, h_0, c_0, weights};
     if (!layer.read(expected)) return nb::none();
+    layer.sizes.recompute = recompute;
     const Sizes& z = layer.sizes;
     Reader& reader = layer.reader;
     const int64_t kept = reserve_bytes(layer.cell, reader.is_double, z) / (reader.is_double ? 8 : 4);
@@ -370,12 +374,12 @@ void define_tensors(nb::module_& m) {
           "Opens the short way for a type of tensors; false if its function table is of another major version.");
     m.def("tensors_forward", &layer_forward, nb::arg("cell"), nb::arg("is_cell"), nb::arg("sizes"), nb::arg("input").none(),
           nb::arg("batch_sizes").none(), nb::arg("h_0").none(), nb::arg("c_0").none(), nb::arg("weights"),
-          nb::arg("has_biases"), nb::arg("keep"), nb::arg("threads"),
+          nb::arg("has_biases"), nb::arg("keep"), nb::arg("recompute"), nb::arg("threads"),
           "One layer, or one step of a cell, on plain tensors; None if it declines.");
     m.def("tensors_backward", &layer_backward, nb::arg("cell"), nb::arg("is_cell"), nb::arg("sizes"), nb::arg("input").none(),
           nb::arg("batch_sizes").none(), nb::arg("h_0").none(), nb::arg("c_0").none(), nb::arg("weights"),
           nb::arg("has_biases"), nb::arg("output").none(), nb::arg("reserve").none(), nb::arg("dy").none(),
-          nb::arg("dh_n").none(), nb::arg("dc_n").none(), nb::arg("wanted"), nb::arg("threads"),
+          nb::arg("dh_n").none(), nb::arg("dc_n").none(), nb::arg("wanted"), nb::arg("recompute"), nb::arg("threads"),
           "Gradients on plain tensors; None if it declines.");
 }
 

@@ -23,10 +23,13 @@ class Sample(NamedTuple):
     weights: list[torch.Tensor]
     has_biases: bool
     bidirectional: bool
+    recompute: bool = False
 
     def run(self, function=ops.layer):
         """Return output and h_n, and c_n where there is one."""
         options = {"has_biases": self.has_biases, "bidirectional": self.bidirectional}
+        if function is ops.layer:
+            options["recompute"] = self.recompute
         results = function(*self[:6], **options)
         return [result for result in results if result is not None]
 
@@ -60,7 +63,7 @@ class Sample(NamedTuple):
             state = self.h_0 if self.h_0 is not None else self.c_0
             batch = int(self.batch_sizes[0]) if state is None else state.shape[1]
         tensors = (self.input, self.batch_sizes, batch, self.h_0, self.c_0, self.weights)
-        return (*tensors, self.cell, self.has_biases, self.bidirectional, keep)
+        return (*tensors, self.cell, self.has_biases, self.bidirectional, self.recompute, keep)
 
 
 def draw(
@@ -75,6 +78,7 @@ def draw(
     bidirectional=False,
     lengths=None,
     states="hc",
+    recompute=False,
     dtype=torch.float32,
 ):
     """Draw a call; `lengths` packs it, `states` says which of h_0 and c_0 are there."""
@@ -98,7 +102,7 @@ def draw(
     c_0 = None
     if cell == "lstm" and "c" in states:
         c_0 = torch.randn(directions, batch, hidden, dtype=dtype)
-    return Sample(cell, input, sizes, h_0, c_0, weights, bias, bidirectional)
+    return Sample(cell, input, sizes, h_0, c_0, weights, bias, bidirectional, recompute)
 
 
 def gradients(results, leaves, cotangents, **options):
@@ -131,4 +135,6 @@ SAMPLES = {
     "packed rnn": {"cell": "rnn_tanh", "lengths": (5, 1), "bidirectional": True, "states": ""},
     "row of no steps": {"cell": "gru", "lengths": (3, 1, 0), "bidirectional": True},
     "one element": {"cell": "gru", "steps": 1, "batch": 1, "size": 1, "hidden": 1},
+    "recomputed": {"cell": "gru", "bidirectional": True, "recompute": True},
+    "recomputed packed": {"cell": "lstm", "lengths": (4, 2, 1), "projection": 2, "recompute": True},
 }

@@ -195,7 +195,7 @@ def test_the_operator_checks_again(case, no_kernel):
     bad = change(sample)
     arguments = (bad.input, bad.batch_sizes, 3, bad.h_0, bad.c_0, bad.weights, bad.cell)
     with pytest.raises((RuntimeError, ValueError)):
-        operators.layer(*arguments, bad.has_biases, bad.bidirectional, keep)
+        operators.layer(*arguments, bad.has_biases, bad.bidirectional, False, keep)
 
 
 def test_a_cell_state_is_for_the_lstm(no_kernel):

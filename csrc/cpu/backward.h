@@ -5,9 +5,12 @@
 // of a chunk are followed by the products that need no order: dx, the weight gradients (one product over all rows of the
 // chunk, continuing one chain in memory) and the bias sums. Gate gradients live in two alternating chunk buffers, because the first
 // step of a chunk still reads the last one of the chunk before.
+//
+// Where forward kept no gates (Sizes::recompute), a chunk begins with them: all its rows as one step of forward, since the state
+// before each is in y (and in reserve, an LSTM's c). No row waits for another, and the bits are those of forward.
 #pragma once
 
-#include "sequence.h"
+#include "forward.h"
 
 namespace ostinato {
 namespace {
@@ -44,6 +47,13 @@ public:
             unprojected_ = arena_.take<T>(D * chunk_rows_ * hp_);
         }
         if (f_.dx && D == 2) dx_ = arena_.take<T>(chunk_rows_ * size_.input);
+        if (recomputes()) {
+            again_.gates = arena_.take<T>(D * chunk_rows_ * C::kSaved * hp_);
+            again_.h_0 = arena_.take<T>(chunk_rows_ * O), again_.y = arena_.take<T>(chunk_rows_ * O);
+            if (C::kHasCell) again_.c_0 = arena_.take<T>(chunk_rows_ * H), again_.c_n = arena_.take<T>(chunk_rows_ * H);
+            const Forward forward = forward_again(0, chunk_rows_);
+            again_.scratch = arena_.take<char>(ForwardWalk<T, C>(forward, members, nullptr).scratch_bytes());
+        }
         product_scratch_ = arena_.take<T>(members * RowProduct::scratch());
     }
 
@@ -67,6 +77,8 @@ public:
                 chunk_[d].first_row = s1[d] > max(s0, 0) ? steps_.first_row(d, max(s0, 0), s1[d]) : 0;
                 chunk_[d].parity ^= 1;
             }
+            if (recomputes())
+                for (int64_t d = 0; d < size_.directions; d++) recompute(d, team);
             walk(team);
             for (int64_t d = 0; d < size_.directions; d++) {
                 reduce(d, first, team);
@@ -94,6 +106,7 @@ private:
     int64_t work() const { return G * size_.hidden * size_.output(); }
 
     static const T* in(const void* p) { return static_cast<const T*>(p); }
+    static void copy(const T* from, int64_t n, T* to) { std::memcpy(to, from, static_cast<size_t>(n) * sizeof(T)); }
     static void fill_zero(T* p, int64_t n) {
         for (int64_t i = 0; i < n; i++) p[i] = 0;
     }
@@ -119,6 +132,52 @@ private:
             for (int64_t b = 0; b < B; b++)
                 for (int64_t j = 0; j < hp_; j++)
                     dc_[(d * B + b) * hp_ + j] = f_.dc_n && j < H ? in(f_.dc_n)[(d * B + b) * H + j] : T(0);
+    }
+
+    bool recomputes() const { return size_.recompute && C::kSaved; }
+
+    // Row `row` of all that forward saved, [kSaved, Hp], and of the second state alone.
+    const T* saved_row(int64_t d, int64_t row) const {
+        return recomputes() ? again_.gates + (d * chunk_rows_ + row - chunk_[d].first_row) * C::kSaved * hp_
+                            : in(f_.reserve) + (d * size_.rows + row) * C::kSaved * hp_;
+    }
+    const T* cell_row(int64_t d, int64_t row) const {
+        return recomputes() ? in(f_.reserve) + (d * size_.rows + row) * hp_ : saved_row(d, row) + (C::kSaved - 1) * hp_;
+    }
+
+    // One step of forward for n rows that know the state before them.
+    Forward forward_again(int64_t d, int64_t n) const {
+        Forward call{};
+        call.sizes = {1, n, n, size_.input, size_.hidden, size_.projection, 1, nullptr};
+        call.weights[0] = f_.weights[d];
+        call.h_0 = again_.h_0, call.c_0 = again_.c_0, call.y = again_.y, call.c_n = again_.c_n;
+        call.reserve = again_.gates + d * chunk_rows_ * C::kSaved * hp_;
+        return call;
+    }
+
+    // The gates of a chunk's steps.
+    void recompute(int64_t d, Team& team) {
+        const int64_t s0 = max(chunk_[d].s0, 0), s1 = chunk_[d].s1, row0 = chunk_[d].first_row;
+        const int64_t n = s1 > s0 ? steps_.rows_between(d, s0, s1) : 0, O = size_.output(), H = size_.hidden;
+        if (!n) return;
+        team.run(s1 - s0, [&](int64_t i, int) {
+            const int64_t s = s0 + i, first = steps_.first_row(d, s), continuing = steps_.rows(d, s - 1);
+            for (int64_t b = 0; b < steps_.rows(d, s); b++) {
+                copy(previous_row(d, s, b), O, again_.h_0 + (first - row0 + b) * O);
+                if constexpr (C::kHasCell) {
+                    T* c_0 = again_.c_0 + (first - row0 + b) * H;
+                    if (b < continuing)
+                        copy(cell_row(d, steps_.first_row(d, s - 1) + b), H, c_0);
+                    else if (f_.c_0)
+                        copy(in(f_.c_0) + (d * size_.batch + b) * H, H, c_0);
+                    else
+                        fill_zero(c_0, H);
+                }
+            }
+        });
+        Forward call = forward_again(d, n);
+        call.x = in(f_.x) + row0 * size_.input;
+        ForwardWalk<T, C>(call, team.members(), again_.scratch).run(team);
     }
 
     void walk(Team& team) {
@@ -223,7 +282,6 @@ private:
             template <int MR, int NJ>
             void tile(int64_t b, int64_t u) const {
                 Vec<T> acc[NJ][MR][1];
-                step.prefetch(b, MR, u, NJ);
                 step.carry<MR, NJ>(acc, b, u);
                 for (int j = 0; j < NJ; j++) step.arrive(acc[j][0], MR, b, (u + j) * L);
             }
@@ -258,17 +316,6 @@ private:
             }
         };
 
-        // What cell() will read comes from memory: asked for before the product, it is here after it.
-        void prefetch(int64_t b, int n_rows, int64_t u, int blocks) const {
-            for (int64_t row = row0 + b; row < row0 + b + n_rows; row++) {
-                const T* saved = in(w.f_.reserve) + (d * z.rows + row) * C::kSaved * w.hp_;
-                for (int64_t unit = u * L; unit < (u + blocks) * L; unit += 64 / static_cast<int64_t>(sizeof(T))) {
-                    for (int i = 0; i < C::kSaved; i++) __builtin_prefetch(saved + i * w.hp_ + unit);
-                    if (w.f_.dy) __builtin_prefetch(in(w.f_.dy) + (row * z.directions + d) * z.output() + unit);
-                }
-            }
-        }
-
         // dL/dh_t of one block of outputs is complete for some rows: what was carried plus the gradient of y_t. Out of line
         // for the reason that ForwardWalk::Step::cells tells.
         __attribute__((noinline)) void arrive(const Vec<T>* carried, int n_rows, int64_t b, int64_t unit) const {
@@ -287,8 +334,10 @@ private:
         OSTINATO_INLINE void cell(int64_t b, int64_t unit, Vec<T> dh_t) const {
             const int64_t hp = w.hp_, lanes = min(L, z.hidden - unit);
             Vec<T> saved[C::kSaved + 1], h_previous(0), c_previous(0), h(0), dc(0), da[R];
-            const T* reserve = in(w.f_.reserve) + (d * z.rows + row0 + b) * C::kSaved * hp;
-            for (int i = 0; i < C::kSaved; i++) saved[i] = Vec<T>::load(reserve + i * hp + unit);
+            if constexpr (C::kSaved > 0) {
+                const T* row = w.saved_row(d, row0 + b) + unit;
+                for (int i = 0; i < C::kSaved; i++) saved[i] = Vec<T>::load(row + i * hp);
+            }
             if constexpr (C::kUsesPrevious) h_previous = load_n(w.previous_row(d, s, b) + unit, lanes);
             if constexpr (C::kUsesOutput)
                 h = load_n(in(w.f_.y) + (row0 + b) * z.directions * z.hidden + d * z.hidden + unit, lanes);
@@ -297,9 +346,7 @@ private:
                 dc_row = w.dc_ + (d * z.batch + b) * hp + unit;
                 dc = Vec<T>::load(dc_row);
                 if (b < w.steps_.rows(d, s - 1))
-                    c_previous =
-                        Vec<T>::load(in(w.f_.reserve) +
-                                     ((d * z.rows + w.steps_.first_row(d, s - 1) + b) * C::kSaved + C::kSaved - 1) * hp + unit);
+                    c_previous = Vec<T>::load(w.cell_row(d, w.steps_.first_row(d, s - 1) + b) + unit);
                 else if (w.f_.c_0)
                     c_previous = load_n(in(w.f_.c_0) + (d * z.batch + b) * z.hidden + unit, lanes);
             }
@@ -428,6 +475,11 @@ private:
     Chunk chunk_[2];
     bool in_place_;
     int64_t hp_, op_, row_, blocks_, panel_, chunk_rows_;
+    // Of the chunk, where its gates are computed again: gates [D, chunk_rows_, kSaved * Hp], the other arrays as in Forward.
+    struct {
+        T *gates = nullptr, *h_0 = nullptr, *c_0 = nullptr, *y = nullptr, *c_n = nullptr;
+        char* scratch = nullptr;
+    } again_;
     T *panels_, *grads_[2], *zeros_, *direct_ = nullptr, *dc_ = nullptr, *dx_ = nullptr;
     T *panels_hr_ = nullptr, *dh_ = nullptr, *unprojected_ = nullptr, *product_scratch_;
     const T **pointers_, **table_;

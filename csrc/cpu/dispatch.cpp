@@ -110,7 +110,8 @@ int members_for(Cell cell, const Sizes& sizes, int threads) {
 }  // namespace
 
 int64_t reserve_bytes(Cell cell, bool is_double, const Sizes& sizes) {
-    return sizes.directions * sizes.rows * saved_of(cell) * padded(sizes.hidden) * (is_double ? 8 : 4);
+    const int64_t values = sizes.recompute ? cell == Cell::kLstm : saved_of(cell);
+    return sizes.directions * sizes.rows * values * padded(sizes.hidden) * (is_double ? 8 : 4);
 }
 
 void forward(Cell cell, bool is_double, const Forward& call, int threads) {

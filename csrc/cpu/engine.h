@@ -19,6 +19,7 @@ constexpr int64_t saved_of(Cell cell) { return cell == Cell::kLstm ? 5 : cell ==
 struct Sizes {
     int64_t steps, rows, batch, input, hidden, projection, directions;
     const int64_t* batch_sizes;  // [T] non-increasing, active rows per step; null: B at every step
+    bool recompute = false;      // forward keeps no gates, only an LSTM's c; backward computes them again
 
     int64_t output() const { return projection ? projection : hidden; }
 };
@@ -73,6 +74,7 @@ constexpr int64_t kWorthRelay = 1 << 15;
 
 // ---- dispatch.cpp ----
 
+// Of `reserve`, for sizes as they are given to forward and backward.
 int64_t reserve_bytes(Cell cell, bool is_double, const Sizes& sizes);
 void forward(Cell cell, bool is_double, const Forward& call, int threads);
 void backward(Cell cell, bool is_double, const Backward& call, int threads);

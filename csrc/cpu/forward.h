@@ -267,7 +267,8 @@ private:
         int64_t d, s, row0;
         T* gx;               // [rows, G * Hp] of this step, from row gx_first on
         int64_t gx_first;
-        T *y, *c, *reserve;  // y: [rows, ld_y]; c: [B, Hp]; reserve: [rows, kSaved * Hp] or null
+        T *y, *c, *reserve;  // y: [rows, ld_y]; c: [B, Hp]; reserve: [rows, values * Hp] or null
+        int values;          // of what the cell saves, the last ones: all of them, or the second state alone
         T* unprojected;      // [B, Hp]
         int64_t ld_y;
         const T** previous;  // [B] rows of h_{t-1}
@@ -280,8 +281,8 @@ private:
             ld_y = z.directions * z.output();
             y = static_cast<T*>(w.f_.y) + row0 * ld_y + d * z.output();
             c = C::kHasCell ? w.c_ + d * z.batch * w.hp_ : nullptr;
-            reserve =
-                w.f_.reserve && C::kSaved ? static_cast<T*>(w.f_.reserve) + (d * z.rows + row0) * C::kSaved * w.hp_ : nullptr;
+            values = w.size_.recompute ? C::kHasCell : C::kSaved;
+            reserve = w.f_.reserve && values ? static_cast<T*>(w.f_.reserve) + (d * z.rows + row0) * values * w.hp_ : nullptr;
             unprojected = z.projection ? w.unprojected_ + d * z.batch * w.hp_ : nullptr;
             previous = w.previous_ + member * z.batch;
             panels = w.panels_ + d * w.blocks_ * w.panel_;
@@ -372,7 +373,8 @@ private:
             const int64_t hp = w.hp_, n = min(L, w.size_.hidden - unit);
             const T* in = gx + (b - gx_first) * G * hp + unit;
             const T* apart = w.apart_ + d * hp + unit;
-            T* kept = reserve ? reserve + b * C::kSaved * hp + unit : nullptr;
+            T* kept = reserve ? reserve + b * values * hp + unit : nullptr;
+            const bool gates_too = kept && values == C::kSaved;
             for (int r = 0; r < rows; r++, sums += G, in += G * hp) {
                 Vec<T> gates[G], x(0), h(0), cell(0), saved[C::kSaved + 1];
                 // The input's part is often the larger one: added last, it does not coarsen the rounding of the chain.
@@ -380,10 +382,12 @@ private:
                 if constexpr (C::kJoint < G) x = Vec<T>::load(in + C::kJoint * hp);
                 if constexpr (C::kUsesPrevious) h = load_n(previous[b + r] + unit, n);
                 if constexpr (C::kHasCell) cell = Vec<T>::load(c + (b + r) * hp + unit);
-                h = C::forward(gates, x, h, cell, kept ? saved : nullptr);
+                h = C::forward(gates, x, h, cell, gates_too ? saved : nullptr);
                 if constexpr (C::kHasCell) cell.store(c + (b + r) * hp + unit);
-                if (C::kSaved && kept)
+                if (gates_too)
                     for (int i = 0; i < C::kSaved; i++, kept += hp) saved[i].store(kept);
+                else if (kept)
+                    cell.store(kept), kept += hp;
                 if (unprojected)
                     h.store(unprojected + (b + r) * hp + unit);
                 else
@@ -391,8 +395,8 @@ private:
             }
             // Lanes past the last block are nobody's, but reserve is to be a function of the inputs.
             if (kept && unit + L >= w.size_.hidden)
-                for (int64_t i = 0; i < rows * C::kSaved; i++)
-                    for (int64_t j = unit + L; j < hp; j += L) Vec<T>(0).store(reserve + (b * C::kSaved + i) * hp + j);
+                for (int64_t i = 0; i < rows * values; i++)
+                    for (int64_t j = unit + L; j < hp; j += L) Vec<T>(0).store(reserve + (b * values + i) * hp + j);
         }
 
         void project(int64_t b0, int64_t b1) const {

@@ -18,11 +18,13 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ostinato import _core, cuda, reference
 
@@ -39,13 +41,13 @@ _PAD = 16
 
 _LAYER = """layer(
     Tensor input, Tensor? batch_sizes, SymInt batch, Tensor? h_0, Tensor? c_0, Tensor[] weights,
-    str cell, bool has_biases, bool bidirectional, bool keep
+    str cell, bool has_biases, bool bidirectional, bool recompute, bool keep
 ) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor reserve)"""
 _LAYER_BACKWARD = """layer_backward(
     Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor output, Tensor reserve,
     bool[] wanted,
     Tensor input, Tensor? batch_sizes, SymInt batch, Tensor? h_0, Tensor? c_0, Tensor[] weights,
-    str cell, bool has_biases, bool bidirectional
+    str cell, bool has_biases, bool bidirectional, bool recompute
 ) -> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)"""
 
 _library = torch.library.Library("ostinato", "DEF")  # type: ignore[no-untyped-call]
@@ -65,6 +67,7 @@ class _Call(NamedTuple):
     cell: str
     has_biases: bool
     bidirectional: bool
+    recompute: bool = False
 
     def tensors(self) -> list[Tensor | None]:
         """Return what can have a gradient: input, h_0, c_0, then the weights."""
@@ -97,6 +100,7 @@ def layer(
     *,
     has_biases: bool,
     bidirectional: bool,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run one recurrent layer over a padded or packed batch.
 
@@ -111,6 +115,7 @@ def layer(
         weights: per direction weight_ih, weight_hh[, bias_ih, bias_hh][, weight_hr].
         has_biases: whether `weights` holds biases.
         bidirectional: whether `weights` holds a second, reverse direction.
+        recompute: whether backward computes the gates again, so that forward need not keep them.
 
     Returns:
         output, (T, B, D * O) or (N, D * O); h_n, (D, B, O); c_n, (D, B, H), or None where the cell
@@ -137,10 +142,14 @@ def layer(
     for weight in weights:
         _require_tensor("weights", weight)
     batch = _batch(input, batch_sizes, h_0, c_0)
-    call = _Call(input, batch_sizes, batch, h_0, c_0, weights, cell, has_biases, bidirectional)
+    call = _Call(
+        input, batch_sizes, batch, h_0, c_0, weights, cell, has_biases, bidirectional, recompute
+    )
     if _has_engine(call):
         if (shape := _shape(call)) is not None:
-            found = short(cell, shape, input, batch_sizes, h_0, c_0, tuple(weights), has_biases)
+            found = short(
+                cell, shape, input, batch_sizes, h_0, c_0, tuple(weights), has_biases, recompute
+            )
             if found is not None:
                 return found
         if not _is_transformed():
@@ -151,11 +160,16 @@ def layer(
             return output, h_n, c_n if cell == "lstm" else None
     sizes = _check(call)
     device = input.device.type
+    run: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
     if device == "cuda" and cuda.serves(input):
-        return cuda.layer(cell, input, batch_sizes, sizes, h_0, c_0, weights, has_biases)
-    if input.dtype not in _ENGINE_DTYPES or device not in ("cpu", "meta"):
-        _tell_reference(device, input.dtype)
-    return _reference(call)
+        run = partial(cuda.layer, cell, input, batch_sizes, sizes, h_0, c_0, weights, has_biases)
+    else:
+        if input.dtype not in _ENGINE_DTYPES or device not in ("cpu", "meta"):
+            _tell_reference(device, input.dtype)
+        run = partial(_reference, call)
+    if recompute and torch.is_grad_enabled() and not _is_transformed():
+        return checkpoint(run, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+    return run()
 
 
 def _batch(
@@ -230,6 +244,8 @@ def _tell_reference(device: str, dtype: torch.dtype) -> None:
 
 # input_size, hidden_size, proj_size, directions
 Shape = tuple[int, int, int, int]
+# cell, is_cell, shape, has_biases, recompute
+_Config = tuple[str, bool, Shape, bool, bool]
 
 
 def _connect() -> bool:
@@ -254,6 +270,7 @@ def short(
     c_0: Any,
     weights: tuple[Any, ...],
     has_biases: bool,
+    recompute: bool = False,
     is_cell: bool = False,
 ) -> tuple[Any, Any, Any] | None:
     """Run a layer, or one step of a cell, past the dispatcher: a tenth of its cost per call.
@@ -269,6 +286,7 @@ def short(
         c_0: likewise.
         weights: as in `layer`.
         has_biases: as in `layer`.
+        recompute: as in `layer`.
         is_cell: whether input and states have no dimensions for steps and directions.
 
     Returns:
@@ -277,7 +295,7 @@ def short(
     """
     if not _IS_SHORT or not _is_alone():
         return None
-    config = cell, is_cell, shape, has_biases
+    config = cell, is_cell, shape, has_biases, recompute
     arguments = batch_sizes, input, h_0, c_0, *weights
     if torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in arguments):
         try:
@@ -292,7 +310,7 @@ def short(
 
 
 def _run_short(
-    config: tuple[str, bool, Shape, bool],
+    config: _Config,
     keep: bool,
     batch_sizes: Any,
     input: Any,
@@ -301,7 +319,7 @@ def _run_short(
     *weights: Any,
 ) -> Any:
     """Return output, h_n, c_n and what is kept for backward, or None if these are declined."""
-    cell, is_cell, shape, has_biases = config
+    cell, is_cell, shape, has_biases, recompute = config
     return _core.tensors_forward(
         _CELLS.get(cell, -1),
         is_cell,
@@ -313,6 +331,7 @@ def _run_short(
         weights,
         has_biases,
         keep,
+        recompute,
         _threads(),
     )
 
@@ -358,7 +377,7 @@ def _check(call: _Call, values: bool = True) -> _Sizes:
 
     The values of batch_sizes are checked too, unless they are those of a fake tensor.
     """
-    input, batch_sizes, batch, h_0, c_0, weights, cell, has_biases, bidirectional = call
+    input, batch_sizes, batch, h_0, c_0, weights, cell, has_biases, bidirectional, _ = call
     gates = _GATES.get(cell)
     if gates is None:
         raise ValueError(f"cell: expected one of {', '.join(_GATES)}, got {cell!r}")
@@ -489,7 +508,8 @@ def _check_backward(
     ):
         if tensor is not None and not _fits(tensor, expected, input):
             _refuse(name, tensor, expected, input)
-    needed = _core.reserve_bytes(_CELLS[call.cell], input.dtype == torch.float64, sizes)
+    is_double = input.dtype == torch.float64
+    needed = _core.reserve_bytes(_CELLS[call.cell], is_double, sizes, call.recompute)
     if reserve.dtype != torch.uint8 or reserve.numel() != needed or not reserve.is_contiguous():
         raise RuntimeError(
             f"reserve: expected the {needed} bytes of ostinato::layer with keep=True, "
@@ -538,10 +558,11 @@ def _layer_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     h_n = x.new_empty((sizes.directions, sizes.batch, sizes.output))
     has_cell = call.cell == "lstm"
     c_n = x.new_empty((sizes.directions, sizes.batch, sizes.hidden) if has_cell else (0,))
-    kept = _core.reserve_bytes(_CELLS[call.cell], is_double, sizes) if keep else 0
+    cell = _CELLS[call.cell]
+    kept = _core.reserve_bytes(cell, is_double, sizes, call.recompute) if keep else 0
     reserve = x.new_empty((kept,), dtype=torch.uint8)
     _core.layer_forward(
-        _CELLS[call.cell],
+        cell,
         is_double,
         sizes,
         _address(steps),
@@ -554,6 +575,7 @@ def _layer_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         c_n.data_ptr() if has_cell else 0,
         reserve.data_ptr() if keep else 0,
         _threads(),
+        call.recompute,
     )
     return output, h_n, c_n, reserve
 
@@ -565,7 +587,8 @@ def _layer_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     input, sizes = call.input, _check(call, values=False)
     state = (sizes.directions, sizes.batch)
     padded = (sizes.hidden + _PAD - 1) // _PAD * _PAD
-    kept = sizes.directions * sizes.rows * _SAVED[call.cell] * padded * input.element_size()
+    values = int(call.cell == "lstm") if call.recompute else _SAVED[call.cell]
+    kept = sizes.directions * sizes.rows * values * padded * input.element_size()
     return (
         input.new_empty((*input.shape[:-1], sizes.directions * sizes.output)),
         input.new_empty((*state, sizes.output)),
@@ -615,6 +638,7 @@ def _layer_backward_cpu(
         _address(places[2]),
         _addresses(places[3:], sizes, call.has_biases),
         _threads(),
+        call.recompute,
     )
     return dx, dh_0, dc_0, grads
 
@@ -677,7 +701,7 @@ def _layer_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     else:
         found = [None] * len(wanted)
     dx, dh_0, dc_0, *dw = found
-    return dx, None, None, dh_0, dc_0, dw, None, None, None, None
+    return dx, None, None, dh_0, dc_0, dw, None, None, None, None, None
 
 
 class _Short(torch.autograd.Function):
@@ -686,14 +710,14 @@ class _Short(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        config: tuple[str, bool, Shape, bool],
+        config: _Config,
         batch_sizes: Any,
         input: Any,
         h_0: Any,
         c_0: Any,
         *weights: Any,
     ) -> Any:
-        cell, is_cell, _, _ = config
+        cell, is_cell, *_ = config
         found = _run_short(config, True, batch_sizes, input, h_0, c_0, *weights)
         if found is None:
             raise _DeclinedError
@@ -712,7 +736,7 @@ class _Short(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        cell, is_cell, shape, has_biases = ctx.config
+        cell, is_cell, shape, has_biases, recompute = ctx.config
         wanted = ctx.needs_input_grad[2:]
         dy, dh_n, dc_n = (grads[0], None, *grads[1:], None)[:3] if is_cell else (*grads, None)[:3]
         if dy is None and dh_n is None and dc_n is None:
@@ -737,6 +761,7 @@ class _Short(torch.autograd.Function):
                 dh_n,
                 dc_n,
                 wanted,
+                recompute,
                 _threads(),
             )
         if found is None:

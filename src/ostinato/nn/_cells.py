@@ -48,7 +48,7 @@ class _Cell(torch.nn.modules.rnn.RNNCellBase):
         elif biases[0] is not None or biases[1] is not None:
             return None
         sizes = (self.input_size, self.hidden_size, 0, 1)
-        return ops.short(cell, sizes, input, None, h, c, weights, bias, True)
+        return ops.short(cell, sizes, input, None, h, c, weights, bias, is_cell=True)
 
     def _step(
         self, cell: str, input: Any, h: Tensor | None, c: Tensor | None

@@ -34,6 +34,19 @@ class _Layers(torch.nn.RNNBase):
     # Stands in messages; the class name would differ in a parametrized or derived module.
     _kind: ClassVar[str]
     _gates: ClassVar[int]
+    memory: str = "keep"
+
+    if not TYPE_CHECKING:
+
+        def __init__(self, *args, memory="keep", **kwargs):
+            if memory not in ("keep", "recompute"):
+                raise ValueError(f"memory: expected 'keep' or 'recompute', got {memory!r}")
+            super().__init__(*args, **kwargs)
+            self.memory = memory
+
+    def extra_repr(self) -> str:
+        """Say what torch's layers say, and `memory` where it is not the default."""
+        return super().extra_repr() + (f", memory={self.memory}" if self.memory != "keep" else "")
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:
@@ -137,6 +150,7 @@ class _Layers(torch.nn.RNNBase):
                 c_0,
                 tuple(weights),
                 self.bias,
+                self.memory == "recompute",
             )
             if found is not None:
                 return found
@@ -258,6 +272,7 @@ class _Layers(torch.nn.RNNBase):
                 weights[k * width : (k + 1) * width],
                 has_biases=self.bias,
                 bidirectional=self.bidirectional,
+                recompute=self.memory == "recompute",
             )
             h_out.append(h_n)
             if c_n is not None:
@@ -283,6 +298,8 @@ class RNN(_Layers):
         bidirectional: whether a second direction walks from the end; D is then 2.
         device: where parameters are created.
         dtype: of the parameters.
+        memory: "keep", or "recompute" to keep no gates for backward, which then computes them
+            again: the same gradients bit for bit, in about 4/3 of the time.
 
     `forward(input, hx=None)` takes
 
@@ -331,6 +348,7 @@ class RNN(_Layers):
             *,
             device: Any = None,
             dtype: Any = None,
+            memory: str = "keep",
         ) -> None: ...
 
     else:
@@ -368,6 +386,8 @@ class GRU(_Layers):
         bidirectional: whether a second direction walks from the end; D is then 2.
         device: where parameters are created.
         dtype: of the parameters.
+        memory: "keep", or "recompute" to keep no gates for backward, which then computes them
+            again: the same gradients bit for bit, in about 4/3 of the time.
 
     `forward(input, hx=None)` takes
 
@@ -415,6 +435,7 @@ class GRU(_Layers):
             *,
             device: Any = None,
             dtype: Any = None,
+            memory: str = "keep",
         ) -> None: ...
 
     else:
@@ -443,6 +464,8 @@ class LSTM(_Layers):
             proj_size, or H without.
         device: where parameters are created.
         dtype: of the parameters.
+        memory: "keep", or "recompute" to keep no gates for backward, which then computes them
+            again: the same gradients bit for bit, in about 4/3 of the time.
 
     `forward(input, hx=None)` takes
 
@@ -497,6 +520,8 @@ class LSTM(_Layers):
             proj_size: int = 0,
             device: Any = None,
             dtype: Any = None,
+            *,
+            memory: str = "keep",
         ) -> None: ...
 
     else:

@@ -1,0 +1,156 @@
+"""`memory="recompute"`: the same bits as without, and next to nothing kept between the passes.
+
+Legend: T steps, B batch, N packed rows, I input, H hidden, O output of a step, D directions.
+"""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from test_invariance import LAYERS
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+from ostinato import _core, nn
+
+
+def twins(name, *args, **options):
+    """Return a layer that keeps its gates, and the same one that computes them again."""
+    keeping = LAYERS[name](*args, **options)
+    again = LAYERS[name](*args, **options, memory="recompute")
+    again.load_state_dict(keeping.state_dict())
+    return keeping, again
+
+
+def tensors(result):
+    """Flatten what a layer returned."""
+    output, states = result
+    output = output.data if isinstance(output, PackedSequence) else output
+    return [output, *(states if isinstance(states, tuple) else (states,))]
+
+
+def passes(module, x, cotangents=None):
+    """Run forward and backward; return all outputs and gradients, and random cotangents."""
+    leaf = x.data if isinstance(x, PackedSequence) else x
+    leaf = leaf.detach().clone().requires_grad_()
+    results = tensors(module(x._replace(data=leaf) if isinstance(x, PackedSequence) else leaf))
+    if cotangents is None:
+        cotangents = [torch.randn_like(result) for result in results]
+    gradients = torch.autograd.grad(results, [leaf, *module.parameters()], cotangents)
+    return [*(result.detach() for result in results), *gradients], cotangents
+
+
+def kept_bytes(module, x):
+    """Bytes that autograd saves beside input, output and parameters."""
+    output = tensors(module(x))[0]
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = tensors(module(x))[0]
+    for known in (x, output, *module.parameters()):
+        storages.pop(known.untyped_storage().data_ptr(), None)
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("steps,batch", [(1, 1), (1, 9), (23, 1), (17, 6), (300, 5)])
+@pytest.mark.parametrize("name", LAYERS)
+def test_same_bits(name, steps, batch, bidirectional, threads):
+    # At H 150 the steps of 300 take three of backward's chunks.
+    options = {"bidirectional": bidirectional, "num_layers": 2 if steps == 17 else 1}
+    keeping, again = twins(name, 7, 150 if steps == 300 else 19, **options)
+    x = torch.randn(steps, batch, 7)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        expected, cotangents = passes(keeping, x)
+        actual, _ = passes(again, x, cotangents)
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_same_bits_where_rows_end_early(name):
+    keeping, again = twins(name, 5, 33, bidirectional=True)
+    x = pack_padded_sequence(torch.randn(40, 6, 5), [40, 31, 31, 8, 2, 1])
+    expected, cotangents = passes(keeping, x)
+    actual, _ = passes(again, x, cotangents)
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("isa", _core.instruction_sets())
+def test_same_bits_on_every_instruction_set(isa):
+    before = _core.isa()
+    keeping, again = twins("lstm", 6, 21)
+    x = torch.randn(9, 4, 6)
+    try:
+        _core.set_isa(isa)
+        expected, cotangents = passes(keeping, x)
+        actual, _ = passes(again, x, cotangents)
+    finally:
+        _core.set_isa(before)
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_is_kept():
+    x = torch.randn(50, 8, 16)
+    for name, values in (("rnn_tanh", 0), ("gru", 0), ("lstm", 1)):
+        keeping, again = twins(name, 16, 32)
+        assert kept_bytes(again, x) == values * 50 * 8 * 32 * 4
+        assert kept_bytes(keeping, x) == {"gru": 4, "lstm": 5}.get(name, 0) * 50 * 8 * 32 * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ["gru", "lstm"])
+def test_any_dtype(name, dtype):
+    # bfloat16 has no engine: the reference runs under torch's checkpointing.
+    keeping, again = twins(name, 3, 5, dtype=dtype)
+    x = torch.randn(4, 2, 3, dtype=dtype)
+    expected, cotangents = passes(keeping, x)
+    actual, _ = passes(again, x, cotangents)
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_reference_keeps_little_too():
+    keeping, again = twins("gru", 16, 32, dtype=torch.bfloat16)
+    x = torch.randn(50, 8, 16, dtype=torch.bfloat16)
+    assert kept_bytes(again, x) == 0 < kept_bytes(keeping, x)
+
+
+def test_second_derivatives():
+    _, again = twins("gru", 3, 4)
+    again.double()
+    x = torch.randn(3, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: again(x)[0], x)
+
+
+def test_functorch_sees_through():
+    keeping, again = twins("gru", 3, 4)
+    x = torch.randn(3, 2, 3)
+    for module in (keeping, again):
+        assert torch.func.grad(lambda x, m=module: m(x)[0].sum())(x).shape == x.shape
+
+
+def test_it_is_told_and_carried_along():
+    layer = nn.GRU(3, 4, memory="recompute")
+    assert repr(layer) == "GRU(3, 4, memory=recompute)"
+    assert repr(nn.GRU(3, 4)) == repr(torch.nn.GRU(3, 4))
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert copied.memory == "recompute"
+    torch.nn.GRU(3, 4).load_state_dict(layer.state_dict())
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_refusals(kind):
+    with pytest.raises(ValueError, match="memory: expected 'keep' or 'recompute', got 'less'"):
+        kind(3, 4, memory="less")
