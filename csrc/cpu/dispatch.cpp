@@ -107,6 +107,13 @@ int members_for(Cell cell, const Sizes& sizes, int threads) {
     return sizes.rows * units * (sizes.input + sizes.output()) < kWorthATeam ? 1 : threads;
 }
 
+// Whether a task of forward is the work of several time slices: rows in tiles, which nothing holds up until all steps are done.
+bool has_long_tasks(Cell cell, const Sizes& sizes, int threads) {
+    constexpr int64_t kLong = int64_t{1} << 29;
+    const int64_t work = sizes.rows * gates_of(cell) * sizes.hidden * (sizes.input + sizes.output());
+    return sizes.batch >= 2 * threads && work / threads >= kLong;
+}
+
 }  // namespace
 
 int64_t reserve_bytes(Cell cell, bool is_double, const Sizes& sizes) {
@@ -116,7 +123,7 @@ int64_t reserve_bytes(Cell cell, bool is_double, const Sizes& sizes) {
 
 void forward(Cell cell, bool is_double, const Forward& call, int threads) {
     const Kernel& kernel = active().table->kernels[static_cast<int>(cell)][is_double];
-    Team team(members_for(cell, call.sizes, threads));
+    Team team(members_for(cell, call.sizes, threads), has_long_tasks(cell, call.sizes, threads));
     Scratch scratch(kernel.forward_scratch(call.sizes, team.members()));
     kernel.forward(call, team, scratch.get());
 }

@@ -265,10 +265,10 @@ bool Backoff::wait() {
 
 void declare_crowded() { pool().declare_crowded(); }
 
-Team::Team(int threads) {
+Team::Team(int threads, bool long_tasks) : long_tasks_(long_tasks) {
     if (threads <= 1 || !pool().in_use.try_lock()) return;
     borrowed_ = true;
-    if (pool().crowded()) return;
+    if (pool().crowded() && !long_tasks_) return;
     openmp_ = g_openmp.at_hand();
     members_ = openmp_ ? (threads <= kMaxWorkers ? threads : kMaxWorkers) : 1 + pool().start(threads - 1);
 }
@@ -280,7 +280,7 @@ Team::~Team() {
 void Team::run_tasks(int64_t tasks, Call call, const void* body) {
     if (tasks <= 0) return;
     // One task, one member, cores that are taken, or more tasks than a ticket can count: in the caller, in order.
-    if (members_ == 1 || tasks == 1 || tasks > static_cast<int64_t>(kTaskMask) || pool().crowded()) {
+    if (members_ == 1 || tasks == 1 || tasks > static_cast<int64_t>(kTaskMask) || (pool().crowded() && !long_tasks_)) {
         for (int64_t task = 0; task < tasks; task++) call(body, task, 0);
         return;
     }

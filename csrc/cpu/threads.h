@@ -16,8 +16,9 @@ namespace ostinato {
 
 class Team {
 public:
-    // Borrows the pool for up to `threads` members, the caller included; one member if the pool is busy.
-    explicit Team(int threads);
+    // Borrows the pool for up to `threads` members, the caller included; one member if the pool is busy. With `long_tasks` a
+    // time slice that is lost matters little beside them: then members are asked for although others hold the cores.
+    explicit Team(int threads, bool long_tasks = false);
     ~Team();
     Team(const Team&) = delete;
     Team& operator=(const Team&) = delete;
@@ -43,6 +44,7 @@ private:
     int members_ = 1;
     bool borrowed_ = false;
     bool openmp_ = false;
+    bool long_tasks_ = false;
 };
 
 // The turns of a spin loop: pauses at first, some hundred microseconds in all, then the processor is offered to others.
