@@ -97,7 +97,8 @@ def table(found: dict[str, Any]) -> str:
         f"Python {found['python']}. Peak {before['operations'] / 1e9:.0f} GFLOP/s before and "
         f"{after['operations'] / 1e9:.0f} after.",
         "",
-        f"| layer | shape | ours, us | {title} | GFLOP/s | of roofline | kept, KiB: torch / ours / recompute |",
+        f"| layer | shape | ours, us | {title} | GFLOP/s | of roofline | "
+        "kept, KiB: torch / ours / recompute |",
         "|---|---|---:|" + "---:|" * (len(peers) + 3),
     ]
     for row in found["rows"]:

@@ -58,7 +58,7 @@ def kept_bytes(module, x):
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize("steps,batch", [(1, 1), (1, 9), (23, 1), (17, 6), (300, 5)])
+@pytest.mark.parametrize(("steps", "batch"), [(1, 1), (1, 9), (23, 1), (17, 6), (300, 5)])
 @pytest.mark.parametrize("name", LAYERS)
 def test_same_bits(name, steps, batch, bidirectional, threads):
     # At H 150 the steps of 300 take three of backward's chunks.
