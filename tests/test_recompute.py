@@ -42,7 +42,6 @@ def passes(module, x, cotangents=None):
 
 def kept_bytes(module, x):
     """Bytes that autograd saves beside input, output and parameters."""
-    output = tensors(module(x))[0]
     storages = {}
 
     def pack(tensor):
@@ -56,34 +55,36 @@ def kept_bytes(module, x):
     return sum(storages.values())
 
 
+def assert_same_bits(keeping, again, x):
+    """Hold all outputs and gradients of the two with torch.equal."""
+    expected, cotangents = passes(keeping, x)
+    actual, _ = passes(again, x, cotangents)
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize(("steps", "batch"), [(1, 1), (1, 9), (23, 1), (17, 6), (300, 5)])
 @pytest.mark.parametrize("name", LAYERS)
 def test_same_bits(name, steps, batch, bidirectional, threads):
-    # At H 150 the steps of 300 take three of backward's chunks.
+    # The 1500 rows of 300 steps take two of backward's chunks at H 150.
     options = {"bidirectional": bidirectional, "num_layers": 2 if steps == 17 else 1}
     keeping, again = twins(name, 7, 150 if steps == 300 else 19, **options)
     x = torch.randn(steps, batch, 7)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        expected, cotangents = passes(keeping, x)
-        actual, _ = passes(again, x, cotangents)
+        assert_same_bits(keeping, again, x)
     finally:
         torch.set_num_threads(before)
-    for one, other in zip(actual, expected, strict=True):
-        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_same_bits_where_rows_end_early(name):
     keeping, again = twins(name, 5, 33, bidirectional=True)
     x = pack_padded_sequence(torch.randn(40, 6, 5), [40, 31, 31, 8, 2, 1])
-    expected, cotangents = passes(keeping, x)
-    actual, _ = passes(again, x, cotangents)
-    for one, other in zip(actual, expected, strict=True):
-        assert torch.equal(one, other)
+    assert_same_bits(keeping, again, x)
 
 
 @pytest.mark.parametrize("isa", _core.instruction_sets())
@@ -93,12 +94,9 @@ def test_same_bits_on_every_instruction_set(isa):
     x = torch.randn(9, 4, 6)
     try:
         _core.set_isa(isa)
-        expected, cotangents = passes(keeping, x)
-        actual, _ = passes(again, x, cotangents)
+        assert_same_bits(keeping, again, x)
     finally:
         _core.set_isa(before)
-    for one, other in zip(actual, expected, strict=True):
-        assert torch.equal(one, other)
 
 
 def test_what_is_kept():
@@ -115,16 +113,24 @@ def test_any_dtype(name, dtype):
     # bfloat16 has no engine: the reference runs under torch's checkpointing.
     keeping, again = twins(name, 3, 5, dtype=dtype)
     x = torch.randn(4, 2, 3, dtype=dtype)
-    expected, cotangents = passes(keeping, x)
-    actual, _ = passes(again, x, cotangents)
-    for one, other in zip(actual, expected, strict=True):
-        assert torch.equal(one, other)
+    assert_same_bits(keeping, again, x)
 
 
 def test_the_reference_keeps_little_too():
     keeping, again = twins("gru", 16, 32, dtype=torch.bfloat16)
     x = torch.randn(50, 8, 16, dtype=torch.bfloat16)
     assert kept_bytes(again, x) == 0 < kept_bytes(keeping, x)
+
+
+def test_it_compiles():
+    _, again = twins("gru", 3, 4)
+    x = torch.randn(5, 2, 3, requires_grad=True)
+    output, _ = torch.compile(again, fullgraph=True, backend="aot_eager")(x)
+    (gradient,) = torch.autograd.grad(output.sum(), x)
+    expected, _ = again(x)
+    assert torch.equal(output, expected)
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), x)
+    torch.testing.assert_close(gradient, expected_gradient)
 
 
 def test_second_derivatives():

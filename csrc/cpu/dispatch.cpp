@@ -100,18 +100,22 @@ thread_local Scratch::Kept Scratch::t_kept;
 // Below this many multiply-adds, waking a worker costs more than it brings.
 constexpr int64_t kWorthATeam = 1 << 18;
 
+// Multiply-adds of forward.
+int64_t work_of(Cell cell, const Sizes& sizes) {
+    return sizes.rows * gates_of(cell) * sizes.hidden * (sizes.input + sizes.output());
+}
+
 int members_for(Cell cell, const Sizes& sizes, int threads) {
-    const int64_t units = gates_of(cell) * sizes.hidden, step = units * sizes.output();
+    const int64_t step = gates_of(cell) * sizes.hidden * sizes.output();
     // A single row whose steps are not worth sharing leaves the others nothing but the packing of small weights.
     if (sizes.steps > 1 && sizes.batch * sizes.directions == 1 && step < kWorthRelay) return 1;
-    return sizes.rows * units * (sizes.input + sizes.output()) < kWorthATeam ? 1 : threads;
+    return work_of(cell, sizes) < kWorthATeam ? 1 : threads;
 }
 
 // Whether a task of forward is the work of several time slices: rows in tiles, which nothing holds up until all steps are done.
 bool has_long_tasks(Cell cell, const Sizes& sizes, int threads) {
     constexpr int64_t kLong = int64_t{1} << 29;
-    const int64_t work = sizes.rows * gates_of(cell) * sizes.hidden * (sizes.input + sizes.output());
-    return sizes.batch >= 2 * threads && work / threads >= kLong;
+    return sizes.batch >= 2 * threads && work_of(cell, sizes) / threads >= kLong;
 }
 
 }  // namespace

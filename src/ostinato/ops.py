@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -160,13 +159,14 @@ def layer(
             return output, h_n, c_n if cell == "lstm" else None
     sizes = _check(call)
     device = input.device.type
-    run: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
-    if device == "cuda" and cuda.serves(input):
-        run = partial(cuda.layer, cell, input, batch_sizes, sizes, h_0, c_0, weights, has_biases)
-    else:
+
+    def run() -> tuple[Tensor, Tensor, Tensor | None]:
+        if device == "cuda" and cuda.serves(input):
+            return cuda.layer(cell, input, batch_sizes, sizes, h_0, c_0, weights, has_biases)
         if input.dtype not in _ENGINE_DTYPES or device not in ("cpu", "meta"):
             _tell_reference(device, input.dtype)
-        run = partial(_reference, call)
+        return _reference(call)
+
     if recompute and torch.is_grad_enabled() and not _is_transformed():
         return checkpoint(run, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
     return run()
