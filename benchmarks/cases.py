@@ -1,4 +1,4 @@
-"""What is measured: one table of cases, in float32."""
+"""What is measured: one table of cases, in float32 but for a few in bfloat16."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class Case:
         ragged: lengths falling evenly from T to this fraction of it, packed; 1 means padded.
         quick: whether `make bench-quick` measures it.
         odd: whether the row is there for its odd size, beside a round one.
+        bfloat16: stored in bfloat16, weights and sequences, instead of float32.
     """
 
     layer: str
@@ -37,6 +38,7 @@ class Case:
     ragged: float = 1.0
     quick: bool = False
     odd: bool = False
+    bfloat16: bool = False
 
     @property
     def is_cell(self) -> bool:
@@ -50,7 +52,7 @@ class Case:
     @property
     def kind(self) -> str:
         """The group whose geometric mean is told."""
-        return "training" if self.train else "inference"
+        return ("training" if self.train else "inference") + " in bfloat16" * self.bfloat16
 
     @property
     def name(self) -> str:
@@ -97,7 +99,12 @@ class Case:
     @property
     def weight_bytes(self) -> int:
         """Bytes of weight_hh of a layer, which each step reads."""
-        return 4 * self.gates * self.hidden**2 * (2 if self.bidirectional else 1)
+        return (
+            (2 if self.bfloat16 else 4)
+            * self.gates
+            * self.hidden**2
+            * (2 if self.bidirectional else 1)
+        )
 
 
 def _grid() -> list[Case]:
@@ -133,6 +140,12 @@ def _grid() -> list[Case]:
     ):
         row = Case(layer, 50, 32, round_size, round_size)
         rows += [row, replace(row, input=size, hidden=size, odd=True)]
+    rows += [
+        Case(layer, 100, batch, hidden, hidden, bfloat16=True)
+        for layer, (batch, hidden) in itertools.product(
+            layers, ((1, 128), (1, 512), (32, 256), (64, 512))
+        )
+    ]
     rows += [
         Case(f"{layer}Cell", 0, 1, hidden, hidden, train=train, quick=hidden == 64)
         for layer, train, hidden in itertools.product(layers, (False, True), (16, 64, 128, 256))

@@ -75,7 +75,7 @@ class OnnxRuntime:
         self.options.inter_op_num_threads = 1
 
     def prepare(self, case: Case, module: torch.nn.Module, x: Any) -> Call | None:
-        if case.train or case.is_cell:
+        if case.train or case.is_cell or case.bfloat16:
             return None
         model = onnx_model(case, module)
         session = self.runtime.InferenceSession(model, self.options, ["CPUExecutionProvider"])
@@ -100,7 +100,7 @@ class OpenVino:
         }
 
     def prepare(self, case: Case, module: torch.nn.Module, x: Any) -> Call | None:
-        if case.train or case.is_cell:
+        if case.train or case.is_cell or case.bfloat16:
             return None
         model = self.core.read_model(onnx_model(case, module))
         request = self.core.compile_model(model, "CPU", self.options).create_infer_request()

@@ -39,7 +39,7 @@ def finish(found: dict[str, Any]) -> None:
     }
     for row in found["rows"]:
         steps, _, size, hidden = row["sizes"]
-        passes = 2 if row["kind"] == "training" else 1
+        passes = 2 if row["kind"].startswith("training") else 1
         weights = row["weight_bytes"]
         if not steps:
             # A cell reads both weights once, and in training writes their gradients.
@@ -93,9 +93,9 @@ def table(found: dict[str, Any]) -> str:
     peers = [name for name in found["versions"] if name != OURS]
     title = " | ".join(f"{peer} / ours" for peer in peers)
     lines = [
-        f"{found['processor']}, {found['isa']}, {threads} threads, float32; {versions}, "
-        f"Python {found['python']}. Peak {before['operations'] / 1e9:.0f} GFLOP/s before and "
-        f"{after['operations'] / 1e9:.0f} after.",
+        f"{found['processor']}, {found['isa']}, {threads} threads, float32 unless said otherwise; "
+        f"{versions}, Python {found['python']}. Peak {before['operations'] / 1e9:.0f} GFLOP/s before "
+        f"and {after['operations'] / 1e9:.0f} after.",
         "",
         f"| layer | shape | ours, us | {title} | GFLOP/s | of roofline | "
         "kept, KiB: torch / ours / recompute |",
@@ -140,7 +140,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     axes.axvline(1, color="grey", linewidth=0.8)
     axes.set_xlim(0, max(1.05, *(row["attained"] for row in rows)))
     axes.set_xlabel("part of the roofline: least possible time / measured time")
-    axes.set_title(f"{found['processor']}, {found['isa']}, {found['threads']} threads, float32")
+    axes.set_title(f"{found['processor']}, {found['isa']}, {found['threads']} threads")
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
     labels = ["ours, bound by multiply-adds", "ours, bound by reading weight_hh"]
     for peer, marker in peers.items():

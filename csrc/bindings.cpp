@@ -35,6 +35,11 @@ Cell cell_of(int cell) {
     return static_cast<Cell>(cell);
 }
 
+Dtype dtype_of(int dtype) {
+    if (dtype < 0 || dtype >= kDtypes) throw std::invalid_argument("dtype must be 0..3");
+    return static_cast<Dtype>(dtype);
+}
+
 Sizes sizes_of(const SizeList& s, Address batch_sizes) {
     for (int64_t size : s)
         if (size < 0) throw std::invalid_argument("sizes must not be negative");
@@ -52,7 +57,7 @@ void fill(Weights<P> (&out)[2], const Addresses& in, int64_t directions) {
     }
 }
 
-void layer_forward(int cell, bool is_double, const SizeList& sizes, Address batch_sizes, Address x, Address h_0, Address c_0,
+void layer_forward(int cell, int dtype, const SizeList& sizes, Address batch_sizes, Address x, Address h_0, Address c_0,
                    const Addresses& weights, Address y, Address h_n, Address c_n, Address reserve, int threads,
                    bool recompute) {
     Forward call{};
@@ -62,10 +67,10 @@ void layer_forward(int cell, bool is_double, const SizeList& sizes, Address batc
     call.x = at(x), call.h_0 = at(h_0), call.c_0 = at(c_0);
     call.y = at<void*>(y), call.h_n = at<void*>(h_n), call.c_n = at<void*>(c_n), call.reserve = at<void*>(reserve);
     nb::gil_scoped_release release;
-    forward(cell_of(cell), is_double, call, threads);
+    forward(cell_of(cell), dtype_of(dtype), call, threads);
 }
 
-void layer_backward(int cell, bool is_double, const SizeList& sizes, Address batch_sizes, Address x, Address h_0, Address c_0,
+void layer_backward(int cell, int dtype, const SizeList& sizes, Address batch_sizes, Address x, Address h_0, Address c_0,
                     const Addresses& weights, Address y, Address reserve, Address dy, Address dh_n, Address dc_n, Address dx,
                     Address dh_0, Address dc_0, const Addresses& grads, int threads, bool recompute) {
     Backward call{};
@@ -77,7 +82,7 @@ void layer_backward(int cell, bool is_double, const SizeList& sizes, Address bat
     call.dy = at(dy), call.dh_n = at(dh_n), call.dc_n = at(dc_n);
     call.dx = at<void*>(dx), call.dh_0 = at<void*>(dh_0), call.dc_0 = at<void*>(dc_0);
     nb::gil_scoped_release release;
-    backward(cell_of(cell), is_double, call, threads);
+    backward(cell_of(cell), dtype_of(dtype), call, threads);
 }
 
 std::vector<std::string> instruction_sets() {
@@ -108,23 +113,23 @@ int forced_threads() {
 
 NB_MODULE(_core, m) {
     m.doc() = "The compiled engine: recurrent layers over raw addresses. Use ostinato.nn or ostinato.numpy instead.";
-    m.def("layer_forward", &layer_forward, nb::arg("cell"), nb::arg("is_double"), nb::arg("sizes"), nb::arg("batch_sizes"),
+    m.def("layer_forward", &layer_forward, nb::arg("cell"), nb::arg("dtype"), nb::arg("sizes"), nb::arg("batch_sizes"),
           nb::arg("x"), nb::arg("h_0"), nb::arg("c_0"), nb::arg("weights"), nb::arg("y"), nb::arg("h_n"), nb::arg("c_n"),
           nb::arg("reserve"), nb::arg("threads"), nb::arg("recompute") = false,
           "One layer forward. Addresses of dense arrays (csrc/cpu/engine.h), 0 for an absent one.");
-    m.def("layer_backward", &layer_backward, nb::arg("cell"), nb::arg("is_double"), nb::arg("sizes"), nb::arg("batch_sizes"),
+    m.def("layer_backward", &layer_backward, nb::arg("cell"), nb::arg("dtype"), nb::arg("sizes"), nb::arg("batch_sizes"),
           nb::arg("x"), nb::arg("h_0"), nb::arg("c_0"), nb::arg("weights"), nb::arg("y"), nb::arg("reserve"), nb::arg("dy"),
           nb::arg("dh_n"), nb::arg("dc_n"), nb::arg("dx"), nb::arg("dh_0"), nb::arg("dc_0"), nb::arg("grads"),
           nb::arg("threads"), nb::arg("recompute") = false,
           "Gradients of one layer. 0 for a gradient that is zero (in) or not wanted (out).");
     m.def(
         "reserve_bytes",
-        [](int cell, bool is_double, const SizeList& size_list, bool recompute) {
+        [](int cell, int dtype, const SizeList& size_list, bool recompute) {
             Sizes sizes = sizes_of(size_list, 0);
             sizes.recompute = recompute;
-            return reserve_bytes(cell_of(cell), is_double, sizes);
+            return reserve_bytes(cell_of(cell), dtype_of(dtype), sizes);
         },
-        nb::arg("cell"), nb::arg("is_double"), nb::arg("sizes"), nb::arg("recompute") = false,
+        nb::arg("cell"), nb::arg("dtype"), nb::arg("sizes"), nb::arg("recompute") = false,
         "Bytes that forward keeps for backward.");
     m.def("instruction_sets", &instruction_sets, "Instruction sets that this processor can run, best first.");
     m.def("isa", [] { return std::string(active_isa()); }, "The instruction set in use.");

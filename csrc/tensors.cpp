@@ -40,7 +40,7 @@ struct DlExchange {
 };
 
 constexpr int32_t kDlCpu = 1;
-constexpr uint8_t kDlInt = 0, kDlFloat = 2;
+constexpr uint8_t kDlInt = 0, kDlFloat = 2, kDlBFloat = 4;
 
 // What `connect` was given; never released, like the module itself.
 const DlExchange* g_exchange = nullptr;
@@ -79,7 +79,7 @@ bool is_dense(const DlTensor& t) {
 class Reader {
 public:
     bool accepts = g_exchange != nullptr;
-    bool is_double = false;
+    Dtype dtype = Dtype::kFloat32;
 
     // Memory of a strided float tensor on the CPU, dense copies included; null, and declined, for anything else.
     const void* read(nb::handle object, DlTensor& out, bool make_dense = false) {
@@ -129,14 +129,25 @@ private:
 
     bool look(PyObject* object, DlTensor& out) {
         if (Py_TYPE(object) != g_tensor && Py_TYPE(object) != g_parameter) return false;
-        if (!view(object, out) || out.dtype.code != kDlFloat || (out.dtype.bits != 32 && out.dtype.bits != 64)) return false;
-        const bool wide = out.dtype.bits == 64;
-        if (first_) is_double = wide, first_ = false;
-        if (wide != is_double) return false;
+        Dtype found;
+        if (!view(object, out) || !dtype_of(out, found)) return false;
+        if (first_) dtype = found, first_ = false;
+        if (found != dtype) return false;
         // Lazy negation: the memory holds -x.
         const auto negative = nb::steal(PyObject_VectorcallMethod(g_is_neg, objects(object), 1, nullptr));
         if (!negative.is_valid()) throw nb::python_error();
         return negative.ptr() == Py_False;
+    }
+
+    static bool dtype_of(const DlTensor& t, Dtype& out) {
+        const auto [code, bits, lanes] = t.dtype;
+        if (code == kDlBFloat && bits == 16)
+            out = Dtype::kBFloat16;
+        else if (code == kDlFloat && (bits == 16 || bits == 32 || bits == 64))
+            out = bits == 16 ? Dtype::kFloat16 : bits == 32 ? Dtype::kFloat32 : Dtype::kFloat64;
+        else
+            return false;
+        return true;
     }
 
     static bool view(PyObject* object, DlTensor& out) {
@@ -304,8 +315,8 @@ nb::object layer_forward(int cell, bool is_cell, std::array<int64_t, 4> expected
     const Fresh y = layer.new_output();
     const Fresh h_n = is_cell ? Fresh() : layer.new_state(h_0, z.output());
     const Fresh c_n = has_cell ? layer.new_state(c_0, z.hidden) : Fresh();
-    const int64_t kept = keep ? reserve_bytes(layer.cell, layer.reader.is_double, z) : 0;
-    const Fresh reserve = kept ? Fresh(input, {kept / (layer.reader.is_double ? 8 : 4)}) : Fresh();
+    const int64_t kept = keep ? reserve_bytes(layer.cell, layer.reader.dtype, z) : 0;
+    const Fresh reserve = kept ? Fresh(input, {kept / stored_bytes(layer.reader.dtype)}) : Fresh();
 
     Forward call{};
     call.sizes = z;
@@ -314,7 +325,7 @@ nb::object layer_forward(int cell, bool is_cell, std::array<int64_t, 4> expected
     call.y = y.data, call.h_n = h_n.data, call.c_n = c_n.data, call.reserve = reserve.data;
     {
         nb::gil_scoped_release release;
-        forward(layer.cell, layer.reader.is_double, call, threads);
+        forward(layer.cell, layer.reader.dtype, call, threads);
     }
     return nb::make_tuple(y.tensor, h_n.tensor, c_n.tensor, reserve.tensor);
 }
@@ -330,7 +341,7 @@ nb::object layer_backward(int cell, bool is_cell, std::array<int64_t, 4> expecte
     layer.sizes.recompute = recompute;
     const Sizes& z = layer.sizes;
     Reader& reader = layer.reader;
-    const int64_t kept = reserve_bytes(layer.cell, reader.is_double, z) / (reader.is_double ? 8 : 4);
+    const int64_t kept = reserve_bytes(layer.cell, reader.dtype, z) / stored_bytes(reader.dtype);
     Backward call{};
     call.y = layer.read_output(output);
     if (!call.y && (z.steps > 1 || gates_of(layer.cell) == 1)) return nb::none();
@@ -362,7 +373,7 @@ nb::object layer_backward(int cell, bool is_cell, std::array<int64_t, 4> expecte
     }
     {
         nb::gil_scoped_release release;
-        backward(layer.cell, reader.is_double, call, threads);
+        backward(layer.cell, reader.dtype, call, threads);
     }
     return result;
 }

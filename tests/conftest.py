@@ -38,6 +38,19 @@ def torch_seeded(request):
         torch.manual_seed(seed_of(request.node.name))
 
 
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def isa(request):
+    """Run the test on each instruction set in turn."""
+    from engine import instruction_set  # which imports this file
+
+    from ostinato import _core
+
+    if request.param not in _core.instruction_sets():
+        pytest.skip(f"{request.param}: neither this processor nor this build has it")
+    with instruction_set(request.param):
+        yield request.param
+
+
 # ---- tolerances ----
 
 EPS = {
@@ -85,7 +98,7 @@ def assert_same_bits(actual, expected, name=""):
 # ---- poison ----
 
 # Quiet NaNs with a payload that arithmetic does not make by itself.
-_PATTERNS = {4: 0x7FE5A5A5, 8: 0x7FFDA5A5A5A5A5A5}
+_PATTERNS = {2: 0x7FE5, 4: 0x7FE5A5A5, 8: 0x7FFDA5A5A5A5A5A5}
 # Wider than the widest run of vectors that a kernel handles at once.
 _GUARD = 1024
 

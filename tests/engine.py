@@ -16,6 +16,8 @@ CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
 # A cell by its name, and an LSTM with projection.
 KINDS = (*CELLS, "lstm_projected")
 DTYPES = ("float32", "float64")
+# In the engine's order. NumPy has no bfloat16: its bits stand in a uint16.
+STORED = ("float32", "float64", "uint16", "float16")
 WEIGHTS = ("ih", "hh", "b_ih", "b_hh", "hr")
 STATES = ("h_0", "c_0")
 GRADIENTS = ("dx", "dh_0", "dc_0")
@@ -228,7 +230,8 @@ class Layer:
             if self.cell == "lstm":
                 results["c_n"] = poison.empty(shapes["c_n"], dtype, "c_n")
             bytes_kept = _core.reserve_bytes(*self._head()) if keep else 0
-            reserve = poison.room(bytes_kept // dtype.itemsize, dtype, "reserve")
+            computed = np.dtype("float64" if dtype == np.float64 else "float32")
+            reserve = poison.room(bytes_kept // computed.itemsize, computed, "reserve")
             _core.layer_forward(
                 *self._head(),
                 *self._inputs(poison),
@@ -286,7 +289,7 @@ class Layer:
         )
 
     def _head(self):
-        return CELLS.index(self.cell), self.x.dtype == np.float64, self.dims
+        return CELLS.index(self.cell), STORED.index(self.x.dtype.name), self.dims
 
     def _inputs(self, poison):
         sizes = None if self.sizes is None else np.array(self.sizes, np.int64)

@@ -1,10 +1,12 @@
 """The drop-in contract: every float dtype, and torch.autocast."""
 
+import copy
+
 import pytest
 import torch
 from pairs import LAYERS, SIX, TORCH_WARNS, assert_same, each, flat, packed, pair, shapes, state
 
-from ostinato import nn
+from ostinato import nn, ops
 
 pytestmark = pytest.mark.filterwarnings(TORCH_WARNS)
 
@@ -38,7 +40,7 @@ def test_every_float_dtype_forward_and_backward(name, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.complex64])
 @pytest.mark.parametrize("name", LAYERS)
-def test_packed_layers_in_dtypes_without_an_engine(name, dtype):
+def test_packed_layers_in_other_dtypes(name, dtype):
     ours, theirs = pair(name, 4, 8, 2, bidirectional=True, dtype=dtype)
     sequences = packed(False, dtype=dtype)
     tolerance = DTYPES[dtype]
@@ -105,3 +107,31 @@ def test_a_disabled_region_is_no_autocast():
         pytest.raises(ValueError, match="dtype"),
     ):
         nn.GRU(4, 8)(torch.randn(5, 3, 4).double())
+
+
+# ---- 16 bits: stored narrow, computed in float32 ----
+
+
+@pytest.mark.parametrize("way", ["short", "long", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", SIX)
+def test_16_bits_are_the_float32_module_rounded_once(name, dtype, way, monkeypatch):
+    torch._dynamo.reset()
+    if way == "long":
+        monkeypatch.setattr(ops, "_IS_SHORT", False)
+    narrow = getattr(nn, name)(4, 8, dtype=dtype)
+    wide = copy.deepcopy(narrow).float()
+    x, h = shapes(name, dtype=dtype)
+    call = (
+        torch.compile(narrow, fullgraph=True, backend="aot_eager") if way == "compiled" else narrow
+    )
+    leaf = x.clone().requires_grad_()
+    results = flat(call(leaf, h))
+    expected = flat(wide(x.float(), each(h, torch.Tensor.float)))
+    for mine, other in zip(results, expected, strict=True):
+        assert torch.equal(mine, other.to(dtype))
+    with torch.no_grad():
+        assert torch.equal(flat(call(x, h))[0], results[0])
+    sum(t.square().sum() for t in results).backward()
+    assert leaf.grad.dtype == dtype
+    assert all(weight.grad.dtype == dtype for weight in narrow.parameters())

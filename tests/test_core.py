@@ -35,15 +35,6 @@ LANES = (1, 7, 8, 9, 15, 16, 17, 31, 33, 48, 49)
 BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 37)
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
-def isa(request):
-    """Each instruction set in turn."""
-    if request.param not in _core.instruction_sets():
-        pytest.skip(f"{request.param}: neither this processor nor this build has it")
-    with instruction_set(request.param):
-        yield request.param
-
-
 def check(layer, cotangents, *, threads=1, wanted=None):
     """Hold results and gradients to the equations."""
     layer.soil()
@@ -472,10 +463,12 @@ def test_more_weight_elements_than_32_bits_count():
         ({"sizes": (1, 1, 1, 1, 1, 0, 0)}, "directions must be 1 or 2"),
         ({"weights": [0] * 4}, "expected 5 addresses per direction"),
         ({"weights": [0] * 10}, "expected 5 addresses per direction"),
+        ({"dtype": 4}, "dtype must be 0..3"),
+        ({"dtype": -1}, "dtype must be 0..3"),
     ],
 )
 def test_wrong_values_raise(changes, message):
-    arguments = {"cell": 0, "is_double": False, "sizes": (0, 0, 0, 1, 1, 0, 1), "batch_sizes": 0}
+    arguments = {"cell": 0, "dtype": 0, "sizes": (0, 0, 0, 1, 1, 0, 1), "batch_sizes": 0}
     arguments |= {
         "x": 0,
         "h_0": 0,

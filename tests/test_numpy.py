@@ -184,7 +184,7 @@ def test_other_dtypes_run_the_reference_and_say_so_once(rng, caplog, monkeypatch
     exact = draw_parameters(rng, "gru", 3, 4)
     input = rng.standard_normal((5, 2, 3))
     whole = expected("gru", input, exact)
-    for dtype in ("float16", np.longdouble, "complex64", ">f4", ">f8"):
+    for dtype in (np.longdouble, "complex64", ">f4", ">f8"):
         parameters = {n: a.astype(dtype) for n, a in exact.items()}
         caplog.clear()
         with caplog.at_level(logging.WARNING, "ostinato"):
@@ -605,8 +605,8 @@ def test_importing_and_running_without_torch():
         zeros = {"weight_ih_l0": numpy.zeros((6, 3)), "weight_hh_l0": numpy.zeros((6, 2))}
         output, h_n = ostinato.numpy.gru(numpy.zeros((4, 3)), zeros, numpy.ones((1, 2)))
         print(output[:, 0].tolist())
-        print(ostinato.numpy.gru(numpy.zeros((4, 3), "f2"),
-                                 {n: a.astype("f2") for n, a in zeros.items()})[1].tolist())
+        print(ostinato.numpy.gru(numpy.zeros((4, 3), "c8"),
+                                 {n: a.astype("c8") for n, a in zeros.items()})[1].tolist())
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
@@ -616,5 +616,5 @@ def test_importing_and_running_without_torch():
     )
     assert done.returncode == 0, done.stderr
     # Each step: r = z = 1/2, n = 0, h' = h / 2.
-    assert done.stdout.split("\n")[:2] == ["[0.5, 0.25, 0.125, 0.0625]", "[[0.0, 0.0]]"]
-    assert "no engine for float16" in done.stderr
+    assert done.stdout.split("\n")[:2] == ["[0.5, 0.25, 0.125, 0.0625]", "[[0j, 0j]]"]
+    assert "no engine for complex64" in done.stderr

@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from conftest import tolerance
 from test_invariance import LAYERS
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
@@ -107,18 +108,30 @@ def test_what_is_kept():
         assert kept_bytes(keeping, x) == {"gru": 4, "lstm": 5}.get(name, 0) * 50 * 8 * 32 * 4
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
 @pytest.mark.parametrize("name", ["gru", "lstm"])
 def test_any_dtype(name, dtype):
-    # bfloat16 has no engine: the reference runs under torch's checkpointing.
+    # Complex numbers have no engine: the reference runs under torch's checkpointing.
     keeping, again = twins(name, 3, 5, dtype=dtype)
     x = torch.randn(4, 2, 3, dtype=dtype)
     assert_same_bits(keeping, again, x)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["rnn_tanh", "gru", "lstm"])
+def test_16_bits_start_from_rounded_states(name, dtype):
+    keeping, again = twins(name, 5, 20, dtype=dtype)
+    x = torch.randn(9, 4, 5, dtype=dtype)
+    expected, cotangents = passes(keeping, x)
+    actual, _ = passes(again, x, cotangents)
+    assert torch.equal(actual[0], expected[0])
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, **tolerance(dtype, 9))
+
+
 def test_the_reference_keeps_little_too():
-    keeping, again = twins("gru", 16, 32, dtype=torch.bfloat16)
-    x = torch.randn(50, 8, 16, dtype=torch.bfloat16)
+    keeping, again = twins("gru", 16, 32, dtype=torch.complex64)
+    x = torch.randn(50, 8, 16, dtype=torch.complex64)
     assert kept_bytes(again, x) == 0 < kept_bytes(keeping, x)
 
 

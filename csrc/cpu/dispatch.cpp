@@ -120,20 +120,20 @@ bool has_long_tasks(Cell cell, const Sizes& sizes, int threads) {
 
 }  // namespace
 
-int64_t reserve_bytes(Cell cell, bool is_double, const Sizes& sizes) {
+int64_t reserve_bytes(Cell cell, Dtype dtype, const Sizes& sizes) {
     const int64_t values = sizes.recompute ? cell == Cell::kLstm : saved_of(cell);
-    return sizes.directions * sizes.rows * values * padded(sizes.hidden) * (is_double ? 8 : 4);
+    return sizes.directions * sizes.rows * values * padded(sizes.hidden) * computed_bytes(dtype);
 }
 
-void forward(Cell cell, bool is_double, const Forward& call, int threads) {
-    const Kernel& kernel = active().table->kernels[static_cast<int>(cell)][is_double];
+void forward(Cell cell, Dtype dtype, const Forward& call, int threads) {
+    const Kernel& kernel = active().table->kernels[static_cast<int>(cell)][static_cast<int>(dtype)];
     Team team(members_for(cell, call.sizes, threads), has_long_tasks(cell, call.sizes, threads));
     Scratch scratch(kernel.forward_scratch(call.sizes, team.members()));
     kernel.forward(call, team, scratch.get());
 }
 
-void backward(Cell cell, bool is_double, const Backward& call, int threads) {
-    const Kernel& kernel = active().table->kernels[static_cast<int>(cell)][is_double];
+void backward(Cell cell, Dtype dtype, const Backward& call, int threads) {
+    const Kernel& kernel = active().table->kernels[static_cast<int>(cell)][static_cast<int>(dtype)];
     Team team(members_for(cell, call.sizes, threads));
     Scratch scratch(kernel.backward_scratch(call.sizes, team.members()));
     kernel.backward(call, team, scratch.get());

@@ -10,6 +10,14 @@ namespace ostinato {
 
 enum class Cell : int { kRnnTanh, kRnnRelu, kGru, kLstm };
 
+// How the arrays of a call are stored. The 16-bit types are computed in float32 (narrow.h).
+enum class Dtype : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
+constexpr int kDtypes = 4;
+
+// Bytes of a value where it is stored, and where it is computed with or kept for backward.
+constexpr int64_t stored_bytes(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
+constexpr int64_t computed_bytes(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : 4; }
+
 // Gates per unit: rows of weight_ih = gates * H.
 constexpr int64_t gates_of(Cell cell) { return cell == Cell::kLstm ? 4 : cell == Cell::kGru ? 3 : 1; }
 
@@ -32,13 +40,14 @@ struct Weights {
     Pointer hr = nullptr;  // [O, H]
 };
 
-// Arrays belong to the caller and are of one floating type. `reserve` is opaque: forward fills reserve_bytes() of it if it
+// Arrays belong to the caller and are of one type. `reserve` is opaque: forward fills reserve_bytes() of it if it
 // is not null, backward reads it. Nothing may overlap what is written.
 struct Forward {
     Sizes sizes;
     Weights<const void*> weights[2];
     const void *x, *h_0, *c_0;  // [N, I], [D, B, O] or null (zeros), [D, B, H] or null
     void *y, *h_n, *c_n, *reserve;  // [N, D*O], [D, B, O] or null, [D, B, H] (LSTM), reserve or null
+    bool has_bfloat16_weights = false;  // float32 weights whose lower halves are zero
 };
 
 // The gradients of y, h_n and c_n come in (null: zero); the wanted ones of x, h_0, c_0 and the weights go out.
@@ -53,7 +62,7 @@ struct Backward {
 
 class Team;
 
-// Entry points of one instruction set for one cell and floating type. scratch holds at least scratch_bytes(...) bytes, aligned to 64,
+// Entry points of one instruction set for one cell and type. scratch holds at least scratch_bytes(...) bytes, aligned to 64,
 // its contents arbitrary.
 struct Kernel {
     int64_t (*forward_scratch)(const Sizes&, int members);
@@ -63,7 +72,7 @@ struct Kernel {
 };
 
 struct KernelTable {
-    Kernel kernels[4][2];  // [Cell][0: float32, 1: float64]
+    Kernel kernels[4][kDtypes];  // [Cell][Dtype]
 };
 
 // Units are stored in multiples of this many in reserve and scratch, so that both are the same on every instruction set.
@@ -75,9 +84,9 @@ constexpr int64_t kWorthRelay = 1 << 15;
 // ---- dispatch.cpp ----
 
 // Of `reserve`, for sizes as they are given to forward and backward.
-int64_t reserve_bytes(Cell cell, bool is_double, const Sizes& sizes);
-void forward(Cell cell, bool is_double, const Forward& call, int threads);
-void backward(Cell cell, bool is_double, const Backward& call, int threads);
+int64_t reserve_bytes(Cell cell, Dtype dtype, const Sizes& sizes);
+void forward(Cell cell, Dtype dtype, const Forward& call, int threads);
+void backward(Cell cell, Dtype dtype, const Backward& call, int threads);
 
 // Names of the instruction sets that this processor can run, best first; null at `index` past the end.
 const char* isa_name(int index);

@@ -28,7 +28,9 @@ public:
         const int64_t D = size_.directions, B = size_.batch, O = size_.output(), H = size_.hidden;
         hp_ = padded(H);
         blocks_ = ceil_div(H, L);
-        panel_ = O * G * L;
+        const int64_t most_rows = shares_.together ? B : ceil_div(B, shares_.tiles);
+        is_paired_ = f_.has_bfloat16_weights && size_.steps > 1 && most_rows <= kPairedRows;
+        panel_ = (is_paired_ ? ceil_div(O, 2) : O) * G * L;
         is_tiled_ = size_.steps > 1 && !shares_.together;
         if (is_tiled_) {
             tile_rows_ = ceil_div(B, shares_.tiles);
@@ -76,6 +78,8 @@ private:
     static constexpr int64_t kTileBytes = 512 << 10;  // of gx, for the steps that a tile projects at once
     // Where W_ih is so large that it comes from memory, it is worth more rows at once, though gx then leaves the second level.
     static constexpr int64_t kNear = 4 << 20, kFarRows = 128;
+    // Up to this many rows, a tile waits for its panels more than it computes: bfloat16 weights stay narrow in them.
+    static constexpr int64_t kPairedRows = 2;
     static constexpr int NR = G == 3 ? 3 : 4;  // vectors of a panel of W_ih: G * Hp columns are whole panels, often
     static constexpr int64_t kBlock = NR * L;
 
@@ -89,12 +93,27 @@ private:
 
     const T* weight(const void* p) const { return static_cast<const T*>(p); }
 
-    // Packs one block of W_hh as [k < O][gate][lane].
+    // Packs one block of W_hh as [k < O][gate][lane], or as pairs of bfloat16.
     void pack(int64_t d, int64_t block, T* panel) const {
+        if (!is_paired_) return pack(d, block, 0, size_.output(), panel);
+        if constexpr (sizeof(T) == 4) {
+            constexpr int64_t kPiece = 16;
+            T piece[(kPiece + 1) * G * L];
+            for (int64_t k0 = 0; k0 < size_.output(); k0 += kPiece) {
+                const int64_t n = min(kPiece, size_.output() - k0);
+                pack(d, block, k0, n, piece);
+                for (int64_t v = 0; v < G * L; v += L) Vec<T>(0).store(piece + n * G * L + v);
+                for (int64_t k = 0; k < n; k += 2, panel += G * L) pair_up<G>(piece + k * G * L, panel);
+            }
+        }
+    }
+
+    // The part [k0, k0 + depth) of it.
+    void pack(int64_t d, int64_t block, int64_t k0, int64_t depth, T* panel) const {
         const int64_t H = size_.hidden, O = size_.output();
         for (int64_t g = 0; g < G; g++)
-            pack_transposed(weight(f_.weights[d].hh) + (g * H + block * L) * O, O, min(L, H - block * L), O, panel + g * L,
-                            G * L);
+            pack_transposed(weight(f_.weights[d].hh) + (g * H + block * L) * O + k0, O, min(L, H - block * L), depth,
+                            panel + g * L, G * L);
     }
 
     // Packs the weights of the recurrence, adds up the biases and loads c_0.
@@ -306,7 +325,14 @@ private:
             Vec<T> acc[NJ][MR][G] = {};
             RowPointers<T, MR> h;
             for (int r = 0; r < MR; r++) h.row[r] = previous[b + r];
-            accumulate<MR, NJ, G>(acc, h, panels + (u - first_block) * w.panel_, w.panel_, w.size_.output());
+            const T* panel = panels + (u - first_block) * w.panel_;
+            if constexpr (sizeof(T) == 4 && MR <= kPairedRows) {
+                if (w.is_paired_) {
+                    accumulate_pairs<MR, NJ, G>(acc, h, panel, w.panel_, w.size_.output());
+                    return finish_tile<MR, NJ>(acc, b, u);
+                }
+            }
+            accumulate<MR, NJ, G>(acc, h, panel, w.panel_, w.size_.output());
             finish_tile<MR, NJ>(acc, b, u);
         }
 
@@ -451,7 +477,7 @@ private:
     Steps steps_;
     Shares shares_;
     Relay relay_;
-    bool is_tiled_;
+    bool is_tiled_, is_paired_;
     int64_t hp_, blocks_, panel_, chunk_rows_;     // rows of gx_
     int64_t tile_rows_ = 0, tile_steps_ = 0;  // of gx_ for one member
     T *panels_, *panels_ih_ = nullptr, *start_, *apart_, *gx_, *zeros_, *c_ = nullptr;

@@ -61,6 +61,45 @@ OSTINATO_INLINE void accumulate(Vec<T> (&acc)[NJ][MR][NV], const A& a, const T* 
     }
 }
 
+// One k of the panels below, and their product with A(., k).
+template <bool kOdd, int MR, int NJ, int NV, class A>
+OSTINATO_INLINE void accumulate_half(Vec<float> (&acc)[NJ][MR][NV], const A& a, const float* words, int64_t panel_stride,
+                                     int64_t k) {
+    using Bits = Vec<float>::Bits;
+    Vec<float> s[MR];
+    _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++) s[r] = Vec<float>(a.at(r, k));
+    _Pragma("GCC unroll 8") for (int j = 0; j < NJ; j++)
+        _Pragma("GCC unroll 8") for (int v = 0; v < NV; v++) {
+            const Bits both = Bits(Vec<float>::load(words + j * panel_stride + v * Vec<float>::kLanes).v);
+            const Vec<float> b(Vec<float>::Raw(kOdd ? both & 0xffff0000 : both << 16));
+            _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++) acc[j][r][v] = fma(s[r], b, acc[j][r][v]);
+        }
+}
+
+// The same for panels of bfloat16, two k to a word: [ceil(depth / 2)][NV][L] words, the even k in the lower half. Half the
+// bytes, for walks that wait for their weights; widening is exact, so the bits are those of a float32 panel.
+template <int MR, int NJ, int NV, class A>
+OSTINATO_INLINE void accumulate_pairs(Vec<float> (&acc)[NJ][MR][NV], const A& a, const float* panel, int64_t panel_stride,
+                                      int64_t depth) {
+    int64_t k = 0;
+    for (; k + 1 < depth; k += 2, panel += NV * Vec<float>::kLanes) {
+        accumulate_half<false>(acc, a, panel, panel_stride, k);
+        accumulate_half<true>(acc, a, panel, panel_stride, k + 1);
+    }
+    if (k < depth) accumulate_half<false>(acc, a, panel, panel_stride, k);
+}
+
+// Makes such words of two rows of NV vectors, one after the other.
+template <int NV>
+OSTINATO_INLINE void pair_up(const float* rows, float* words) {
+    constexpr int L = Vec<float>::kLanes;
+    using Bits = Vec<float>::Bits;
+    for (int v = 0; v < NV; v++) {
+        const Bits even = Bits(Vec<float>::load(rows + v * L).v), odd = Bits(Vec<float>::load(rows + (NV + v) * L).v);
+        Vec<float>(Vec<float>::Raw(even >> 16 | (odd & 0xffff0000))).store(words + v * L);
+    }
+}
+
 // The same with the columns of W^T, i.e. rows of W, instead of a panel: NV * NJ times L rows, each contiguous in k. For
 // products of so few rows of A that packing W would cost as much as using it.
 template <class T>

@@ -29,6 +29,7 @@ public:
         return base_ ? reinterpret_cast<T*>(p) : nullptr;
     }
     int64_t used() const { return used_; }
+    bool is_counting() const { return !base_; }
 
 private:
     char* base_;

@@ -1,8 +1,8 @@
 """Inference on NumPy arrays, without torch: `rnn`, `gru` and `lstm` over a mapping of parameters.
 
 The parameters are those of torch.nn by name, shape and gate order, so what
-`safetensors.numpy.load_file` returns of a trained model runs as it is. float32 and float64 run on
-the engine; other dtypes run the reference, and the log says so once.
+`safetensors.numpy.load_file` returns of a trained model runs as it is. float32, float64 and float16
+run on the engine; other dtypes run the reference, and the log says so once.
 
 `_check` stands in front of both, and the engine can be reached from here through nothing else.
 
@@ -33,7 +33,8 @@ _log = logging.getLogger("ostinato")
 # The engine's number of each cell (csrc/cpu/engine.h), and its gates.
 _CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}
 _GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
-_ENGINE_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+# The engine's number of each dtype, likewise. float16 is computed in float32.
+_DTYPES = {np.dtype(np.float32): 0, np.dtype(np.float64): 1, np.dtype(np.float16): 3}
 
 # In torch's order; a projected LSTM ends in weight_hr.
 _PLAIN = ("weight_ih", "weight_hh")
@@ -522,7 +523,7 @@ def _run(call: _Call) -> tuple[Array, Array, Array | None]:
         c_0 = None if c_0 is None else c_0[:, None]
     elif call.batch_first:
         rows = rows.swapaxes(0, 1)
-    if rows.dtype not in _ENGINE_DTYPES and rows.dtype not in _told:
+    if rows.dtype not in _DTYPES and rows.dtype not in _told:
         _told.add(rows.dtype)
         _log.warning("no engine for %s: the reference runs, correctly and slowly", rows.dtype)
     per_layer = len(call.weights) // call.layers
@@ -552,7 +553,7 @@ def _layer(
     weights: list[Array],
 ) -> tuple[Array, Array, Array | None]:
     """Run one layer, on the engine where there is one for the dtype."""
-    if input.dtype not in _ENGINE_DTYPES:
+    if input.dtype not in _DTYPES:
         cell, has_biases, both = call.cell, call.has_biases, call.directions == 2
         return reference.layer(
             cell, input, batch_sizes, *states, weights, has_biases=has_biases, bidirectional=both
@@ -573,7 +574,7 @@ def _layer(
         addresses += [ih, hh, *biases, others[-1] if sizes.projection else 0]
     _core.layer_forward(
         _CELLS[call.cell],
-        input.dtype == np.float64,
+        _DTYPES[input.dtype],
         sizes,
         _address(batch_sizes),
         _address(x),

@@ -2,8 +2,8 @@
 
 `layer` is what the modules call. It runs one recurrent layer, in one or two directions:
 
-- float32 and float64 on the CPU: the compiled engine, by the short way where nobody looks on and
-  all tensors are plain (`short`), otherwise by the operator `ostinato::layer`;
+- float32, float64, bfloat16 and float16 on the CPU: the compiled engine, by the short way where
+  nobody looks on and all tensors are plain (`short`), otherwise by the operator `ostinato::layer`;
 - CUDA: torch's cuDNN operator where that can serve (`ostinato.cuda`);
 - anything else: the reference, which torch's autograd differentiates.
 
@@ -32,7 +32,8 @@ _log = logging.getLogger("ostinato")
 # The engine's number of each cell (csrc/cpu/engine.h) and its gates.
 _CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}
 _GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
-_ENGINE_DTYPES = (torch.float32, torch.float64)
+# The engine's number of each dtype, likewise. The last two are computed in float32.
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # What the engine keeps for backward: values per unit and row, units padded to a multiple
 # (csrc/cpu/engine.h, saved_of and padded). The fake kernel cannot ask it, since sizes are symbols.
 _SAVED = {"rnn_tanh": 0, "rnn_relu": 0, "gru": 4, "lstm": 5}
@@ -163,7 +164,7 @@ def layer(
     def run() -> tuple[Tensor, Tensor, Tensor | None]:
         if device == "cuda" and cuda.serves(input):
             return cuda.layer(cell, input, batch_sizes, sizes, h_0, c_0, weights, has_biases)
-        if input.dtype not in _ENGINE_DTYPES or device not in ("cpu", "meta"):
+        if input.dtype not in _DTYPES or device not in ("cpu", "meta"):
             _tell_reference(device, input.dtype)
         return _reference(call)
 
@@ -189,7 +190,7 @@ def _has_engine(call: _Call) -> bool:
     """Whether an engine serves device and dtype. A layer without units is left to the reference."""
     input = call.input
     return (
-        input.dtype in _ENGINE_DTYPES
+        input.dtype in _DTYPES
         and input.device.type in ("cpu", "meta")
         and not any(weight.numel() == 0 for weight in call.weights[:2])
         and all(t is None or t.layout is torch.strided for t in call.tensors())
@@ -508,8 +509,8 @@ def _check_backward(
     ):
         if tensor is not None and not _fits(tensor, expected, input):
             _refuse(name, tensor, expected, input)
-    is_double = input.dtype == torch.float64
-    needed = _core.reserve_bytes(_CELLS[call.cell], is_double, sizes, call.recompute)
+    dtype = _DTYPES[input.dtype]
+    needed = _core.reserve_bytes(_CELLS[call.cell], dtype, sizes, call.recompute)
     if reserve.dtype != torch.uint8 or reserve.numel() != needed or not reserve.is_contiguous():
         raise RuntimeError(
             f"reserve: expected the {needed} bytes of ostinato::layer with keep=True, "
@@ -550,7 +551,7 @@ def _layer_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *fields, keep = arguments
     call = _Call(*fields)
     sizes = _check(call)
-    is_double = call.input.dtype == torch.float64
+    dtype = _DTYPES[call.input.dtype]
     # Named, so that dense copies outlive the call that reads their addresses.
     x, steps, h, c = call.input.contiguous(), *map(_dense, (call.batch_sizes, call.h_0, call.c_0))
     weights = [weight.contiguous() for weight in call.weights]
@@ -559,11 +560,11 @@ def _layer_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     has_cell = call.cell == "lstm"
     c_n = x.new_empty((sizes.directions, sizes.batch, sizes.hidden) if has_cell else (0,))
     cell = _CELLS[call.cell]
-    kept = _core.reserve_bytes(cell, is_double, sizes, call.recompute) if keep else 0
+    kept = _core.reserve_bytes(cell, dtype, sizes, call.recompute) if keep else 0
     reserve = x.new_empty((kept,), dtype=torch.uint8)
     _core.layer_forward(
         cell,
-        is_double,
+        dtype,
         sizes,
         _address(steps),
         x.data_ptr(),
@@ -588,7 +589,7 @@ def _layer_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     state = (sizes.directions, sizes.batch)
     padded = (sizes.hidden + _PAD - 1) // _PAD * _PAD
     values = int(call.cell == "lstm") if call.recompute else _SAVED[call.cell]
-    kept = sizes.directions * sizes.rows * values * padded * input.element_size()
+    kept = sizes.directions * sizes.rows * values * padded * max(4, input.element_size())
     return (
         input.new_empty((*input.shape[:-1], sizes.directions * sizes.output)),
         input.new_empty((*state, sizes.output)),
@@ -621,7 +622,7 @@ def _layer_backward_cpu(
     ]
     _core.layer_backward(
         _CELLS[call.cell],
-        x.dtype == torch.float64,
+        _DTYPES[x.dtype],
         sizes,
         _address(steps),
         x.data_ptr(),

@@ -1,0 +1,206 @@
+// Layers stored in 16 bits: bfloat16 and float16 arrays, computed in float32.
+//
+// Storage alone is narrow. All arrays of a call are widened (exactly), the float32 walk runs on them, and what it wrote is
+// rounded once, to nearest even. So the state between two steps, the sums and the activations are float32, and so is what
+// forward keeps for backward. An output has the bits of the float32 engine's, rounded: what decision 7 promises holds here
+// too, but for a sequence that the caller cuts into pieces, since the state that goes from one to the next is rounded.
+//
+// Traffic: a pass over x, y and the weights before and after, some 5% of a layer at T100 B32 H256.
+#pragma once
+
+#include "backward.h"
+#include "forward.h"
+
+namespace ostinato {
+namespace {
+
+constexpr int64_t kWide = Vec<float>::kLanes;
+using Floats = Native<float>::Raw;
+using Words = Native<float>::Bits;
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+
+template <class To, class From>
+OSTINATO_INLINE To bits_of(From from) {
+    To to;
+    static_assert(sizeof to == sizeof from);
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+// 8 bits of exponent, 7 of fraction: the upper half of a float32.
+struct BFloat16 {
+    static constexpr bool kIsUpperHalf = true;
+
+    static OSTINATO_INLINE Floats widen(Halves h) { return bits_of<Floats>(__builtin_convertvector(h, Words) << 16); }
+    static OSTINATO_INLINE Halves narrow(Floats f) {
+        const Words bits = bits_of<Words>(f), even = bits + 0x7fff + (bits >> 16 & 1);
+        // Rounding could carry a NaN into infinity: it keeps its sign and becomes quiet.
+        const Words nan = bits_of<Words>((bits & 0x7fffffff) > 0x7f800000);
+        return __builtin_convertvector(((even & ~nan) | ((bits | 0x400000) & nan)) >> 16, Halves);
+    }
+};
+
+// 5 bits of exponent, 10 of fraction (IEEE 754 binary16).
+struct Float16 {
+    static constexpr bool kIsUpperHalf = false;
+
+    static OSTINATO_INLINE Floats widen(Halves h) {
+        const Words bits = __builtin_convertvector(h, Words), magnitude = (bits & 0x7fff) << 13;
+        // The exponents' zeros are 112 apart; a product is right for subnormal numbers too.
+        const Words finite = bits_of<Words>(bits_of<Floats>(magnitude) * 0x1p112f);
+        const Words beyond = bits_of<Words>(magnitude >= 0xf800000u) & 0x7f800000;  // infinity and NaN
+        return bits_of<Floats>(finite | beyond | (bits & 0x8000) << 16);
+    }
+    static OSTINATO_INLINE Halves narrow(Floats f) {
+        const Words bits = bits_of<Words>(f), magnitude = bits & 0x7fffffff, sign = bits >> 16 & 0x8000;
+        const Words normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+        // Adding 1/2 leaves the multiples of 2^-24 that a subnormal number has, rounded, in the last bits.
+        const Words small = bits_of<Words>(bits_of<Floats>(magnitude) + 0.5f) - 0x3f000000;
+        const Words infinite = bits_of<Words>(magnitude >= 0x477ff000u);  // 65520 and beyond
+        const Words nan = bits_of<Words>(magnitude > 0x7f800000u), subnormal = bits_of<Words>(magnitude < 0x38800000u);
+        const Words found = (normal & ~subnormal) | (small & subnormal);
+        const Words special = 0x7c00 | (nan & (0x200 | (magnitude >> 13 & 0x3ff)));
+        return __builtin_convertvector((found & ~infinite) | (special & infinite) | sign, Halves);
+    }
+};
+
+// The wide copies of a call's arrays.
+template <class S>
+class Copies {
+public:
+    explicit Copies(Arena& arena) : arena_(arena) {}
+
+    // Both return the wide array, or null for an array that is absent. Without a base the arena counts all arrays as present.
+    const void* in(const void* narrow, int64_t count) { return add(ins_, in_count_, const_cast<void*>(narrow), count); }
+    void* out(void* narrow, int64_t count) { return add(outs_, out_count_, narrow, count); }
+
+    void widen(Team& team) const {
+        run(team, ins_, in_count_, [](const Copy& copy, int64_t i, int64_t n) {
+            Halves h = {};
+            std::memcpy(&h, static_cast<const uint16_t*>(copy.narrow) + i, static_cast<size_t>(2 * n));
+            const Floats f = S::widen(h);
+            std::memcpy(copy.wide + i, &f, static_cast<size_t>(4 * n));
+        });
+    }
+    void narrow(Team& team) const {
+        run(team, outs_, out_count_, [](const Copy& copy, int64_t i, int64_t n) {
+            Floats f = {};
+            std::memcpy(&f, copy.wide + i, static_cast<size_t>(4 * n));
+            const Halves h = S::narrow(f);
+            std::memcpy(static_cast<uint16_t*>(copy.narrow) + i, &h, static_cast<size_t>(2 * n));
+        });
+    }
+
+private:
+    struct Copy {
+        void* narrow;
+        float* wide;
+        int64_t count;
+    };
+    static constexpr int kMost = 17;  // x, y, h_0, c_0, dy, dh_n, dc_n and two directions of five weights
+    static constexpr int64_t kTask = 1 << 14;
+
+    float* add(Copy (&copies)[kMost], int& used, void* narrow, int64_t count) {
+        if (!narrow && !arena_.is_counting()) return nullptr;
+        copies[used] = {narrow, arena_.take<float>(count), count};
+        return copies[used++].wide;
+    }
+
+    template <class Convert>
+    static void run(Team& team, const Copy* copies, int count, const Convert& convert) {
+        for (int c = 0; c < count; c++)
+            team.run(ceil_div(copies[c].count, kTask), [&](int64_t task, int) {
+                const int64_t end = min(copies[c].count, (task + 1) * kTask);
+                int64_t i = task * kTask;
+                for (; i + kWide <= end; i += kWide) convert(copies[c], i, kWide);
+                if (i < end) convert(copies[c], i, end - i);
+            });
+    }
+
+    Arena& arena_;
+    Copy ins_[kMost], outs_[kMost];
+    int in_count_ = 0, out_count_ = 0;
+};
+
+template <class P, class Add>
+void copy_weights(const Sizes& z, int64_t gates, const Weights<P> (&narrow)[2], Weights<P> (&wide)[2], const Add& add) {
+    for (int64_t d = 0; d < z.directions; d++) {
+        wide[d].ih = add(narrow[d].ih, gates * z.hidden * z.input);
+        wide[d].hh = add(narrow[d].hh, gates * z.hidden * z.output());
+        wide[d].bias_ih = add(narrow[d].bias_ih, gates * z.hidden);
+        wide[d].bias_hh = add(narrow[d].bias_hh, gates * z.hidden);
+        if (z.projection) wide[d].hr = add(narrow[d].hr, z.output() * z.hidden);
+    }
+}
+
+// A call on wide copies: widen, walk, narrow. Walk is the float32 walk of Call; who derives says which arrays there are.
+template <class S, class Call, class Walk>
+class Narrow {
+public:
+    int64_t scratch_bytes() const { return arena_.used(); }
+
+    void run(Team& team) {
+        copies_.widen(team);
+        Walk(wide_, team.members(), inner_).run(team);
+        copies_.narrow(team);
+    }
+
+protected:
+    Narrow(const Call& call, void* scratch) : wide_(call), arena_(scratch), copies_(arena_) {}
+
+    // To be called when all arrays are named: the rest of the scratch is the walk's.
+    void finish(int members) { inner_ = arena_.take<char>(Walk(wide_, members, nullptr).scratch_bytes()); }
+
+    const void* in(const void* p, int64_t count) { return copies_.in(p, count); }
+    void* out(void* p, int64_t count) { return copies_.out(p, count); }
+    bool is_counting() const { return arena_.is_counting(); }
+
+    Call wide_;
+
+private:
+    Arena arena_;
+    Copies<S> copies_;
+    void* inner_ = nullptr;
+};
+
+template <class S, class C>
+class NarrowForward : public Narrow<S, Forward, ForwardWalk<float, C>> {
+public:
+    NarrowForward(const Forward& call, int members, void* scratch) : Narrow<S, Forward, ForwardWalk<float, C>>(call, scratch) {
+        const Sizes& z = call.sizes;
+        const int64_t states = z.directions * z.batch;
+        Forward& wide = this->wide_;
+        wide.has_bfloat16_weights = S::kIsUpperHalf;
+        wide.x = this->in(call.x, z.rows * z.input), wide.y = this->out(call.y, z.rows * z.directions * z.output());
+        wide.h_0 = this->in(call.h_0, states * z.output()), wide.h_n = this->out(call.h_n, states * z.output());
+        if (C::kHasCell) wide.c_0 = this->in(call.c_0, states * z.hidden), wide.c_n = this->out(call.c_n, states * z.hidden);
+        copy_weights(z, C::kGates, call.weights, wide.weights, [&](const void* p, int64_t n) { return this->in(p, n); });
+        this->finish(members);
+    }
+};
+
+template <class S, class C>
+class NarrowBackward : public Narrow<S, Backward, BackwardWalk<float, C>> {
+public:
+    NarrowBackward(const Backward& call, int members, void* scratch)
+        : Narrow<S, Backward, BackwardWalk<float, C>>(call, scratch) {
+        const Sizes& z = call.sizes;
+        const int64_t states = z.directions * z.batch, width = z.directions * z.output();
+        Backward& wide = this->wide_;
+        wide.x = this->in(call.x, z.rows * z.input), wide.dx = this->out(call.dx, z.rows * z.input);
+        wide.y = this->in(call.y, z.rows * width), wide.dy = this->in(call.dy, z.rows * width);
+        wide.h_0 = this->in(call.h_0, states * z.output()), wide.dh_0 = this->out(call.dh_0, states * z.output());
+        wide.dh_n = this->in(call.dh_n, states * z.output());
+        if (C::kHasCell) {
+            wide.c_0 = this->in(call.c_0, states * z.hidden), wide.dc_0 = this->out(call.dc_0, states * z.hidden);
+            wide.dc_n = this->in(call.dc_n, states * z.hidden);
+        }
+        copy_weights(z, C::kGates, call.weights, wide.weights, [&](const void* p, int64_t n) { return this->in(p, n); });
+        copy_weights(z, C::kGates, call.grads, wide.grads, [&](void* p, int64_t n) { return this->out(p, n); });
+        if (this->is_counting()) wide.dx = this;  // counted with all that may be asked for
+        this->finish(members);
+    }
+};
+
+}  // namespace
+}  // namespace ostinato
