@@ -92,10 +92,10 @@ def table(found: dict[str, Any]) -> str:
     before, after = (found["ceilings"][when][threads] for when in ("before", "after"))
     peers = [name for name in found["versions"] if name != OURS]
     title = " | ".join(f"{peer} / ours" for peer in peers)
+    peaks = f"{before['operations'] / 1e9:.0f} GFLOP/s before and {after['operations'] / 1e9:.0f}"
     lines = [
-        f"{found['processor']}, {found['isa']}, {threads} threads, float32 unless said otherwise; "
-        f"{versions}, Python {found['python']}. Peak {before['operations'] / 1e9:.0f} GFLOP/s before "
-        f"and {after['operations'] / 1e9:.0f} after.",
+        f"{found['processor']}, {found['isa']}, {threads} threads, float32 if not said; "
+        f"{versions}, Python {found['python']}. Peak {peaks} after.",
         "",
         f"| layer | shape | ours, us | {title} | GFLOP/s | of roofline | "
         "kept, KiB: torch / ours / recompute |",
