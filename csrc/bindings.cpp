@@ -24,6 +24,8 @@ using Address = uintptr_t;
 using Addresses = std::vector<Address>;
 // steps, rows, batch, input, hidden, projection, directions
 using SizeList = std::array<int64_t, 7>;
+// lengths, resets, h, c
+using CutList = std::array<Address, 4>;
 
 template <class P = const void*>
 P at(Address address) {
@@ -48,6 +50,8 @@ Sizes sizes_of(const SizeList& s, Address batch_sizes) {
     return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], at<const int64_t*>(batch_sizes)};
 }
 
+Cuts cuts_of(const CutList& c) { return {at<const int64_t*>(c[0]), at<const uint8_t*>(c[1]), at(c[2]), at(c[3])}; }
+
 template <class P>
 void fill(Weights<P> (&out)[2], const Addresses& in, int64_t directions) {
     if (in.size() != static_cast<size_t>(5 * directions)) throw std::invalid_argument("expected 5 addresses per direction");
@@ -58,13 +62,14 @@ void fill(Weights<P> (&out)[2], const Addresses& in, int64_t directions) {
 }
 
 void layer_forward(int cell, int dtype, const SizeList& sizes, Address batch_sizes, Address x, Address h_0, Address c_0,
-                   const Addresses& weights, Address y, Address h_n, Address c_n, Address reserve, int threads,
-                   bool recompute) {
+                   const Addresses& weights, Address y, Address h_n, Address c_n, Address reserve, int threads, bool recompute,
+                   const CutList& cuts, Address cells) {
     Forward call{};
     call.sizes = sizes_of(sizes, batch_sizes);
     call.sizes.recompute = recompute;
     fill(call.weights, weights, call.sizes.directions);
     call.x = at(x), call.h_0 = at(h_0), call.c_0 = at(c_0);
+    call.cuts = cuts_of(cuts), call.cells = at<void*>(cells);
     call.y = at<void*>(y), call.h_n = at<void*>(h_n), call.c_n = at<void*>(c_n), call.reserve = at<void*>(reserve);
     nb::gil_scoped_release release;
     forward(cell_of(cell), dtype_of(dtype), call, threads);
@@ -72,13 +77,15 @@ void layer_forward(int cell, int dtype, const SizeList& sizes, Address batch_siz
 
 void layer_backward(int cell, int dtype, const SizeList& sizes, Address batch_sizes, Address x, Address h_0, Address c_0,
                     const Addresses& weights, Address y, Address reserve, Address dy, Address dh_n, Address dc_n, Address dx,
-                    Address dh_0, Address dc_0, const Addresses& grads, int threads, bool recompute) {
+                    Address dh_0, Address dc_0, const Addresses& grads, int threads, bool recompute, const CutList& cuts,
+                    Address dcut_h, Address dcut_c, Address dcells) {
     Backward call{};
     call.sizes = sizes_of(sizes, batch_sizes);
     call.sizes.recompute = recompute;
     fill(call.weights, weights, call.sizes.directions);
     fill(call.grads, grads, call.sizes.directions);
     call.x = at(x), call.h_0 = at(h_0), call.c_0 = at(c_0), call.y = at(y), call.reserve = at(reserve);
+    call.cuts = cuts_of(cuts), call.dcut_h = at<void*>(dcut_h), call.dcut_c = at<void*>(dcut_c), call.dcells = at(dcells);
     call.dy = at(dy), call.dh_n = at(dh_n), call.dc_n = at(dc_n);
     call.dx = at<void*>(dx), call.dh_0 = at<void*>(dh_0), call.dc_0 = at<void*>(dc_0);
     nb::gil_scoped_release release;
@@ -115,12 +122,13 @@ NB_MODULE(_core, m) {
     m.doc() = "The compiled engine: recurrent layers over raw addresses. Use ostinato.nn or ostinato.numpy instead.";
     m.def("layer_forward", &layer_forward, nb::arg("cell"), nb::arg("dtype"), nb::arg("sizes"), nb::arg("batch_sizes"),
           nb::arg("x"), nb::arg("h_0"), nb::arg("c_0"), nb::arg("weights"), nb::arg("y"), nb::arg("h_n"), nb::arg("c_n"),
-          nb::arg("reserve"), nb::arg("threads"), nb::arg("recompute") = false,
-          "One layer forward. Addresses of dense arrays (csrc/cpu/engine.h), 0 for an absent one.");
+          nb::arg("reserve"), nb::arg("threads"), nb::arg("recompute") = false, nb::arg("cuts") = CutList{},
+          nb::arg("cells") = 0, "One layer forward. Addresses of dense arrays (csrc/cpu/engine.h), 0 for an absent one.");
     m.def("layer_backward", &layer_backward, nb::arg("cell"), nb::arg("dtype"), nb::arg("sizes"), nb::arg("batch_sizes"),
           nb::arg("x"), nb::arg("h_0"), nb::arg("c_0"), nb::arg("weights"), nb::arg("y"), nb::arg("reserve"), nb::arg("dy"),
           nb::arg("dh_n"), nb::arg("dc_n"), nb::arg("dx"), nb::arg("dh_0"), nb::arg("dc_0"), nb::arg("grads"),
-          nb::arg("threads"), nb::arg("recompute") = false,
+          nb::arg("threads"), nb::arg("recompute") = false, nb::arg("cuts") = CutList{}, nb::arg("dcut_h") = 0,
+          nb::arg("dcut_c") = 0, nb::arg("dcells") = 0,
           "Gradients of one layer. 0 for a gradient that is zero (in) or not wanted (out).");
     m.def(
         "reserve_bytes",

@@ -63,7 +63,8 @@ class Sample(NamedTuple):
             state = self.h_0 if self.h_0 is not None else self.c_0
             batch = int(self.batch_sizes[0]) if state is None else state.shape[1]
         tensors = (self.input, self.batch_sizes, batch, self.h_0, self.c_0, self.weights)
-        return (*tensors, self.cell, self.has_biases, self.bidirectional, self.recompute, keep)
+        options = (self.cell, self.has_biases, self.bidirectional, self.recompute)
+        return (*tensors, *options, None, None, None, None, False, keep)
 
 
 def draw(

@@ -9,6 +9,7 @@ import torch
 from samples import SAMPLES, draw, gradients
 
 from ostinato import cuda, nn, ops
+from ostinato.call import Call, check
 
 
 def arguments(cell, packed, biases, directions, states):
@@ -35,9 +36,7 @@ def test_torch_s_operator_gets_the_arguments_of_the_layer(cell, packed, biases, 
     input, sizes, h_0, c_0, weights = arguments(cell, packed, biases, directions, states)
     options = {"has_biases": biases, "bidirectional": directions == 2}
     expected = ops.layer(cell, input, sizes, h_0, c_0, weights, **options)
-    layout = ops._check(
-        ops._Call(input, sizes, 3, h_0, c_0, weights, cell, biases, directions == 2)
-    )
+    layout = check(Call(input, sizes, 3, h_0, c_0, weights, cell, biases, directions == 2))
     actual = cuda.layer(cell, input, sizes, layout, h_0, c_0, weights, biases)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
@@ -48,12 +47,12 @@ def test_torch_s_operator_gets_the_arguments_of_the_layer(cell, packed, biases, 
 @pytest.mark.parametrize("kind", [kind for kind in SAMPLES if kind != "row of no steps"])
 def test_gradients_go_through_torch_s_operator(kind):
     sample = draw(**SAMPLES[kind], dtype=torch.float64).training()
-    call = ops._Call(*sample.operator_arguments()[:-1])
+    call = Call(*sample.operator_arguments()[:-2])
     found = []
     for run in (
         lambda *arguments, **options: ops.layer(*arguments, **options),
         lambda cell, input, sizes, h_0, c_0, weights, **_: cuda.layer(
-            cell, input, sizes, ops._check(call), h_0, c_0, weights, call.has_biases
+            cell, input, sizes, check(call), h_0, c_0, weights, call.has_biases
         ),
     ):
         results = sample.run(run)

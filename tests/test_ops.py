@@ -59,13 +59,14 @@ def test_opcheck_layer(kind, keep):
 
 def backward_arguments(sample, wanted=None):
     """The arguments of `ostinato::layer_backward` after a forward call of this sample."""
-    *call, _ = sample.operator_arguments()
+    *call, _, _ = sample.operator_arguments()
     with torch.no_grad():
-        output, h_n, c_n, reserve = operators.layer(*call, True)
-    grads = [torch.randn_like(output), torch.randn_like(h_n)]
-    grads.append(torch.randn_like(c_n) if sample.cell == "lstm" else None)
+        output, h_n, c_n, cells, reserve = operators.layer(*call, sample.cell == "lstm", True)
+    grads = [torch.randn_like(output), torch.randn_like(h_n), None, None]
+    if sample.cell == "lstm":
+        grads[2:] = [torch.randn_like(c_n), torch.randn_like(cells)]
     if wanted is None:
-        wanted = [True, sample.h_0 is not None, sample.c_0 is not None]
+        wanted = [True, sample.h_0 is not None, sample.c_0 is not None, False, False]
         wanted += [True] * len(sample.weights)
     return (*grads, output, reserve, wanted, *call)
 
@@ -79,12 +80,12 @@ def test_opcheck_layer_backward(kind):
 @pytest.mark.parametrize("wanted", range(7))
 def test_backward_computes_what_is_wanted(wanted):
     sample = draw("lstm", bidirectional=True, dtype=torch.float64)
-    everything = [True] * (3 + len(sample.weights))
+    everything = [True] * 3 + [False] * 2 + [True] * len(sample.weights)
     arguments = backward_arguments(sample, everything)
-    dx, dh_0, dc_0, dw = operators.layer_backward(*arguments)
-    flags = [index % 7 == wanted for index in range(len(everything))]
-    some = operators.layer_backward(*arguments[:5], flags, *arguments[6:])
-    for want, part, whole in zip(flags, (*some[:3], *some[3]), (dx, dh_0, dc_0, *dw), strict=True):
+    every = operators.layer_backward(*arguments)
+    flags = [ok and index % 7 == wanted for index, ok in enumerate(everything)]
+    some = operators.layer_backward(*arguments[:6], flags, *arguments[7:])
+    for want, part, whole in zip(flags, some, every, strict=True):
         assert torch.equal(part, whole) if want else part.numel() == 0
 
 

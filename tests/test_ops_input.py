@@ -191,11 +191,11 @@ STILL_BAD = [
 def test_the_operator_checks_again(case, no_kernel):
     change, _, _ = BAD[case]
     sample = draw("lstm", bidirectional=True)
-    *_, keep = sample.operator_arguments()
+    rest = sample.operator_arguments()[9:]
     bad = change(sample)
     arguments = (bad.input, bad.batch_sizes, 3, bad.h_0, bad.c_0, bad.weights, bad.cell)
     with pytest.raises((RuntimeError, ValueError)):
-        operators.layer(*arguments, bad.has_biases, bad.bidirectional, False, keep)
+        operators.layer(*arguments, bad.has_biases, bad.bidirectional, *rest)
 
 
 def test_a_cell_state_is_for_the_lstm(no_kernel):
@@ -243,11 +243,11 @@ def test_shapes_without_numbers_are_checked_too(case):
 
 def backward_arguments():
     sample = draw("gru", bidirectional=True)
-    *call, _ = sample.operator_arguments()
-    output, h_n, _, reserve = operators.layer(*call, True)
-    names = ("grad_output", "grad_h_n", "grad_c_n", "output", "reserve", "wanted")
-    wanted = [True, True, False, *[True] * len(sample.weights)]
-    values = (torch.ones_like(output), torch.ones_like(h_n), None, output, reserve, wanted)
+    *call, _, _ = sample.operator_arguments()
+    output, h_n, _, _, reserve = operators.layer(*call, False, True)
+    names = ("grad_output", "grad_h_n", "grad_c_n", "grad_cells", "output", "reserve", "wanted")
+    wanted = [True, True, *[False] * 3, *[True] * len(sample.weights)]
+    values = (torch.ones_like(output), torch.ones_like(h_n), None, None, output, reserve, wanted)
     return dict(zip(names, values, strict=True)), call
 
 

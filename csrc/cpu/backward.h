@@ -345,6 +345,7 @@ private:
             if constexpr (C::kHasCell) {
                 dc_row = w.dc_ + (d * z.batch + b) * hp + unit;
                 dc = Vec<T>::load(dc_row);
+                if (w.f_.dcells) dc = dc + load_n(in(w.f_.dcells) + ((row0 + b) * z.directions + d) * z.hidden + unit, lanes);
                 if (b < w.steps_.rows(d, s - 1))
                     c_previous = Vec<T>::load(w.cell_row(d, w.steps_.first_row(d, s - 1) + b) + unit);
                 else if (w.f_.c_0)

@@ -5,6 +5,7 @@
 #include <new>
 
 #include "engine.h"
+#include "segments.h"
 #include "threads.h"
 
 namespace ostinato {
@@ -55,7 +56,8 @@ const Isa& active() {
 }
 
 // Scratch of the calling thread, kept between calls up to kKept bytes: fresh pages cost more than a small layer does.
-// It holds no state: every call writes before it reads.
+// It holds no state: every call writes before it reads. One that is used inside another has another number.
+template <int kNumber>
 class Scratch {
 public:
     explicit Scratch(int64_t bytes) : bytes_(bytes) {
@@ -95,7 +97,8 @@ private:
     int64_t bytes_;
 };
 
-thread_local Scratch::Kept Scratch::t_kept;
+template <int kNumber>
+thread_local typename Scratch<kNumber>::Kept Scratch<kNumber>::t_kept;
 
 // Below this many multiply-adds, waking a worker costs more than it brings.
 constexpr int64_t kWorthATeam = 1 << 18;
@@ -125,18 +128,45 @@ int64_t reserve_bytes(Cell cell, Dtype dtype, const Sizes& sizes) {
     return sizes.directions * sizes.rows * values * padded(sizes.hidden) * computed_bytes(dtype);
 }
 
-void forward(Cell cell, Dtype dtype, const Forward& call, int threads) {
-    const Kernel& kernel = active().table->kernels[static_cast<int>(cell)][static_cast<int>(dtype)];
+namespace {
+
+const Kernel& kernel_of(Cell cell, Dtype dtype) {
+    return active().table->kernels[static_cast<int>(cell)][static_cast<int>(dtype)];
+}
+
+// Runs a call that has no cuts.
+void run(Cell cell, Dtype dtype, const Forward& call, int threads) {
+    const Kernel& kernel = kernel_of(cell, dtype);
     Team team(members_for(cell, call.sizes, threads), has_long_tasks(cell, call.sizes, threads));
-    Scratch scratch(kernel.forward_scratch(call.sizes, team.members()));
+    Scratch<0> scratch(kernel.forward_scratch(call.sizes, team.members()));
     kernel.forward(call, team, scratch.get());
 }
 
-void backward(Cell cell, Dtype dtype, const Backward& call, int threads) {
-    const Kernel& kernel = active().table->kernels[static_cast<int>(cell)][static_cast<int>(dtype)];
+void run(Cell cell, Dtype dtype, const Backward& call, int threads) {
+    const Kernel& kernel = kernel_of(cell, dtype);
     Team team(members_for(cell, call.sizes, threads));
-    Scratch scratch(kernel.backward_scratch(call.sizes, team.members()));
+    Scratch<0> scratch(kernel.backward_scratch(call.sizes, team.members()));
     kernel.backward(call, team, scratch.get());
+}
+
+template <class Call>
+void run_segments(Cell cell, Dtype dtype, const Call& call, int threads) {
+    const Segments segments(cell, dtype, call.sizes, call.cuts);
+    const Scratch<1> scratch(segments.packed(call, nullptr).bytes);
+    const Call packed = segments.packed(call, scratch.get()).call;
+    segments.gather(call, packed, threads);
+    run(cell, dtype, packed, threads);
+    segments.scatter(call, packed, threads);
+}
+
+}  // namespace
+
+void forward(Cell cell, Dtype dtype, const Forward& call, int threads) {
+    call.cuts.any() ? run_segments(cell, dtype, call, threads) : run(cell, dtype, call, threads);
+}
+
+void backward(Cell cell, Dtype dtype, const Backward& call, int threads) {
+    call.cuts.any() ? run_segments(cell, dtype, call, threads) : run(cell, dtype, call, threads);
 }
 
 const char* isa_name(int index) { return index < isas().count ? isas().found[index].name : nullptr; }

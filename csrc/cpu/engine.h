@@ -40,13 +40,26 @@ struct Weights {
     Pointer hr = nullptr;  // [O, H]
 };
 
+// What cuts rows into segments, each a sequence of its own in both directions: a row's end, and steps before which it begins
+// anew. A segment that begins so starts from h and c (zeros where null), any other from h_0 and c_0; h_n and c_n are the states
+// at the end of a direction's last segment. A row of no steps passes its states on.
+struct Cuts {
+    const int64_t* lengths = nullptr;  // [B] steps of each row of a padded batch; null: T
+    const uint8_t* resets = nullptr;  // [N], as x: whether a row begins anew before this step; null: never
+    const void *h = nullptr, *c = nullptr;  // [D, B, O], [D, B, H]
+
+    bool any() const { return lengths || resets; }
+};
+
 // Arrays belong to the caller and are of one type. `reserve` is opaque: forward fills reserve_bytes() of it if it
 // is not null, backward reads it. Nothing may overlap what is written.
 struct Forward {
     Sizes sizes;
     Weights<const void*> weights[2];
     const void *x, *h_0, *c_0;  // [N, I], [D, B, O] or null (zeros), [D, B, H] or null
-    void *y, *h_n, *c_n, *reserve;  // [N, D*O], [D, B, O] or null, [D, B, H] (LSTM), reserve or null
+    void *y, *h_n, *c_n, *reserve;  // [N, D*O] (zeros past a row's end), [D, B, O] or null, [D, B, H] (LSTM), reserve or null
+    Cuts cuts{};
+    void* cells = nullptr;  // [N, D*H], c after every step of an LSTM, or null
     bool has_bfloat16_weights = false;  // float32 weights whose lower halves are zero
 };
 
@@ -58,6 +71,9 @@ struct Backward {
     const void *dy, *dh_n, *dc_n;
     void *dx, *dh_0, *dc_0;
     Weights<void*> grads[2];
+    Cuts cuts{};
+    void *dcut_h = nullptr, *dcut_c = nullptr;  // of cuts.h and cuts.c, sums over all segments of a row
+    const void* dcells = nullptr;  // [N, D*H]
 };
 
 class Team;

@@ -400,6 +400,7 @@ private:
             const T* in = gx + (b - gx_first) * G * hp + unit;
             const T* apart = w.apart_ + d * hp + unit;
             T* kept = reserve ? reserve + b * values * hp + unit : nullptr;
+            T* cells_out = w.f_.cells ? static_cast<T*>(w.f_.cells) + (row0 * w.size_.directions + d) * w.size_.hidden : nullptr;
             const bool gates_too = kept && values == C::kSaved;
             for (int r = 0; r < rows; r++, sums += G, in += G * hp) {
                 Vec<T> gates[G], x(0), h(0), cell(0), saved[C::kSaved + 1];
@@ -409,7 +410,10 @@ private:
                 if constexpr (C::kUsesPrevious) h = load_n(previous[b + r] + unit, n);
                 if constexpr (C::kHasCell) cell = Vec<T>::load(c + (b + r) * hp + unit);
                 h = C::forward(gates, x, h, cell, gates_too ? saved : nullptr);
-                if constexpr (C::kHasCell) cell.store(c + (b + r) * hp + unit);
+                if constexpr (C::kHasCell) {
+                    cell.store(c + (b + r) * hp + unit);
+                    if (cells_out) store_n(cell, cells_out + (b + r) * w.size_.directions * w.size_.hidden + unit, n);
+                }
                 if (gates_too)
                     for (int i = 0; i < C::kSaved; i++, kept += hp) saved[i].store(kept);
                 else if (kept)

@@ -11,30 +11,12 @@
 #pragma once
 
 #include "../cells.h"
+#include "arena.h"
 #include "engine.h"
 #include "gemm.h"
 
 namespace ostinato {
 namespace {
-
-// Hands out scratch in 64-byte multiples. Without a base it only counts: the same plan then measures and allocates.
-class Arena {
-public:
-    explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-
-    template <class T>
-    T* take(int64_t elements) {
-        char* p = base_ + used_;
-        used_ += round_up(elements * static_cast<int64_t>(sizeof(T)), 64);
-        return base_ ? reinterpret_cast<T*>(p) : nullptr;
-    }
-    int64_t used() const { return used_; }
-    bool is_counting() const { return !base_; }
-
-private:
-    char* base_;
-    int64_t used_ = 0;
-};
 
 // Rows that one chunk of steps may hold, so that what a walk keeps per row (bytes_per_row) stays near the processor.
 inline int64_t chunk_rows(const Sizes& sizes, int64_t bytes_per_row) {

@@ -7,7 +7,7 @@
 - CUDA: torch's cuDNN operator where that can serve (`ostinato.cuda`);
 - anything else: the reference, which torch's autograd differentiates.
 
-Every way but the short one starts at `_check`, which says what is wrong. The short way asks the
+Every way but the short one starts at `check`, which says what is wrong. The short way asks the
 same in C++ (csrc/tensors.h) and, where the answer is no, declines and says nothing.
 
 Legend: T steps, B batch, N packed rows, I input, H hidden, O output of a step (proj_size, or H),
@@ -16,78 +16,47 @@ D directions.
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ostinato import _core, cuda, reference
+from ostinato.call import (
+    CELLS,
+    DTYPES,
+    GATES,
+    PAD,
+    SAVED,
+    Call,
+    Sizes,
+    check,
+    check_backward,
+    check_batch_sizes_form,
+    require_tensor,
+)
 
 _log = logging.getLogger("ostinato")
 
-# The engine's number of each cell (csrc/cpu/engine.h) and its gates.
-_CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}
-_GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
-# The engine's number of each dtype, likewise. The last two are computed in float32.
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-# What the engine keeps for backward: values per unit and row, units padded to a multiple
-# (csrc/cpu/engine.h, saved_of and padded). The fake kernel cannot ask it, since sizes are symbols.
-_SAVED = {"rnn_tanh": 0, "rnn_relu": 0, "gru": 4, "lstm": 5}
-_PAD = 16
-
 _LAYER = """layer(
     Tensor input, Tensor? batch_sizes, SymInt batch, Tensor? h_0, Tensor? c_0, Tensor[] weights,
-    str cell, bool has_biases, bool bidirectional, bool recompute, bool keep
-) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor reserve)"""
+    str cell, bool has_biases, bool bidirectional, bool recompute,
+    Tensor? lengths, Tensor? resets, Tensor? reset_h, Tensor? reset_c, bool all_c, bool keep
+) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor cells, Tensor reserve)"""
 _LAYER_BACKWARD = """layer_backward(
-    Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor output, Tensor reserve,
-    bool[] wanted,
+    Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor? grad_cells,
+    Tensor output, Tensor reserve, bool[] wanted,
     Tensor input, Tensor? batch_sizes, SymInt batch, Tensor? h_0, Tensor? c_0, Tensor[] weights,
-    str cell, bool has_biases, bool bidirectional, bool recompute
-) -> (Tensor grad_input, Tensor grad_h_0, Tensor grad_c_0, Tensor[] grad_weights)"""
+    str cell, bool has_biases, bool bidirectional, bool recompute,
+    Tensor? lengths, Tensor? resets, Tensor? reset_h, Tensor? reset_c
+) -> (Tensor[] grads)"""
 
 _library = torch.library.Library("ostinato", "DEF")  # type: ignore[no-untyped-call]
 _library.define(_LAYER)  # type: ignore[no-untyped-call]
 _library.define(_LAYER_BACKWARD)  # type: ignore[no-untyped-call]
-
-
-class _Call(NamedTuple):
-    """The arguments that both operators share, in the order of their schemas."""
-
-    input: Tensor
-    batch_sizes: Tensor | None
-    batch: int
-    h_0: Tensor | None
-    c_0: Tensor | None
-    weights: list[Tensor]
-    cell: str
-    has_biases: bool
-    bidirectional: bool
-    recompute: bool = False
-
-    def tensors(self) -> list[Tensor | None]:
-        """Return what can have a gradient: input, h_0, c_0, then the weights."""
-        return [self.input, self.h_0, self.c_0, *self.weights]
-
-
-class _Sizes(NamedTuple):
-    """Sizes of one layer, in the engine's order."""
-
-    steps: int
-    rows: int
-    batch: int
-    input: int
-    hidden: int
-    projection: int  # 0 where there is none
-    directions: int
-
-    @property
-    def output(self) -> int:
-        return self.projection or self.hidden
 
 
 def layer(
@@ -134,63 +103,158 @@ def layer(
 
     Source: torch.nn.RNN, GRU and LSTM.
     """
-    _require_tensor("input", input)
-    if h_0 is not None:
-        _require_tensor("h_0", h_0)
-    if c_0 is not None:
-        _require_tensor("c_0", c_0)
-    for weight in weights:
-        _require_tensor("weights", weight)
+    _require_tensors(input, h_0, c_0, weights)
     batch = _batch(input, batch_sizes, h_0, c_0)
-    call = _Call(
+    call = Call(
         input, batch_sizes, batch, h_0, c_0, weights, cell, has_biases, bidirectional, recompute
     )
-    if _has_engine(call):
-        if (shape := _shape(call)) is not None:
-            found = short(
-                cell, shape, input, batch_sizes, h_0, c_0, tuple(weights), has_biases, recompute
-            )
-            if found is not None:
-                return found
-        if not _is_transformed():
-            keep = torch.is_grad_enabled() and any(
-                tensor is not None and tensor.requires_grad for tensor in call.tensors()
-            )
-            output, h_n, c_n, _ = torch.ops.ostinato.layer(*call, keep)
-            return output, h_n, c_n if cell == "lstm" else None
-    sizes = _check(call)
+    if _has_engine(call) and (shape := _shape(call)) is not None:
+        found = short(
+            cell, shape, input, batch_sizes, h_0, c_0, tuple(weights), has_biases, recompute
+        )
+        if found is not None:
+            return found
+    return _run(call)[:3]
+
+
+def cut_layer(
+    cell: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: list[Tensor],
+    *,
+    has_biases: bool,
+    bidirectional: bool,
+    recompute: bool = False,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_h: Tensor | None = None,
+    reset_c: Tensor | None = None,
+    all_c: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Run one recurrent layer whose rows end early or begin anew on the way.
+
+    A row is cut before each reset. Every piece is a sequence of its own, in both directions: one
+    that a reset begins starts from reset_h and reset_c, any other from h_0 and c_0.
+
+    Args:
+        cell: as in `layer`, like all others up to `recompute`.
+        input: likewise.
+        batch_sizes: likewise.
+        h_0: likewise.
+        c_0: likewise.
+        weights: likewise.
+        has_biases: likewise.
+        bidirectional: likewise.
+        recompute: likewise.
+        lengths: steps of each row of a padded batch, (B,), int64 on the CPU, from 0 to T.
+        resets: where a row begins anew, (T, B) or (N,), bool, on the device of `input`.
+        reset_h: (D, B, O), or None for zeros.
+        reset_c: (D, B, H), or None for zeros; LSTM only.
+        all_c: whether c is to be returned at every step.
+
+    Returns:
+        output, zero past a row's end; h_n and c_n, the states at the true ends (h_0 and c_0 of a
+        row without steps); c at every step, (T, B, D * H) or (N, D * H), or None.
+
+    Raises:
+        ValueError: as `layer`, and lengths out of range.
+        RuntimeError: as `layer`, and lengths or resets of another shape, dtype or device.
+
+    Example:
+        >>> weights = list(torch.nn.GRUCell(3, 4).parameters())
+        >>> output, h_n, _, _ = cut_layer(
+        ...     "gru", torch.zeros(5, 2, 3), None, None, None, weights, has_biases=True,
+        ...     bidirectional=False, lengths=torch.tensor([5, 2]))
+        >>> bool((output[2:, 1] == 0).all() and (h_n[0, 1] == output[1, 1]).all())
+        True
+
+    Source: torch.nn.RNN, GRU and LSTM.
+    """
+    _require_tensors(input, h_0, c_0, weights)
+    for name, tensor in (
+        ("lengths", lengths),
+        ("resets", resets),
+        ("reset_h", reset_h),
+        ("reset_c", reset_c),
+    ):
+        if tensor is not None:
+            require_tensor(name, tensor)
+    batch = _batch(input, batch_sizes, h_0, c_0)
+    cuts = (lengths, resets, reset_h, reset_c)
+    call = Call(
+        input,
+        batch_sizes,
+        batch,
+        h_0,
+        c_0,
+        weights,
+        cell,
+        has_biases,
+        bidirectional,
+        recompute,
+        *cuts,
+    )
+    return _run(call, all_c)
+
+
+def _run(call: Call, all_c: bool = False) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Run a layer on the engine, on torch's operator or on the reference."""
+    input, batch_sizes, cell = call.input, call.batch_sizes, call.cell
+    if _has_engine(call) and not _is_transformed():
+        keep = torch.is_grad_enabled() and any(
+            tensor is not None and tensor.requires_grad for tensor in call.tensors()
+        )
+        output, h_n, c_n, cells, _ = torch.ops.ostinato.layer(*call, all_c, keep)
+        if cell != "lstm":
+            return output, h_n, None, None
+        return output, h_n, c_n, cells if all_c else None
+    sizes = check(call)
     device = input.device.type
 
-    def run() -> tuple[Tensor, Tensor, Tensor | None]:
-        if device == "cuda" and cuda.serves(input):
-            return cuda.layer(cell, input, batch_sizes, sizes, h_0, c_0, weights, has_biases)
-        if input.dtype not in _DTYPES or device not in ("cpu", "meta"):
+    def run() -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        if device == "cuda" and not (call.is_cut or all_c) and cuda.serves(input):
+            states = call.h_0, call.c_0, call.weights, call.has_biases
+            return *cuda.layer(cell, input, batch_sizes, sizes, *states), None
+        if input.dtype not in DTYPES or device not in ("cpu", "meta"):
             _tell_reference(device, input.dtype)
-        return _reference(call)
+        return _reference(call, all_c)
 
-    if recompute and torch.is_grad_enabled() and not _is_transformed():
+    if call.recompute and torch.is_grad_enabled() and not _is_transformed():
         return checkpoint(run, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
     return run()
+
+
+def _require_tensors(input: object, h_0: object, c_0: object, weights: Sequence[object]) -> None:
+    require_tensor("input", input)
+    if h_0 is not None:
+        require_tensor("h_0", h_0)
+    if c_0 is not None:
+        require_tensor("c_0", c_0)
+    for weight in weights:
+        require_tensor("weights", weight)
 
 
 def _batch(
     input: Tensor, batch_sizes: Tensor | None, h_0: Tensor | None, c_0: Tensor | None
 ) -> int:
-    """Return B; what does not have the right form is left to `_check`."""
+    """Return B; what does not have the right form is left to `check`."""
     if batch_sizes is None:
         return input.shape[1] if input.dim() == 3 else 0
-    _check_batch_sizes_form(batch_sizes)
+    check_batch_sizes_form(batch_sizes)
     state = h_0 if h_0 is not None else c_0
     if state is not None:
         return state.shape[1] if state.dim() == 3 else 0
     return int(batch_sizes[0]) if len(batch_sizes) else 0
 
 
-def _has_engine(call: _Call) -> bool:
+def _has_engine(call: Call) -> bool:
     """Whether an engine serves device and dtype. A layer without units is left to the reference."""
     input = call.input
     return (
-        input.dtype in _DTYPES
+        input.dtype in DTYPES
         and input.device.type in ("cpu", "meta")
         and not any(weight.numel() == 0 for weight in call.weights[:2])
         and all(t is None or t.layout is torch.strided for t in call.tensors())
@@ -217,8 +281,10 @@ _modes = torch._C._len_torch_dispatch_stack
 _is_profiled = torch._C._autograd._profiler_enabled
 
 
-def _reference(call: _Call) -> tuple[Tensor, Tensor, Tensor | None]:
-    return reference.layer(
+def _reference(
+    call: Call, all_c: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    found = reference.states(
         call.cell,
         call.input,
         call.batch_sizes,
@@ -227,7 +293,12 @@ def _reference(call: _Call) -> tuple[Tensor, Tensor, Tensor | None]:
         call.weights,
         has_biases=call.has_biases,
         bidirectional=call.bidirectional,
+        lengths=call.lengths,
+        resets=call.resets,
+        reset_h=call.reset_h,
+        reset_c=call.reset_c,
     )
+    return found if all_c else (*found[:3], None)
 
 
 _told: set[tuple[str, torch.dtype]] = set()
@@ -322,7 +393,7 @@ def _run_short(
     """Return output, h_n, c_n and what is kept for backward, or None if these are declined."""
     cell, is_cell, shape, has_biases, recompute = config
     return _core.tensors_forward(
-        _CELLS.get(cell, -1),
+        CELLS.get(cell, -1),
         is_cell,
         shape,
         input,
@@ -350,10 +421,10 @@ def _is_alone() -> bool:
     )
 
 
-def _shape(call: _Call) -> Shape | None:
+def _shape(call: Call) -> Shape | None:
     """Return the sizes that the weights say, or None if they make no sense."""
     directions = 2 if call.bidirectional else 1
-    weights, gates = call.weights, _GATES.get(call.cell)
+    weights, gates = call.weights, GATES.get(call.cell)
     count = len(weights) // directions
     if gates is None or count < 2 or not call.input.dim() or not weights[0].dim():
         return None
@@ -363,161 +434,6 @@ def _shape(call: _Call) -> Shape | None:
             return None
         projection = weights[count - 1].shape[0]
     return call.input.shape[-1], weights[0].shape[0] // gates, projection, directions
-
-
-# ---- checks ----
-
-
-def _require_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-
-
-def _check(call: _Call, values: bool = True) -> _Sizes:
-    """Check shapes, dtypes and devices of everything; return the sizes.
-
-    The values of batch_sizes are checked too, unless they are those of a fake tensor.
-    """
-    input, batch_sizes, batch, h_0, c_0, weights, cell, has_biases, bidirectional, _ = call
-    gates = _GATES.get(cell)
-    if gates is None:
-        raise ValueError(f"cell: expected one of {', '.join(_GATES)}, got {cell!r}")
-    if input.dim() != (3 if batch_sizes is None else 2):
-        expected = "3D" if batch_sizes is None else "2D (packed)"
-        raise RuntimeError(f"input: expected {expected}, got {input.dim()}D")
-    if not (input.is_floating_point() or input.is_complex()):
-        raise ValueError(f"input: expected a floating or complex dtype, got {input.dtype}")
-    if input.layout is not torch.strided:
-        raise RuntimeError(f"input: expected a strided tensor, got layout {input.layout}")
-    if batch_sizes is None and batch != input.shape[1]:
-        raise RuntimeError(f"batch: expected {input.shape[1]}, the batch of input, got {batch}")
-    directions = 2 if bidirectional else 1
-    count, rest = divmod(len(weights), directions)
-    plain = 4 if has_biases else 2
-    projected = cell == "lstm" and count == plain + 1
-    if rest or not (count == plain or projected):
-        raise RuntimeError(
-            f"weights: expected {plain} per direction for {cell}, got {len(weights)} in all"
-        )
-    weight_hh = weights[1]
-    if weight_hh.dim() != 2:
-        raise RuntimeError(f"weight_hh: expected 2D, got {weight_hh.dim()}D")
-    rows_hh, output = weight_hh.shape
-    hidden = rows_hh // gates
-    if rows_hh != gates * hidden or (not projected and output != hidden):
-        columns = "proj_size" if projected else "hidden_size"
-        raise RuntimeError(
-            f"weight_hh: expected shape ({gates} * hidden_size, {columns}), "
-            f"got {tuple(weight_hh.shape)}"
-        )
-    layout: list[tuple[str, tuple[int, ...]]] = [
-        ("weight_ih", (rows_hh, input.shape[-1])),
-        ("weight_hh", (rows_hh, output)),
-    ]
-    if has_biases:
-        layout += [("bias_ih", (rows_hh,)), ("bias_hh", (rows_hh,))]
-    if projected:
-        layout.append(("weight_hr", (output, hidden)))
-    for index, weight in enumerate(weights):
-        name, shape = layout[index % count]
-        if not _fits(weight, shape, input):
-            _refuse(name + "_reverse" * (index // count), weight, shape, input)
-    if h_0 is not None and not _fits(h_0, (directions, batch, output), input):
-        _refuse("h_0", h_0, (directions, batch, output), input)
-    if c_0 is not None:
-        if cell != "lstm":
-            raise RuntimeError(f"c_0: expected None for {cell}")
-        if not _fits(c_0, (directions, batch, hidden), input):
-            _refuse("c_0", c_0, (directions, batch, hidden), input)
-    if batch_sizes is None:
-        steps, rows = input.shape[0], input.shape[0] * batch
-    else:
-        _check_batch_sizes_form(batch_sizes)
-        steps, rows = len(batch_sizes), input.shape[0]
-        if values:
-            _check_batch_sizes(batch_sizes.tolist(), batch, rows)
-    return _Sizes(
-        steps, rows, batch, input.shape[-1], hidden, output if projected else 0, directions
-    )
-
-
-def _fits(tensor: Tensor, shape: tuple[int, ...], input: Tensor) -> bool:
-    return (
-        tensor.shape == shape
-        and tensor.dtype == input.dtype
-        and tensor.device == input.device
-        and tensor.layout is torch.strided
-    )
-
-
-def _refuse(name: str, tensor: Tensor, shape: tuple[int, ...], input: Tensor) -> NoReturn:
-    """Raise for the first of shape, dtype, device and layout that does not fit."""
-    if tensor.shape != shape:
-        raise RuntimeError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-    if tensor.dtype != input.dtype:
-        raise ValueError(f"{name}: expected the dtype of input, {input.dtype}, got {tensor.dtype}")
-    if tensor.device != input.device:
-        raise RuntimeError(
-            f"{name}: expected the device of input, {input.device}, got {tensor.device}"
-        )
-    raise RuntimeError(f"{name}: expected a strided tensor, got layout {tensor.layout}")
-
-
-def _check_batch_sizes_form(batch_sizes: Tensor) -> None:
-    _require_tensor("batch_sizes", batch_sizes)
-    if (
-        batch_sizes.dim() != 1
-        or batch_sizes.dtype != torch.int64
-        or batch_sizes.device.type != "cpu"
-    ):
-        raise RuntimeError(
-            "batch_sizes: expected a 1D int64 tensor on the CPU, "
-            f"got {batch_sizes.dim()}D {batch_sizes.dtype} on {batch_sizes.device}"
-        )
-
-
-def _check_batch_sizes(sizes: list[int], batch: int, rows: int) -> None:
-    """Refuse what would make the engine leave its arrays."""
-    if any(a < b for a, b in itertools.pairwise([batch, *sizes, 0])):
-        raise ValueError(
-            f"batch_sizes: expected sizes that fall from at most {batch} to at least 0, got {sizes}"
-        )
-    if sum(sizes) != rows:
-        raise ValueError(
-            f"batch_sizes: expected a sum of {rows}, the rows of input, got {sum(sizes)}"
-        )
-
-
-def _check_backward(
-    call: _Call,
-    sizes: _Sizes,
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
-    output: Tensor,
-    reserve: Tensor,
-    wanted: list[bool],
-) -> None:
-    """Check what backward takes beyond forward's arguments."""
-    input = call.input
-    shape = (*input.shape[:-1], sizes.directions * sizes.output)
-    state = (sizes.directions, sizes.batch, sizes.output)
-    cell_state = (sizes.directions, sizes.batch, sizes.hidden)
-    for name, tensor, expected in (
-        ("output", output, shape),
-        ("grad_output", grads[0], shape),
-        ("grad_h_n", grads[1], state),
-        ("grad_c_n", grads[2] if call.cell == "lstm" else None, cell_state),
-    ):
-        if tensor is not None and not _fits(tensor, expected, input):
-            _refuse(name, tensor, expected, input)
-    dtype = _DTYPES[input.dtype]
-    needed = _core.reserve_bytes(_CELLS[call.cell], dtype, sizes, call.recompute)
-    if reserve.dtype != torch.uint8 or reserve.numel() != needed or not reserve.is_contiguous():
-        raise RuntimeError(
-            f"reserve: expected the {needed} bytes of ostinato::layer with keep=True, "
-            f"got {reserve.numel()} of {reserve.dtype}"
-        )
-    if len(wanted) != len(call.tensors()):
-        raise RuntimeError(f"wanted: expected {len(call.tensors())} flags, got {len(wanted)}")
 
 
 # ---- the CPU engine ----
@@ -531,7 +447,7 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _addresses(weights: Sequence[Tensor | None], sizes: _Sizes, has_biases: bool) -> list[int]:
+def _addresses(weights: Sequence[Tensor | None], sizes: Sizes, has_biases: bool) -> list[int]:
     """Five addresses per direction, 0 where a weight is absent."""
     addresses = []
     count = len(weights) // sizes.directions
@@ -546,22 +462,36 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _layer_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Check, allocate and run the engine; c_n and reserve are empty where there is none."""
-    *fields, keep = arguments
-    call = _Call(*fields)
-    sizes = _check(call)
-    dtype = _DTYPES[call.input.dtype]
+def _cut_addresses(call: Call) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
+    """Return dense lengths, resets and their states, which must outlive the call, and addresses."""
+    held = tuple(map(_dense, (call.lengths, call.resets, call.reset_h, call.reset_c)))
+    return held, tuple(map(_address, held))
+
+
+def _layer_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Check, allocate and run the engine; what there is not of the results is empty."""
+    *fields, all_c, keep = arguments
+    call = Call(*fields)
+    sizes = check(call)
+    dtype = DTYPES[call.input.dtype]
     # Named, so that dense copies outlive the call that reads their addresses.
     x, steps, h, c = call.input.contiguous(), *map(_dense, (call.batch_sizes, call.h_0, call.c_0))
     weights = [weight.contiguous() for weight in call.weights]
+    held, cuts = _cut_addresses(call)
     output = x.new_empty((*x.shape[:-1], sizes.directions * sizes.output))
     h_n = x.new_empty((sizes.directions, sizes.batch, sizes.output))
     has_cell = call.cell == "lstm"
     c_n = x.new_empty((sizes.directions, sizes.batch, sizes.hidden) if has_cell else (0,))
-    cell = _CELLS[call.cell]
+    has_cells = has_cell and all_c
+    cells = x.new_empty((*x.shape[:-1], sizes.directions * sizes.hidden) if has_cells else (0,))
+    cell = CELLS[call.cell]
     kept = _core.reserve_bytes(cell, dtype, sizes, call.recompute) if keep else 0
     reserve = x.new_empty((kept,), dtype=torch.uint8)
+    if kept and call.lengths is not None:
+        # What stands for steps that are not taken is nobody's, but reserve is to be a function of
+        # the inputs.
+        taken = sizes._replace(rows=int(call.lengths.sum()))
+        reserve[_core.reserve_bytes(cell, dtype, taken, call.recompute) :].zero_()
     _core.layer_forward(
         cell,
         dtype,
@@ -577,23 +507,30 @@ def _layer_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         reserve.data_ptr() if keep else 0,
         _threads(),
         call.recompute,
+        cuts,
+        cells.data_ptr() if has_cells else 0,
     )
-    return output, h_n, c_n, reserve
+    del held
+    return output, h_n, c_n, cells, reserve
 
 
-def _layer_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shape the results: output, h_n, c_n (empty but for LSTM) and what backward will read."""
-    *fields, keep = arguments
-    call = _Call(*fields)
-    input, sizes = call.input, _check(call, values=False)
+def _layer_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Shape the results: output, h_n, c_n and cells (but for LSTM empty), what backward reads."""
+    *fields, all_c, keep = arguments
+    call = Call(*fields)
+    input, sizes = call.input, check(call, values=False)
     state = (sizes.directions, sizes.batch)
-    padded = (sizes.hidden + _PAD - 1) // _PAD * _PAD
-    values = int(call.cell == "lstm") if call.recompute else _SAVED[call.cell]
+    padded = (sizes.hidden + PAD - 1) // PAD * PAD
+    values = int(call.cell == "lstm") if call.recompute else SAVED[call.cell]
     kept = sizes.directions * sizes.rows * values * padded * max(4, input.element_size())
+    has_cell = call.cell == "lstm"
     return (
         input.new_empty((*input.shape[:-1], sizes.directions * sizes.output)),
         input.new_empty((*state, sizes.output)),
-        input.new_empty((*state, sizes.hidden) if call.cell == "lstm" else (0,)),
+        input.new_empty((*state, sizes.hidden) if has_cell else (0,)),
+        input.new_empty(
+            (*input.shape[:-1], sizes.directions * sizes.hidden) if has_cell and all_c else (0,)
+        ),
         input.new_empty((kept if keep else 0,), dtype=torch.uint8),
     )
 
@@ -602,27 +539,31 @@ def _layer_backward_cpu(
     grad_output: Tensor | None,
     grad_h_n: Tensor | None,
     grad_c_n: Tensor | None,
+    grad_cells: Tensor | None,
     output: Tensor,
     reserve: Tensor,
     wanted: list[bool],
     *arguments: Any,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    call = _Call(*arguments)
-    sizes = _check(call)
-    _check_backward(call, sizes, (grad_output, grad_h_n, grad_c_n), output, reserve, wanted)
+) -> list[Tensor]:
+    call = Call(*arguments)
+    sizes = check(call)
+    arrived = (grad_output, grad_h_n, grad_c_n, grad_cells)
+    check_backward(call, sizes, arrived, output, reserve, wanted)
     x, steps, h, c = call.input.contiguous(), *map(_dense, (call.batch_sizes, call.h_0, call.c_0))
     weights, y = [weight.contiguous() for weight in call.weights], output.contiguous()
+    held, cuts = _cut_addresses(call)
+    has_cell = call.cell == "lstm"
     dy, dh_n = _dense(grad_output), _dense(grad_h_n)
-    dc_n = _dense(grad_c_n) if call.cell == "lstm" else None
-    dx, dh_0, dc_0, grads = _gradients(call, sizes, wanted)
+    dc_n = _dense(grad_c_n) if has_cell else None
+    dcells = _dense(grad_cells) if has_cell else None
+    grads = _gradients(call, sizes, wanted)
     # An empty result stands for one that is not wanted; the engine must not touch it.
-    places = [
-        result if want else None
-        for result, want in zip((dx, dh_0, dc_0, *grads), wanted, strict=True)
-    ]
+    dx, dh_0, dc_0, dcut_h, dcut_c, *dw = (
+        grad if want else None for grad, want in zip(grads, wanted, strict=True)
+    )
     _core.layer_backward(
-        _CELLS[call.cell],
-        _DTYPES[x.dtype],
+        CELLS[call.cell],
+        DTYPES[x.dtype],
         sizes,
         _address(steps),
         x.data_ptr(),
@@ -634,75 +575,80 @@ def _layer_backward_cpu(
         _address(dy),
         _address(dh_n),
         _address(dc_n),
-        _address(places[0]),
-        _address(places[1]),
-        _address(places[2]),
-        _addresses(places[3:], sizes, call.has_biases),
+        _address(dx),
+        _address(dh_0),
+        _address(dc_0),
+        _addresses(dw, sizes, call.has_biases),
         _threads(),
         call.recompute,
+        cuts,
+        _address(dcut_h),
+        _address(dcut_c),
+        _address(dcells),
     )
-    return dx, dh_0, dc_0, grads
+    del held
+    return grads
 
 
-def _gradients(
-    call: _Call, sizes: _Sizes, wanted: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+def _gradients(call: Call, sizes: Sizes, wanted: list[bool]) -> list[Tensor]:
     """Allocate the gradients; one that is not wanted is empty."""
-    shapes: list[Sequence[int]] = [
-        call.input.shape,
-        (sizes.directions, sizes.batch, sizes.output),
-        (sizes.directions, sizes.batch, sizes.hidden),
-        *(weight.shape for weight in call.weights),
-    ]
-    dx, dh_0, dc_0, *grads = (
+    h_shape = (sizes.directions, sizes.batch, sizes.output)
+    c_shape = (sizes.directions, sizes.batch, sizes.hidden)
+    shapes = [call.input.shape, *[h_shape, c_shape] * 2, *(w.shape for w in call.weights)]
+    return [
         call.input.new_empty(tuple(shape) if want else (0,))
         for shape, want in zip(shapes, wanted, strict=True)
-    )
-    return dx, dh_0, dc_0, grads
+    ]
 
 
-def _layer_backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    _, _, _, _, _, wanted, *fields = arguments
-    call = _Call(*fields)
-    return _gradients(call, _check(call, values=False), wanted)
+def _layer_backward_fake(*arguments: Any) -> list[Tensor]:
+    _, _, _, _, _, _, wanted, *fields = arguments
+    call = Call(*fields)
+    return _gradients(call, check(call, values=False), wanted)
 
 
 # ---- autograd ----
 
 
 def _setup_layer(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *fields, ctx.keep = inputs
-    call = _Call(*fields)
-    y, _, _, reserve = output
-    ctx.save_for_backward(y, reserve, call.batch_sizes, *call.tensors())
-    ctx.weights, ctx.batch, ctx.config = len(call.weights), call.batch, call[6:]
+    *fields, ctx.all_c, ctx.keep = inputs
+    call = Call(*fields)
+    y, _, _, _, reserve = output
+    cuts = call.lengths, call.resets
+    ctx.save_for_backward(y, reserve, call.batch_sizes, *cuts, *call.tensors())
+    ctx.weights, ctx.batch, ctx.config = len(call.weights), call.batch, call[6:10]
     ctx.set_materialize_grads(False)
 
 
-def _saved_call(ctx: Any) -> tuple[list[Any], _Call]:
-    """Return what was saved before the call's own tensors, and the call."""
+def _saved_call(ctx: Any) -> tuple[Tensor, Tensor, Call]:
+    """Return output, reserve and the call."""
     saved = ctx.saved_tensors  # read once: a checkpoint recomputes at every reading
-    *before, batch_sizes, input, h_0, c_0 = saved[: -ctx.weights]
-    weights = list(saved[-ctx.weights :])
-    return before, _Call(input, batch_sizes, ctx.batch, h_0, c_0, weights, *ctx.config)
+    y, reserve, batch_sizes, lengths, resets, input, h_0, c_0, reset_h, reset_c, *weights = saved
+    call = Call(input, batch_sizes, ctx.batch, h_0, c_0, weights, *ctx.config)
+    cuts = {"lengths": lengths, "resets": resets, "reset_h": reset_h, "reset_c": reset_c}
+    return y, reserve, call._replace(**cuts)
 
 
 def _layer_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     if not ctx.keep:
         raise RuntimeError("ostinato::layer: backward needs a forward call with keep=True")
-    (y, reserve), call = _saved_call(ctx)
-    needs_input, _, _, needs_h_0, needs_c_0, needs_weights, *_ = ctx.needs_input_grad
-    wanted = [needs_input, needs_h_0, needs_c_0, *needs_weights]
-    grads = grads[:3]
+    y, reserve, call = _saved_call(ctx)
+    wanted: list[Any] = Call._make(ctx.needs_input_grad[:-2]).tensors()
+    # What was not asked for has no elements, and nor has its gradient.
+    grads = (*grads[:3], grads[3] if ctx.all_c else None)
+    found: Sequence[Tensor | None]
     if _is_beyond_engine(grads):
         found = _reference_gradients(call, grads, wanted)
     elif any(grad is not None for grad in grads):
-        dx, dh_0, dc_0, dw = torch.ops.ostinato.layer_backward(*grads, y, reserve, wanted, *call)
-        found = [g if want else None for g, want in zip((dx, dh_0, dc_0, *dw), wanted, strict=True)]
+        # A state that is absent has no gradient, but a place in the list.
+        wanted = [bool(want) for want in wanted]
+        grads_of = torch.ops.ostinato.layer_backward(*grads, y, reserve, wanted, *call)
+        found = [g if want else None for g, want in zip(grads_of, wanted, strict=True)]
     else:
         found = [None] * len(wanted)
-    dx, dh_0, dc_0, *dw = found
-    return dx, None, None, dh_0, dc_0, dw, None, None, None, None, None
+    dx, dh_0, dc_0, dreset_h, dreset_c, *dw = found
+    nothing = [None] * 4
+    return dx, None, None, dh_0, dc_0, dw, *nothing, None, None, dreset_h, dreset_c, None, None
 
 
 class _Short(torch.autograd.Function):
@@ -725,7 +671,7 @@ class _Short(torch.autograd.Function):
         output, h_n, c_n, reserve = found
         # One step of a GRU or an LSTM is differentiated without its output, which the caller may
         # then change in place, as with torch's cells.
-        reads_output = _GATES[cell] == 1 or not is_cell
+        reads_output = GATES[cell] == 1 or not is_cell
         ctx.save_for_backward(
             output if reads_output else None, reserve, batch_sizes, input, h_0, c_0, *weights
         )
@@ -747,7 +693,7 @@ class _Short(torch.autograd.Function):
         found: Any = None
         if not _is_beyond_engine((dy, dh_n, dc_n)):
             found = _core.tensors_backward(
-                _CELLS[cell],
+                CELLS[cell],
                 is_cell,
                 shape,
                 input,
@@ -766,7 +712,7 @@ class _Short(torch.autograd.Function):
                 _threads(),
             )
         if found is None:
-            call = _Call(
+            call = Call(
                 input,
                 batch_sizes,
                 0 if is_cell else _batch(input, batch_sizes, h_0, c_0),
@@ -777,7 +723,10 @@ class _Short(torch.autograd.Function):
                 has_biases,
                 shape[3] == 2,
             )
-            found = _reference_gradients(call, (dy, dh_n, dc_n), wanted, is_cell)
+            places = [*wanted[:3], False, False, *wanted[3:]]
+            grads = dy, dh_n, dc_n, None
+            dx, dh_0, dc_0, _, _, *dw = _reference_gradients(call, grads, places, is_cell)
+            found = dx, dh_0, dc_0, *dw
         return (None, None, *found)
 
 
@@ -792,7 +741,7 @@ def _is_beyond_engine(grads: Sequence[Tensor | None]) -> bool:
 
 
 def _reference_gradients(
-    call: _Call,
+    call: Call,
     grads: Sequence[Tensor | None],
     wanted: Sequence[bool],
     is_cell: bool = False,
@@ -801,8 +750,8 @@ def _reference_gradients(
 
     Args:
         call: of a layer, or with `is_cell` of a cell.
-        grads: of output, h_n and c_n.
-        wanted: whether input, h_0, c_0 and each weight needs a gradient.
+        grads: of output, h_n, c_n and c at every step.
+        wanted: whether each of `call.tensors()` needs a gradient.
         is_cell: whether input and states have no dimensions for steps and directions.
 
     Returns:
@@ -812,14 +761,16 @@ def _reference_gradients(
     with torch.enable_grad():
         # Aliases: these derivatives stop at this call's arguments, higher ones go on.
         primals: list[Any] = [None if t is None else t.view_as(t) for t in call.tensors()]
-        input, h_0, c_0, *weights = primals
-        arguments = call._replace(input=input, h_0=h_0, c_0=c_0, weights=weights)
+        input, h_0, c_0, reset_h, reset_c, *weights = primals
+        arguments = call._replace(
+            input=input, h_0=h_0, c_0=c_0, weights=weights, reset_h=reset_h, reset_c=reset_c
+        )
         results: Sequence[Tensor | None]
         if is_cell:
             results = _reference_cell(arguments)
         else:
-            _check(arguments)  # what hooks of saved tensors return need not be what was saved
-            results = _reference(arguments)
+            check(arguments)  # what hooks of saved tensors return need not be what was saved
+            results = _reference(arguments, grads[3] is not None)
         pairs = [
             (result, grad)
             for result, grad in zip(results, grads, strict=True)
@@ -842,16 +793,16 @@ def _reference_gradients(
     ]
 
 
-def _reference_cell(call: _Call) -> tuple[Tensor, None, Tensor | None]:
+def _reference_cell(call: Call) -> tuple[Tensor, None, Tensor | None, None]:
     """Run the reference on (B, I) or (I,) and (B, H) or (H,)."""
     lead = (1, 1) if call.input.dim() == 1 else (1,)
     h_0, c_0 = (None if t is None else t.reshape(*lead, *t.shape) for t in (call.h_0, call.c_0))
     input = call.input.reshape(*lead, *call.input.shape)
     layer_call = call._replace(input=input, batch=input.shape[1], h_0=h_0, c_0=c_0)
-    _check(layer_call)
-    output, _, c_n = _reference(layer_call)
+    check(layer_call)
+    output, _, c_n, _ = _reference(layer_call)
     shape = (*call.input.shape[:-1], output.shape[-1])
-    return output.reshape(shape), None, None if c_n is None else c_n.reshape(shape)
+    return output.reshape(shape), None, None if c_n is None else c_n.reshape(shape), None
 
 
 # ---- registration: one line per backend ----

@@ -242,20 +242,92 @@ def layer(
 
     Source: torch.nn.RNN, GRU and LSTM; packed rows as in torch.nn.utils.rnn.PackedSequence.
     """
+    return states(
+        cell,
+        input,
+        batch_sizes,
+        h_0,
+        c_0,
+        weights,
+        has_biases=has_biases,
+        bidirectional=bidirectional,
+    )[:3]
+
+
+def states(
+    cell: str,
+    input: Array,
+    batch_sizes: Iterable[int] | Array | None,
+    h_0: Array | None,
+    c_0: Array | None,
+    weights: Sequence[Array],
+    *,
+    has_biases: bool,
+    bidirectional: bool,
+    lengths: Array | None = None,
+    resets: Array | None = None,
+    reset_h: Array | None = None,
+    reset_c: Array | None = None,
+) -> tuple[Array, Array, Array | None, Array | None]:
+    """`layer` with rows that end early or begin anew, and with c at every step.
+
+    A row is cut before each step at which `resets` says so. Each piece is a sequence of its own in
+    both directions: where the walk of a direction enters a piece over a cut, the state is
+    reset_h and reset_c instead of what the walk brought. Past its length a row keeps its state,
+    and its output is zero.
+
+    Args:
+        cell: as in `layer`, like all others up to `bidirectional`.
+        input: likewise.
+        batch_sizes: likewise.
+        h_0: likewise.
+        c_0: likewise.
+        weights: likewise.
+        has_biases: likewise.
+        bidirectional: likewise.
+        lengths: (B,), steps of each row of a padded batch, or None.
+        resets: (T, B) or packed (N,), bool, or None.
+        reset_h: (D, B, O), or None for zeros.
+        reset_c: (D, B, H), or None for zeros; LSTM only.
+
+    Returns:
+        output, h_n and c_n as in `layer`, and c at every step, (T, B, D * H) or (N, D * H), zero
+        past a row's end, or None where the cell is no LSTM.
+
+    Raises:
+        ValueError: as in `layer`.
+
+    Example:
+        >>> import numpy
+        >>> weights = [numpy.ones((1, 1)), numpy.ones((1, 1))]
+        >>> output, h_n, _, _ = states(
+        ...     "rnn_relu", numpy.ones((4, 1, 1)), None, None, None, weights, has_biases=False,
+        ...     bidirectional=False, resets=numpy.array([[False], [False], [True], [False]]))
+        >>> output.ravel().tolist()
+        [1.0, 2.0, 1.0, 2.0]
+
+    Source: torch.nn.RNN, GRU and LSTM.
+    """
     xp = namespace(input)
     rows, sizes, batch = _packed(input, batch_sizes, h_0 if h_0 is not None else c_0)
-    outputs, ends = [], []
+    flags = None if resets is None else resets.reshape((rows.shape[0],))
+    outputs, cells, ends = [], [], []
     for d, weight in enumerate(_directions(cell, weights, has_biases, bidirectional)):
         state = _initial(cell, weight, batch, h_0, c_0, d)
-        output, state = _walk(cell, weight, rows, sizes, state, reverse=d == 1)
-        outputs.append(output)
+        anew = _initial(cell, weight, batch, reset_h, reset_c, d)
+        cuts = _Cuts(lengths, flags, anew)
+        found, state = _walk(cell, weight, rows, sizes, state, cuts, reverse=d == 1)
+        outputs.append(found[0])
+        cells.append(found[-1])
         ends.append(state)
     output = xp.concatenate(outputs, -1)  # (N, D * O)
+    all_c = xp.concatenate(cells, -1) if cell == "lstm" else None  # (N, D * H)
     if batch_sizes is None:
         output = output.reshape((len(sizes), batch, output.shape[-1]))
+        all_c = None if all_c is None else all_c.reshape((len(sizes), batch, all_c.shape[-1]))
     h_n = xp.stack([end[0] for end in ends])
     c_n = xp.stack([end[1] for end in ends]) if cell == "lstm" else None
-    return output, h_n, c_n
+    return output, h_n, c_n, all_c
 
 
 class _Weights(NamedTuple):
@@ -266,6 +338,14 @@ class _Weights(NamedTuple):
     bias_ih: Array | None  # (G * H,)
     bias_hh: Array | None
     hr: Array | None  # (O, H)
+
+
+class _Cuts(NamedTuple):
+    """Where the rows of one direction end early or begin anew."""
+
+    lengths: Array | None  # (B,)
+    resets: Array | None  # (N,)
+    state: _State  # of a row that begins anew
 
 
 def _gates(a: Array, count: int) -> list[Array]:
@@ -353,28 +433,58 @@ _STEPS: dict[str, _Step] = {
 
 
 def _walk(
-    cell: str, weight: _Weights, rows: Array, sizes: list[int], state: _State, *, reverse: bool
-) -> tuple[Array, _State]:
+    cell: str,
+    weight: _Weights,
+    rows: Array,
+    sizes: list[int],
+    state: _State,
+    cuts: _Cuts,
+    *,
+    reverse: bool,
+) -> tuple[_State, _State]:
     """Drive the cell along the packed rows (equations 31-33).
 
     Returns:
-        The packed output (N, O) and the last state.
+        The packed states of all steps, (N, O) and for LSTM (N, H), and the last ones.
     """
     xp = namespace(rows)
     step = _STEPS[cell]
     starts = list(accumulate(sizes, initial=0))
     gates_x = _linear(rows, weight.ih, weight.bias_ih)  # (N, G * H)
-    output = []
+    visited = []
     times = range(len(sizes))
     for t in reversed(times) if reverse else times:
         n = sizes[t]
+        # Forward a reset lies before its step, in reverse behind the step before it.
+        entered = t + 1 if reverse else t
+        if cuts.resets is not None and entered < len(sizes):
+            state = _begin_anew(xp, cuts, state, entered, starts[entered], sizes[entered])
         active = tuple(s[:n] for s in state)
         gates_h = _linear(active[0], weight.hh, weight.bias_hh)  # (n, G * H)
-        active = step(gates_x[starts[t] : starts[t] + n], gates_h, active, weight.hr)
-        output.append(active[0])
+        after = step(gates_x[starts[t] : starts[t] + n], gates_h, active, weight.hr)
+        shown = after
+        if cuts.lengths is not None:
+            lives = (cuts.lengths[:n] > t)[:, None]
+            after = tuple(xp.where(lives, a, s) for a, s in zip(after, active, strict=True))
+            shown = tuple(xp.where(lives, a, xp.zeros_like(a)) for a in after)
+        visited.append(shown)
         # Rows past n have ended (forward) or not begun (reverse): they keep their state.
-        state = tuple(xp.concatenate([a, s[n:]]) for a, s in zip(active, state, strict=True))
+        state = tuple(xp.concatenate([a, s[n:]]) for a, s in zip(after, state, strict=True))
     if reverse:
-        output.reverse()
+        visited.reverse()
     # The empty last piece is what T = 0 has to show.
-    return xp.concatenate([*output, state[0][:0]]), state
+    steps = zip(*visited, tuple(s[:0] for s in state), strict=True)
+    return tuple(xp.concatenate(list(pieces)) for pieces in steps), state
+
+
+def _begin_anew(xp: Any, cuts: _Cuts, state: _State, t: int, start: int, n: int) -> _State:
+    """Replace the states of the rows that are cut between t - 1 and t."""
+    assert cuts.resets is not None
+    flags = cuts.resets[start : start + n]  # (n,)
+    if cuts.lengths is not None:
+        flags = flags & (cuts.lengths[:n] > t)
+    cut = flags[:, None]
+    return tuple(
+        xp.concatenate([xp.where(cut, new[:n], s[:n]), s[n:]])
+        for new, s in zip(cuts.state, state, strict=True)
+    )

@@ -1,0 +1,272 @@
+"""One call of a layer: its arguments, its sizes, and every check in front of a kernel.
+
+Legend: T steps, B batch, N packed rows, I input, H hidden, O output of a step (proj_size, or H),
+D directions.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from ostinato import _core
+
+# The engine's number of each cell (csrc/cpu/engine.h) and its gates.
+CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}
+GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
+# The engine's number of each dtype, likewise. The last two are computed in float32.
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+# What the engine keeps for backward: values per unit and row, units padded to a multiple
+# (csrc/cpu/engine.h, saved_of and padded). The fake kernel cannot ask it, since sizes are symbols.
+SAVED = {"rnn_tanh": 0, "rnn_relu": 0, "gru": 4, "lstm": 5}
+PAD = 16
+
+
+class Call(NamedTuple):
+    """The arguments that both operators share, in the order of their schemas."""
+
+    input: Tensor
+    batch_sizes: Tensor | None
+    batch: int
+    h_0: Tensor | None
+    c_0: Tensor | None
+    weights: list[Tensor]
+    cell: str
+    has_biases: bool
+    bidirectional: bool
+    recompute: bool = False
+    lengths: Tensor | None = None
+    resets: Tensor | None = None
+    reset_h: Tensor | None = None
+    reset_c: Tensor | None = None
+
+    def tensors(self) -> list[Tensor | None]:
+        """Return what can have a gradient: input, four states, then the weights."""
+        return [self.input, self.h_0, self.c_0, self.reset_h, self.reset_c, *self.weights]
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether rows end early or begin anew."""
+        return self.lengths is not None or self.resets is not None
+
+
+class Sizes(NamedTuple):
+    """Sizes of one layer, in the engine's order."""
+
+    steps: int
+    rows: int
+    batch: int
+    input: int
+    hidden: int
+    projection: int  # 0 where there is none
+    directions: int
+
+    @property
+    def output(self) -> int:
+        """O, the size of a step's output."""
+        return self.projection or self.hidden
+
+
+def require_tensor(name: str, value: object) -> None:
+    """Refuse an argument that is no tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
+def check(call: Call, values: bool = True) -> Sizes:
+    """Check shapes, dtypes and devices of everything; return the sizes.
+
+    The values of batch_sizes are checked too, unless they are those of a fake tensor.
+    """
+    input, batch_sizes, batch, h_0, c_0, weights, cell, has_biases, bidirectional, *_ = call
+    gates = GATES.get(cell)
+    if gates is None:
+        raise ValueError(f"cell: expected one of {', '.join(GATES)}, got {cell!r}")
+    if input.dim() != (3 if batch_sizes is None else 2):
+        expected = "3D" if batch_sizes is None else "2D (packed)"
+        raise RuntimeError(f"input: expected {expected}, got {input.dim()}D")
+    if not (input.is_floating_point() or input.is_complex()):
+        raise ValueError(f"input: expected a floating or complex dtype, got {input.dtype}")
+    if input.layout is not torch.strided:
+        raise RuntimeError(f"input: expected a strided tensor, got layout {input.layout}")
+    if batch_sizes is None and batch != input.shape[1]:
+        raise RuntimeError(f"batch: expected {input.shape[1]}, the batch of input, got {batch}")
+    directions = 2 if bidirectional else 1
+    count, rest = divmod(len(weights), directions)
+    plain = 4 if has_biases else 2
+    projected = cell == "lstm" and count == plain + 1
+    if rest or not (count == plain or projected):
+        raise RuntimeError(
+            f"weights: expected {plain} per direction for {cell}, got {len(weights)} in all"
+        )
+    weight_hh = weights[1]
+    if weight_hh.dim() != 2:
+        raise RuntimeError(f"weight_hh: expected 2D, got {weight_hh.dim()}D")
+    rows_hh, output = weight_hh.shape
+    hidden = rows_hh // gates
+    if rows_hh != gates * hidden or (not projected and output != hidden):
+        columns = "proj_size" if projected else "hidden_size"
+        raise RuntimeError(
+            f"weight_hh: expected shape ({gates} * hidden_size, {columns}), "
+            f"got {tuple(weight_hh.shape)}"
+        )
+    layout: list[tuple[str, tuple[int, ...]]] = [
+        ("weight_ih", (rows_hh, input.shape[-1])),
+        ("weight_hh", (rows_hh, output)),
+    ]
+    if has_biases:
+        layout += [("bias_ih", (rows_hh,)), ("bias_hh", (rows_hh,))]
+    if projected:
+        layout.append(("weight_hr", (output, hidden)))
+    for index, weight in enumerate(weights):
+        name, shape = layout[index % count]
+        if not _fits(weight, shape, input):
+            _refuse(name + "_reverse" * (index // count), weight, shape, input)
+    if h_0 is not None and not _fits(h_0, (directions, batch, output), input):
+        _refuse("h_0", h_0, (directions, batch, output), input)
+    if c_0 is not None:
+        if cell != "lstm":
+            raise RuntimeError(f"c_0: expected None for {cell}")
+        if not _fits(c_0, (directions, batch, hidden), input):
+            _refuse("c_0", c_0, (directions, batch, hidden), input)
+    if batch_sizes is None:
+        steps, rows = input.shape[0], input.shape[0] * batch
+    else:
+        check_batch_sizes_form(batch_sizes)
+        steps, rows = len(batch_sizes), input.shape[0]
+        if values:
+            _check_batch_sizes(batch_sizes.tolist(), batch, rows)
+    _check_cuts(call, (directions, batch, output), (directions, batch, hidden), values)
+    return Sizes(
+        steps, rows, batch, input.shape[-1], hidden, output if projected else 0, directions
+    )
+
+
+def _check_cuts(
+    call: Call, shape_h: tuple[int, ...], shape_c: tuple[int, ...], values: bool
+) -> None:
+    """Check lengths, resets and the states that resets bring."""
+    input, lengths, resets = call.input, call.lengths, call.resets
+    if lengths is not None:
+        if call.batch_sizes is not None:
+            raise RuntimeError("lengths: expected None for packed input, which has its own")
+        _check_form("lengths", lengths, (call.batch,), torch.int64, torch.device("cpu"))
+        if values:
+            check_lengths(lengths, input.shape[0])
+    if resets is not None:
+        _check_form("resets", resets, tuple(input.shape[:-1]), torch.bool, input.device)
+    for name, state, shape in (
+        ("reset_h", call.reset_h, shape_h),
+        ("reset_c", call.reset_c, shape_c),
+    ):
+        if state is None:
+            continue
+        if resets is None:
+            raise RuntimeError(f"{name}: expected None without resets")
+        if name == "reset_c" and call.cell != "lstm":
+            raise RuntimeError(f"reset_c: expected None for {call.cell}")
+        if not _fits(state, shape, input):
+            _refuse(name, state, shape, input)
+
+
+def _check_form(
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    require_tensor(name, tensor)
+    if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
+        raise RuntimeError(
+            f"{name}: expected shape {shape} of {dtype} on {device}, "
+            f"got {tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
+        )
+
+
+def check_lengths(lengths: Tensor, steps: int) -> None:
+    """Refuse lengths that no row of so many steps can have."""
+    wrong = [n for n in lengths.tolist() if not 0 <= n <= steps]
+    if wrong:
+        raise ValueError(f"lengths: expected numbers from 0 to {steps}, the steps, got {wrong[0]}")
+
+
+def _fits(tensor: Tensor, shape: tuple[int, ...], input: Tensor) -> bool:
+    return (
+        tensor.shape == shape
+        and tensor.dtype == input.dtype
+        and tensor.device == input.device
+        and tensor.layout is torch.strided
+    )
+
+
+def _refuse(name: str, tensor: Tensor, shape: tuple[int, ...], input: Tensor) -> NoReturn:
+    """Raise for the first of shape, dtype, device and layout that does not fit."""
+    if tensor.shape != shape:
+        raise RuntimeError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.dtype != input.dtype:
+        raise ValueError(f"{name}: expected the dtype of input, {input.dtype}, got {tensor.dtype}")
+    if tensor.device != input.device:
+        raise RuntimeError(
+            f"{name}: expected the device of input, {input.device}, got {tensor.device}"
+        )
+    raise RuntimeError(f"{name}: expected a strided tensor, got layout {tensor.layout}")
+
+
+def check_batch_sizes_form(batch_sizes: Tensor) -> None:
+    """Refuse batch_sizes of another type than a packed batch has."""
+    require_tensor("batch_sizes", batch_sizes)
+    if (
+        batch_sizes.dim() != 1
+        or batch_sizes.dtype != torch.int64
+        or batch_sizes.device.type != "cpu"
+    ):
+        raise RuntimeError(
+            "batch_sizes: expected a 1D int64 tensor on the CPU, "
+            f"got {batch_sizes.dim()}D {batch_sizes.dtype} on {batch_sizes.device}"
+        )
+
+
+def _check_batch_sizes(sizes: list[int], batch: int, rows: int) -> None:
+    """Refuse what would make the engine leave its arrays."""
+    if any(a < b for a, b in itertools.pairwise([batch, *sizes, 0])):
+        raise ValueError(
+            f"batch_sizes: expected sizes that fall from at most {batch} to at least 0, got {sizes}"
+        )
+    if sum(sizes) != rows:
+        raise ValueError(
+            f"batch_sizes: expected a sum of {rows}, the rows of input, got {sum(sizes)}"
+        )
+
+
+def check_backward(
+    call: Call,
+    sizes: Sizes,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    output: Tensor,
+    reserve: Tensor,
+    wanted: list[bool],
+) -> None:
+    """Check what backward takes beyond forward's arguments."""
+    input = call.input
+    shape = (*input.shape[:-1], sizes.directions * sizes.output)
+    state = (sizes.directions, sizes.batch, sizes.output)
+    cell_state = (sizes.directions, sizes.batch, sizes.hidden)
+    cells = (*input.shape[:-1], sizes.directions * sizes.hidden)
+    for name, tensor, expected in (
+        ("output", output, shape),
+        ("grad_output", grads[0], shape),
+        ("grad_h_n", grads[1], state),
+        ("grad_c_n", grads[2] if call.cell == "lstm" else None, cell_state),
+        ("grad_cells", grads[3] if call.cell == "lstm" else None, cells),
+    ):
+        if tensor is not None and not _fits(tensor, expected, input):
+            _refuse(name, tensor, expected, input)
+    dtype = DTYPES[input.dtype]
+    needed = _core.reserve_bytes(CELLS[call.cell], dtype, sizes, call.recompute)
+    if reserve.dtype != torch.uint8 or reserve.numel() != needed or not reserve.is_contiguous():
+        raise RuntimeError(
+            f"reserve: expected the {needed} bytes of ostinato::layer with keep=True, "
+            f"got {reserve.numel()} of {reserve.dtype}"
+        )
+    if len(wanted) != len(call.tensors()):
+        raise RuntimeError(f"wanted: expected {len(call.tensors())} flags, got {len(wanted)}")
