@@ -13,7 +13,7 @@ namespace {
 // Calls body(first, last) on parts of [0, count), in several threads where that many bytes are worth it.
 template <class Body>
 void in_parts(int64_t count, int64_t bytes_each, int threads, const Body& body) {
-    constexpr int64_t kWorthATeam = 1 << 20;
+    constexpr int64_t kWorthATeam = 1 << 18;
     Team team(count * bytes_each < kWorthATeam ? 1 : threads);
     const int64_t parts = team.members() == 1 ? 1 : 4 * team.members();
     team.run(parts, [&](int64_t part, int) { body(part * count / parts, (part + 1) * count / parts); });

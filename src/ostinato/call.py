@@ -154,7 +154,7 @@ def _check_cuts(
         if call.batch_sizes is not None:
             raise RuntimeError("lengths: expected None for packed input, which has its own")
         _check_form("lengths", lengths, (call.batch,), torch.int64, torch.device("cpu"))
-        if values:
+        if values and not is_wrapped(lengths):
             check_lengths(lengths, input.shape[0])
     if resets is not None:
         _check_form("resets", resets, tuple(input.shape[:-1]), torch.bool, input.device)
@@ -181,6 +181,11 @@ def _check_form(
             f"{name}: expected shape {shape} of {dtype} on {device}, "
             f"got {tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
         )
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a transform of torch.func holds the tensor, so that it has no numbers to look at."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def check_lengths(lengths: Tensor, steps: int) -> None:

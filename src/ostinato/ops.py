@@ -444,7 +444,15 @@ def _threads() -> int:
 
 
 def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    if tensor is None:
+        return 0
+    address = tensor.data_ptr()
+    if not address and tensor.numel():
+        raise RuntimeError(
+            f"expected memory behind a tensor of shape {tuple(tensor.shape)}, "
+            "got none: its storage was freed"
+        )
+    return address
 
 
 def _addresses(weights: Sequence[Tensor | None], sizes: Sizes, has_biases: bool) -> list[int]:

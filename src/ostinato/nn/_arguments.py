@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def state_pair(kind: str, hx: Any) -> tuple[Tensor | None, Tensor | None]:
+def state_pair(kind: str, hx: Any, name: str = "hx") -> tuple[Tensor | None, Tensor | None]:
     """Return h and c of an LSTM's hx: None, or two tensors in a tuple, a list or one stack."""
     if hx is None:
         return None, None
@@ -17,14 +17,14 @@ def state_pair(kind: str, hx: Any) -> tuple[Tensor | None, Tensor | None]:
         # torch indexes hx, so a stack of both states has always worked for unbatched input.
         hx = hx.unbind(0)
     if not isinstance(hx, (tuple, list)):
-        reject_type(kind, "hx", "a tuple or list of two Tensors (h_0, c_0), or None", hx)
+        reject_type(kind, name, "a tuple or list of two Tensors (h_0, c_0), or None", hx)
     if len(hx) != 2:
-        raise RuntimeError(f"{kind}: expected hx to hold two states (h_0, c_0), got {len(hx)}")
+        raise RuntimeError(f"{kind}: expected {name} to hold two states (h_0, c_0), got {len(hx)}")
     h, c = hx
     if not isinstance(h, Tensor):
-        reject_type(kind, "hx[0]", "a Tensor", h)
+        reject_type(kind, f"{name}[0]", "a Tensor", h)
     if not isinstance(c, Tensor):
-        reject_type(kind, "hx[1]", "a Tensor", c)
+        reject_type(kind, f"{name}[1]", "a Tensor", c)
     return h, c
 
 

@@ -7,6 +7,7 @@ Legend: T steps, B batch, N packed rows, I input_size, H hidden_size, O size of 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
@@ -24,8 +25,16 @@ from ostinato.nn._arguments import (
     state_pair,
     without_autocast,
 )
+from ostinato.nn._cuts import Cuts, padded_lengths, reset_states, resets_of
 
-_Run = tuple[Tensor, Tensor, Tensor | None]
+# Output, h_n, c_n and, if asked for, h and c at every step.
+_Run = tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]
+
+
+def _per_layer(state: Tensor | None, layers: int) -> Sequence[Tensor | None]:
+    """Cut a state into those of the layers."""
+    # Slicing costs microseconds that a single layer need not pay.
+    return (state,) * layers if state is None or layers == 1 else state.chunk(layers)
 
 
 class _Layers(torch.nn.RNNBase):
@@ -72,10 +81,22 @@ class _Layers(torch.nn.RNNBase):
         ]
         self.flatten_parameters()
 
-    def forward(self, input: Any, hx: Any = None) -> Any:
+    def forward(
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        lengths: Any = None,
+        resets: Any = None,
+        reset_to: Any = None,
+        return_all_states: bool = False,
+    ) -> Any:
         """Check the arguments in torch's order, bring them to (T, B, I), and run the layers."""
+        cuts = None
+        if lengths is not None or resets is not None or reset_to is not None or return_all_states:
+            cuts = self._cuts(input, lengths, resets, reset_to, return_all_states)
         if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx)
+            return self._forward_packed(input, hx, cuts)
         if not isinstance(input, Tensor):
             reject_type(self._kind, "input", "a Tensor or a PackedSequence", input)
         dim = input.dim()
@@ -92,23 +113,54 @@ class _Layers(torch.nn.RNNBase):
             # One sequence is a batch of one; batch_first says nothing about it.
             h_0 = None if h_0 is None else h_0.unsqueeze(1)
             c_0 = None if c_0 is None else c_0.unsqueeze(1)
-            output, h_n, c_n = self._run(input.unsqueeze(1), None, None, h_0, c_0)
+            output, h_n, c_n, states = self._run(input.unsqueeze(1), None, None, h_0, c_0, cuts)
             c_n = None if c_n is None else c_n.squeeze(1)
-            return self._result(output.squeeze(1), h_n.squeeze(1), c_n)
+            states = tuple(state.squeeze(2) for state in states)
+            return self._result(output.squeeze(1), h_n.squeeze(1), c_n, states)
         if self.batch_first:
-            output, h_n, c_n = self._run(input.transpose(0, 1), None, None, h_0, c_0)
-            return self._result(output.transpose(0, 1), h_n, c_n)
-        return self._result(*self._run(input, None, None, h_0, c_0))
+            found = self._run(input.transpose(0, 1), None, None, h_0, c_0, cuts)
+            return self._result(found[0].transpose(0, 1), *found[1:])
+        return self._result(*self._run(input, None, None, h_0, c_0, cuts))
 
-    def _forward_packed(self, input: PackedSequence, hx: Any) -> Any:
+    def _cuts(
+        self, input: Any, lengths: Any, resets: Any, reset_to: Any, return_all_states: bool
+    ) -> Cuts | None:
+        """Check what cuts the rows; None where forward is to say first what is wrong with input."""
+        kind = self._kind
+        data = input.data if isinstance(input, PackedSequence) else input
+        if not isinstance(data, Tensor) or data.dim() not in (2, 3):
+            return None
+        if isinstance(input, PackedSequence):
+            if lengths is not None:
+                raise ValueError(f"{kind}: lengths must be None where input is packed: it has them")
+            steps, batch = 0, int(input.batch_sizes[0]) if len(input.batch_sizes) else 0
+        elif data.dim() == 2:
+            steps, batch = data.size(0), 1
+        else:
+            batch, steps = data.shape[:2] if self.batch_first else (data.size(1), data.size(0))
+        lengths = padded_lengths(kind, lengths, steps, batch, data.dim() == 3)
+        resets = resets_of(kind, resets, input, tuple(data.shape[:-1]))
+        if resets is not None and not isinstance(input, PackedSequence):
+            if data.dim() == 2:
+                resets = resets.unsqueeze(1)
+            elif self.batch_first:
+                resets = resets.transpose(0, 1)
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        shapes = [(rows, self.proj_size or self.hidden_size)]
+        if self._kind == "LSTM":
+            shapes.append((rows, self.hidden_size))
+        states = reset_states(kind, reset_to, resets, batch, tuple(shapes), data)
+        return Cuts(lengths, resets, *states, return_all_states)
+
+    def _forward_packed(self, input: PackedSequence, hx: Any, cuts: Cuts | None) -> Any:
         data, batch_sizes, sorted_indices, unsorted_indices = input
         h_0, c_0 = self._states(hx)
-        output, h_n, c_n = self._run(data, batch_sizes, sorted_indices, h_0, c_0)
+        output, h_n, c_n, states = self._run(data, batch_sizes, sorted_indices, h_0, c_0, cuts)
         if unsorted_indices is not None:
             h_n = h_n.index_select(1, unsorted_indices)
             c_n = None if c_n is None else c_n.index_select(1, unsorted_indices)
         packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
-        return self._result(packed, h_n, c_n)
+        return self._result(packed, h_n, c_n, states)
 
     def _states(self, hx: Any) -> tuple[Tensor | None, Tensor | None]:
         """Return (h_0, c_0) of what the caller gave as `hx`."""
@@ -116,8 +168,10 @@ class _Layers(torch.nn.RNNBase):
             reject_type(self._kind, "hx", "a Tensor or None", hx)
         return hx, None
 
-    def _result(self, output: Any, h_n: Tensor, c_n: Tensor | None) -> Any:
-        return output, h_n
+    def _result(
+        self, output: Any, h_n: Tensor, c_n: Tensor | None, states: tuple[Tensor, ...]
+    ) -> Any:
+        return (output, h_n, states[0]) if states else (output, h_n)
 
     def _run(
         self,
@@ -126,6 +180,7 @@ class _Layers(torch.nn.RNNBase):
         sorted_indices: Tensor | None,
         h_0: Tensor | None,
         c_0: Tensor | None,
+        cuts: Cuts | None = None,
     ) -> _Run:
         """Check dtypes and sizes, then walk through the layers.
 
@@ -135,12 +190,14 @@ class _Layers(torch.nn.RNNBase):
             sorted_indices: which of the caller's rows each packed row is, or None.
             h_0: (L * D, B, O) in the caller's order of rows, or None.
             c_0: (L * D, B, H) likewise, or None.
+            cuts: where rows end early or begin anew, likewise, or None.
 
         Returns:
-            output (T, B, D * O) or (N, D * O), h_n and c_n in the packed order of rows.
+            output (T, B, D * O) or (N, D * O), h_n and c_n in the packed order of rows; and the
+            states of all steps, if cuts ask for them.
         """
         weights = self._weights()
-        if self.num_layers == 1 and (sorted_indices is None or h_0 is None):
+        if cuts is None and self.num_layers == 1 and (sorted_indices is None or h_0 is None):
             found = ops.short(
                 self.mode.lower(),
                 self._shape(),
@@ -153,7 +210,7 @@ class _Layers(torch.nn.RNNBase):
                 self.memory == "recompute",
             )
             if found is not None:
-                return found
+                return *found, ()
         autocast = torch._C._is_any_autocast_enabled()
         if autocast:
             input, h_0, c_0 = cast(weights[0].dtype, input, h_0, c_0)
@@ -165,10 +222,14 @@ class _Layers(torch.nn.RNNBase):
         if sorted_indices is not None and h_0 is not None:
             h_0 = h_0.index_select(1, sorted_indices)
             c_0 = None if c_0 is None else c_0.index_select(1, sorted_indices)
+        if cuts is not None and sorted_indices is not None:
+            cuts = cuts.each_state(lambda state: state.index_select(1, sorted_indices))
         if not autocast:
-            return self._walk(input, batch_sizes, h_0, c_0, weights)
+            return self._walk(input, batch_sizes, h_0, c_0, weights, cuts)
+        if cuts is not None:
+            cuts = cuts.each_state(lambda state: state.to(weights[0].dtype))
         with without_autocast(input):
-            return self._walk(input, batch_sizes, h_0, c_0, weights)
+            return self._walk(input, batch_sizes, h_0, c_0, weights, cuts)
 
     def _shape(self) -> ops.Shape:
         directions = 2 if self.bidirectional else 1
@@ -251,35 +312,55 @@ class _Layers(torch.nn.RNNBase):
         h_0: Tensor | None,
         c_0: Tensor | None,
         weights: list[Tensor],
+        cuts: Cuts | None,
     ) -> _Run:
         """Run the layers one after the other, with dropout between them."""
         layers = self.num_layers
         width = len(weights) // layers
-        # Slicing costs microseconds that a single layer need not pay.
-        h_in = (h_0,) * layers if h_0 is None or layers == 1 else h_0.chunk(layers)
-        c_in = (c_0,) * layers if c_0 is None or layers == 1 else c_0.chunk(layers)
+        h_in, c_in = _per_layer(h_0, layers), _per_layer(c_0, layers)
         h_out: list[Tensor] = []
         c_out: list[Tensor] = []
+        h_all: list[Tensor] = []
+        c_all: list[Tensor] = []
         for k in range(layers):
             if k and self.dropout and self.training:
                 input = torch.dropout(input, self.dropout, True)
-            input, h_n, c_n = ops.layer(
-                self.mode.lower(),
-                input,
-                batch_sizes,
-                h_in[k],
-                c_in[k],
-                weights[k * width : (k + 1) * width],
-                has_biases=self.bias,
-                bidirectional=self.bidirectional,
-                recompute=self.memory == "recompute",
-            )
+            arguments = input, batch_sizes, h_in[k], c_in[k], weights[k * width : (k + 1) * width]
+            options: dict[str, Any] = {
+                "has_biases": self.bias,
+                "bidirectional": self.bidirectional,
+                "recompute": self.memory == "recompute",
+            }
+            if cuts is None:
+                input, h_n, c_n = ops.layer(self.mode.lower(), *arguments, **options)
+            else:
+                input, h_n, c_n, cells = ops.cut_layer(
+                    self.mode.lower(),
+                    *arguments,
+                    **options,
+                    lengths=cuts.lengths,
+                    resets=cuts.resets,
+                    reset_h=_per_layer(cuts.reset_h, layers)[k],
+                    reset_c=_per_layer(cuts.reset_c, layers)[k],
+                    all_c=cuts.all_states,
+                )
+                if cuts.all_states:
+                    h_all.append(self._directions_first(input))
+                    if cells is not None:
+                        c_all.append(self._directions_first(cells))
             h_out.append(h_n)
             if c_n is not None:
                 c_out.append(c_n)
+        states = tuple(torch.cat(found) for found in (h_all, c_all) if found)
         if layers == 1:
-            return input, h_n, c_n
-        return input, torch.cat(h_out), torch.cat(c_out) if c_out else None
+            return input, h_n, c_n, states
+        return input, torch.cat(h_out), torch.cat(c_out) if c_out else None, states
+
+    def _directions_first(self, output: Tensor) -> Tensor:
+        """Bring (T, B, D * O) to (D, T, B, O), or (N, D * O) to (D, N, O)."""
+        if not self.bidirectional:
+            return output.unsqueeze(0)
+        return torch.stack(output.chunk(2, -1))
 
 
 class RNN(_Layers):
@@ -301,16 +382,26 @@ class RNN(_Layers):
         memory: "keep", or "recompute" to keep no gates for backward, which then computes them
             again: the same gradients bit for bit, in about 4/3 of the time.
 
-    `forward(input, hx=None)` takes
+    `forward(input, hx=None, *, lengths=None, resets=None, reset_to=None, return_all_states=False)`
+    takes
 
     - input: (T, B, I), (B, T, I) with batch_first, (T, I) for one sequence, or a PackedSequence.
     - hx: h_0, (L * D, B, H), or (L * D, H) for one sequence; None means zeros.
+    - lengths: (B,), steps of each row, unsorted, from 0 to T: a tensor on any device or a list.
+      Past its end a row's output is zero; h_n is its last state; the reverse direction starts
+      there.
+    - resets: bool, (T, B) in the layout of `input`: a row begins anew before this step.
+    - reset_to: shaped as hx, or (L * D, H) for all rows: the state with which it does; None means
+      zeros.
+    - return_all_states: whether to return h of every layer and step as well.
 
     and computes in the dtype of the weights under torch.autocast.
 
     Returns:
         From `forward`: output, (T, B, D * H) in the layout of `input`, and h_n, shaped as h_0 in
         the order layer 0, layer 0 reverse, layer 1, ... No steps: an empty output and h_n = h_0.
+        With return_all_states h of all steps as a third, (L * D, T, B, H), or (L * D, N, H) in the
+        order of packed input.
 
     Raises:
         TypeError: an argument of another Python type.
@@ -389,16 +480,26 @@ class GRU(_Layers):
         memory: "keep", or "recompute" to keep no gates for backward, which then computes them
             again: the same gradients bit for bit, in about 4/3 of the time.
 
-    `forward(input, hx=None)` takes
+    `forward(input, hx=None, *, lengths=None, resets=None, reset_to=None, return_all_states=False)`
+    takes
 
     - input: (T, B, I), (B, T, I) with batch_first, (T, I) for one sequence, or a PackedSequence.
     - hx: h_0, (L * D, B, H), or (L * D, H) for one sequence; None means zeros.
+    - lengths: (B,), steps of each row, unsorted, from 0 to T: a tensor on any device or a list.
+      Past its end a row's output is zero; h_n is its last state; the reverse direction starts
+      there.
+    - resets: bool, (T, B) in the layout of `input`: a row begins anew before this step.
+    - reset_to: shaped as hx, or (L * D, H) for all rows: the state with which it does; None means
+      zeros.
+    - return_all_states: whether to return h of every layer and step as well.
 
     and computes in the dtype of the weights under torch.autocast.
 
     Returns:
         From `forward`: output, (T, B, D * H) in the layout of `input`, and h_n, shaped as h_0 in
         the order layer 0, layer 0 reverse, layer 1, ... No steps: an empty output and h_n = h_0.
+        With return_all_states h of all steps as a third, (L * D, T, B, H), or (L * D, N, H) in the
+        order of packed input.
 
     Raises:
         TypeError: an argument of another Python type.
@@ -467,18 +568,27 @@ class LSTM(_Layers):
         memory: "keep", or "recompute" to keep no gates for backward, which then computes them
             again: the same gradients bit for bit, in about 4/3 of the time.
 
-    `forward(input, hx=None)` takes
+    `forward(input, hx=None, *, lengths=None, resets=None, reset_to=None, return_all_states=False)`
+    takes
 
     - input: (T, B, I), (B, T, I) with batch_first, (T, I) for one sequence, or a PackedSequence.
     - hx: (h_0, c_0) as a tuple or a list, (L * D, B, O) and (L * D, B, H), without B for one
       sequence; None means zeros.
+    - lengths: (B,), steps of each row, unsorted, from 0 to T: a tensor on any device or a list.
+      Past its end a row's output is zero; h_n is its last state; the reverse direction starts
+      there.
+    - resets: bool, (T, B) in the layout of `input`: a row begins anew before this step.
+    - reset_to: shaped as hx, or (L * D, O) and (L * D, H) for all rows: the states with which it
+      does; None means zeros.
+    - return_all_states: whether to return h and c of every layer and step as well.
 
     and computes in the dtype of the weights under torch.autocast.
 
     Returns:
         From `forward`: output, (T, B, D * O) in the layout of `input`, and (h_n, c_n), shaped as
         h_0 and c_0 in the order layer 0, layer 0 reverse, layer 1, ... No steps: an empty output
-        and the initial states.
+        and the initial states. With return_all_states (h, c) of all steps as a third,
+        (L * D, T, B, O) and (L * D, T, B, H), or with N for T and B in the order of packed input.
 
     Raises:
         TypeError: an argument of another Python type.
@@ -532,8 +642,10 @@ class LSTM(_Layers):
     def _states(self, hx: Any) -> tuple[Tensor | None, Tensor | None]:
         return state_pair(self._kind, hx)
 
-    def _result(self, output: Any, h_n: Tensor, c_n: Tensor | None) -> Any:
-        return output, (h_n, c_n)
+    def _result(
+        self, output: Any, h_n: Tensor, c_n: Tensor | None, states: tuple[Tensor, ...]
+    ) -> Any:
+        return (output, (h_n, c_n), states) if states else (output, (h_n, c_n))
 
     def _reject_dims(self, dim: int, h_0: Tensor | None, c_0: Tensor | None) -> NoReturn:
         assert h_0 is not None
