@@ -48,6 +48,16 @@ except ImportError as error:
     assert python(code) == "ostinato.nn needs PyTorch: pip install ostinato[torch]"
 
 
+def test_without_torch_a_function_names_the_extra_too():
+    code = f"""{WITHOUT_TORCH}
+try:
+    from ostinato import replace
+except ImportError as error:
+    print(error)
+"""
+    assert python(code) == "ostinato.replace needs PyTorch: pip install ostinato[torch]"
+
+
 def test_every_public_name_is_there_and_listed():
     assert set(ostinato.__all__) <= set(dir(ostinato))
     for name in ostinato.__all__:

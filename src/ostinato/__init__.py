@@ -1,8 +1,11 @@
 """Recurrent layers with PyTorch's interface, weights and numbers, on kernels of their own.
 
 - `ostinato.nn`: RNNCell, GRUCell, LSTMCell, RNN, GRU and LSTM for torch.
+- `ostinato.replace(model)`: torch.nn's recurrent layers in a model become these;
+  `ostinato.restore(model)`: and back.
 - `ostinato.numpy`: inference and streaming on NumPy arrays, without torch.
 - `ostinato.ops`: the operators under the modules. `ostinato.cuda`: what runs on a GPU.
+- `ostinato.onnx`: ONNX models with one node for each layer.
 - `ostinato.reference`: the specification, each cell's step and the plain loop.
 
 Modules are loaded when they are first used, so `import ostinato` never imports torch.
@@ -14,26 +17,41 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from types import ModuleType
+    from typing import Any
 
-    from ostinato import cuda, nn, numpy, ops, reference
+    from ostinato import cuda, nn, numpy, onnx, ops, reference
+    from ostinato.switch import replace, restore
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "cuda", "nn", "numpy", "ops", "reference"]
+__all__ = [
+    "__version__",
+    "cuda",
+    "nn",
+    "numpy",
+    "onnx",
+    "ops",
+    "reference",
+    "replace",
+    "restore",
+]
+
+# Functions, and the module that each stands in.
+_FUNCTIONS = {"replace": "switch", "restore": "switch"}
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        return importlib.import_module(f"{__name__}.{name}")
+        module = importlib.import_module(f"{__name__}.{_FUNCTIONS.get(name, name)}")
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
         raise ImportError(
             f"{__name__}.{name} needs PyTorch: pip install {__name__}[torch]", name="torch"
         ) from error
+    return getattr(module, name) if name in _FUNCTIONS else module
 
 
 def __dir__() -> list[str]:
