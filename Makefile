@@ -16,7 +16,7 @@ CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp')
 # What runs without torch: the engine by itself and the NumPy face of it.
 ENGINE_TESTS := tests/test_core.py tests/test_numpy.py tests/test_narrow.py
 
-.PHONY: help demo test lint bench bench-quick docs wheel sanitize clean
+.PHONY: help demo test lint bench bench-quick docs features wheel sanitize clean
 .DELETE_ON_ERROR:
 
 help:
@@ -25,7 +25,8 @@ help:
 	@echo 'make lint      formatting, types, import rules, weak symbols'
 	@echo 'make bench     ours and every peer interleaved in one process; tables and picture in build/bench'
 	@echo 'make bench-quick  a tenth of the rows, beside torch.nn alone'
-	@echo 'make docs      doctests, examples in Markdown and links'
+	@echo 'make docs      doctests, examples in Markdown, links, and the table of features'
+	@echo 'make features  that table again, into docs/features.md, and what the features cost'
 	@echo 'make wheel     a wheel in dist/, tried in an environment without a compiler'
 	@echo 'make sanitize  the tests of the engine under ASan and UBSan'
 	@echo 'make clean     remove all that the others made'
@@ -54,7 +55,12 @@ bench-quick: $(VENV)/package.stamp
 
 docs: $(VENV)/package.stamp
 	$(BIN)/python tools/check_docs.py
+	$(BIN)/python features/run.py --check
 	$(BIN)/python -m pytest --doctest-modules --pyargs ostinato $(ARGS)
+
+features: $(VENV)/package.stamp
+	$(BIN)/python features/run.py --write docs/features.md
+	$(BIN)/python features/costs.py $(ARGS)
 
 # PATH holds neither compiler nor cmake while the wheel is tried.
 wheel: $(VENV)/package.stamp

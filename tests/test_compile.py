@@ -1,10 +1,14 @@
 """torch.compile, torch.export and friends of a model that holds every one of the six layers."""
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from conftest import tolerance
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor import metrics
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from ostinato import nn
@@ -116,6 +120,120 @@ def test_other_steps_and_batches_do_not_compile_again(backend):
                 results_and_gradients(compiled, model, x, h_0),
                 results_and_gradients(model, model, x, h_0),
             )
+
+
+LAYERS = {
+    "RNN": lambda: nn.RNN(5, 6, nonlinearity="relu"),
+    "GRU": lambda: nn.GRU(5, 6, num_layers=2, bidirectional=True),
+    "LSTM": lambda: nn.LSTM(5, 6, proj_size=3),
+}
+
+
+@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_compilations(name, marked):
+    """One where T and B are marked, and one more where torch finds out that they change."""
+    layer = LAYERS[name]()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for steps, batch in ((6, 3), (4, 7), (11, 2), (30, 9)):
+        x = torch.randn(steps, batch, 5)
+        if marked:
+            # They raise where a size is made a constant.
+            torch._dynamo.mark_dynamic(x, 0)
+            torch._dynamo.mark_dynamic(x, 1)
+        actual, expected = compiled(x)[0], layer(x)[0]
+        compare([actual], [expected])
+        found, wanted = (
+            torch.autograd.grad(y.square().sum(), list(layer.parameters()))
+            for y in (actual, expected)
+        )
+        compare(found, wanted)
+    assert counter.frame_count == (1 if marked else 2)
+
+
+def graph_of(layers, steps):
+    """The targets of the graph that a backend is given."""
+    seen = []
+
+    def look(graph, example):
+        seen.extend(str(n.target) for n in graph.graph.nodes if n.op.startswith("call"))
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.compile(nn.GRU(5, 5, layers), fullgraph=True, backend=look)(torch.randn(steps, 2, 5))
+    return seen
+
+
+def test_the_graph_has_one_node_for_each_layer_and_any_number_of_steps():
+    graphs = {layers: graph_of(layers, 4) for layers in (1, 2, 6)}
+    assert graphs[6] == graph_of(6, 400)
+    for layers, graph in graphs.items():
+        assert graph.count("ostinato.layer") == layers
+        # And what takes its results apart, the last state put together from those of all layers.
+        others = [
+            target for target in graph if target != "ostinato.layer" and "getitem" not in target
+        ]
+        assert len(others) == (layers > 1)
+
+
+class Between(torch.nn.Module):
+    """A layer with three elementary operations on each side."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(5, 6)
+
+    def forward(self, x):
+        y, _ = self.gru(torch.nn.functional.gelu(x) * 2 + 1)
+        return torch.tanh(y) * 3 - 1
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_what_stands_around_a_layer_is_fused(mode):
+    """One kernel in front of the operator and one behind it, and as many in backward."""
+    model = Between()
+    metrics.reset()
+    compiled = torch.compile(model, fullgraph=True, mode=mode)
+    x = torch.randn(4, 2, 5)
+    # Three calls: where there are CUDA graphs, they are recorded at the second.
+    for _ in range(3):
+        with torch.no_grad():
+            compare([compiled(x)], [model(x)])
+    assert metrics.generated_kernel_count == 2
+    metrics.reset()
+    x.requires_grad_()
+    (actual,), (expected,) = (
+        torch.autograd.grad(f(x).square().sum(), x) for f in (compiled, model)
+    )
+    compare([actual], [expected])
+    assert metrics.generated_kernel_count == 4
+
+
+COLD = """
+import sys, time
+import torch
+from ostinato import nn
+
+layers, steps = map(int, sys.argv[1:])
+gru, x = nn.GRU(8, 8, layers), torch.randn(steps, 2, 8)
+start = time.process_time()
+torch.compile(gru, fullgraph=True, backend="aot_eager")(x)[0].sum().backward()
+print(time.process_time() - start)
+"""
+
+
+def test_compiling_hardly_takes_longer_with_layers_and_steps():
+    """Compile a training step in a fresh process, in processor time, since others may be busy."""
+
+    def seconds(layers, steps):
+        arguments = [sys.executable, "-c", COLD, str(layers), str(steps)]
+        return float(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout)
+
+    one = seconds(1, 4)
+    assert seconds(6, 4) < 2 * one
+    assert seconds(1, 400) < 1.5 * one
 
 
 @pytest.mark.parametrize("backend", ["aot_eager"])

@@ -103,11 +103,15 @@ def layer(
 
     Source: torch.nn.RNN, GRU and LSTM.
     """
-    _require_tensors(input, h_0, c_0, weights)
+    is_traced = torch.compiler.is_compiling()  # a compiler pays for each line, in each layer
+    if not is_traced:
+        _require_tensors(input, h_0, c_0, weights)
     batch = _batch(input, batch_sizes, h_0, c_0)
     call = Call(
         input, batch_sizes, batch, h_0, c_0, weights, cell, has_biases, bidirectional, recompute
     )
+    if is_traced:
+        return _run(call)[:3]
     if _has_engine(call) and (shape := _shape(call)) is not None:
         found = short(
             cell, shape, input, batch_sizes, h_0, c_0, tuple(weights), has_biases, recompute
