@@ -14,7 +14,7 @@ SOURCES := $(shell find csrc src -type f -not -name '*.so' -not -path '*/__pycac
 PACKAGE := $(SOURCES) CMakeLists.txt pyproject.toml README.md LICENSE
 CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp')
 # What runs without torch: the engine by itself and the NumPy face of it.
-ENGINE_TESTS := tests/test_core.py tests/test_numpy.py tests/test_narrow.py
+ENGINE_TESTS := tests/test_core.py tests/test_narrow.py tests/test_numpy.py tests/test_segments.py
 
 .PHONY: help demo test lint bench bench-quick docs features wheel sanitize clean
 .DELETE_ON_ERROR:

@@ -98,7 +98,7 @@ def assert_same_bits(actual, expected, name=""):
 # ---- poison ----
 
 # Quiet NaNs with a payload that arithmetic does not make by itself.
-_PATTERNS = {2: 0x7FE5, 4: 0x7FE5A5A5, 8: 0x7FFDA5A5A5A5A5A5}
+_PATTERNS = {1: 0xA5, 2: 0x7FE5, 4: 0x7FE5A5A5, 8: 0x7FFDA5A5A5A5A5A5}
 # Wider than the widest run of vectors that a kernel handles at once.
 _GUARD = 1024
 
