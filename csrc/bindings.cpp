@@ -92,6 +92,90 @@ void layer_backward(int cell, int dtype, const SizeList& sizes, Address batch_si
     backward(cell_of(cell), dtype_of(dtype), call, threads);
 }
 
+// The arrays of several calls, one after the other as a call asks for them: that of call `index` begins so many strides (in
+// bytes) after that of the first. 0 stands for an absent one.
+class Stack {
+public:
+    Stack(const Addresses& first, const Addresses& strides, size_t expected) : first_(first), strides_(strides) {
+        if (first.size() != expected || strides.size() != expected)
+            throw std::invalid_argument("expected an address and a stride per array");
+    }
+
+    void begin(int64_t index) { index_ = index, next_ = 0; }
+
+    template <class P = const void*>
+    P take() {
+        const size_t i = next_++;
+        return at<P>(first_[i] ? first_[i] + static_cast<Address>(index_) * strides_[i] : 0);
+    }
+
+    template <class P>
+    void take(Weights<P> (&out)[2], int64_t directions) {
+        for (int64_t d = 0; d < directions; d++)
+            for (P* weight : {&out[d].ih, &out[d].hh, &out[d].bias_ih, &out[d].bias_hh, &out[d].hr}) *weight = take<P>();
+    }
+
+    Cuts take_cuts() {
+        Cuts cuts;
+        cuts.lengths = take<const int64_t*>(), cuts.resets = take<const uint8_t*>();
+        cuts.h = take(), cuts.c = take();
+        return cuts;
+    }
+
+private:
+    const Addresses &first_, &strides_;
+    int64_t index_ = 0;
+    size_t next_ = 0;
+};
+
+size_t count_of(int64_t models) {
+    if (models < 0) throw std::invalid_argument("models must not be negative");
+    return static_cast<size_t>(models);
+}
+
+void layers_forward(int cell, int dtype, const SizeList& size_list, Address batch_sizes, int64_t models, const Addresses& first,
+                    const Addresses& strides, int threads, bool recompute) {
+    Sizes sizes = sizes_of(size_list, batch_sizes);
+    sizes.recompute = recompute;
+    Stack arrays(first, strides, static_cast<size_t>(12 + 5 * sizes.directions));
+    std::vector<Forward> calls(count_of(models));
+    for (int64_t i = 0; i < models; i++) {
+        Forward& call = calls[static_cast<size_t>(i)];
+        call.sizes = sizes;
+        arrays.begin(i);
+        call.x = arrays.take(), call.h_0 = arrays.take(), call.c_0 = arrays.take();
+        call.cuts = arrays.take_cuts();
+        arrays.take(call.weights, sizes.directions);
+        call.y = arrays.take<void*>(), call.h_n = arrays.take<void*>(), call.c_n = arrays.take<void*>();
+        call.cells = arrays.take<void*>(), call.reserve = arrays.take<void*>();
+    }
+    nb::gil_scoped_release release;
+    forward(cell_of(cell), dtype_of(dtype), calls.data(), models, threads);
+}
+
+void layers_backward(int cell, int dtype, const SizeList& size_list, Address batch_sizes, int64_t models,
+                     const Addresses& first, const Addresses& strides, int threads, bool recompute) {
+    Sizes sizes = sizes_of(size_list, batch_sizes);
+    sizes.recompute = recompute;
+    Stack arrays(first, strides, static_cast<size_t>(18 + 10 * sizes.directions));
+    std::vector<Backward> calls(count_of(models));
+    for (int64_t i = 0; i < models; i++) {
+        Backward& call = calls[static_cast<size_t>(i)];
+        call.sizes = sizes;
+        arrays.begin(i);
+        call.dy = arrays.take(), call.dh_n = arrays.take(), call.dc_n = arrays.take(), call.dcells = arrays.take();
+        call.y = arrays.take(), call.reserve = arrays.take();
+        call.x = arrays.take(), call.h_0 = arrays.take(), call.c_0 = arrays.take();
+        call.cuts = arrays.take_cuts();
+        arrays.take(call.weights, sizes.directions);
+        call.dx = arrays.take<void*>(), call.dh_0 = arrays.take<void*>(), call.dc_0 = arrays.take<void*>();
+        call.dcut_h = arrays.take<void*>(), call.dcut_c = arrays.take<void*>();
+        arrays.take(call.grads, sizes.directions);
+    }
+    nb::gil_scoped_release release;
+    backward(cell_of(cell), dtype_of(dtype), calls.data(), models, threads);
+}
+
 std::vector<std::string> instruction_sets() {
     std::vector<std::string> names;
     for (int i = 0; const char* name = isa_name(i); i++) names.emplace_back(name);
@@ -130,6 +214,15 @@ NB_MODULE(_core, m) {
           nb::arg("threads"), nb::arg("recompute") = false, nb::arg("cuts") = CutList{}, nb::arg("dcut_h") = 0,
           nb::arg("dcut_c") = 0, nb::arg("dcells") = 0,
           "Gradients of one layer. 0 for a gradient that is zero (in) or not wanted (out).");
+    m.def("layers_forward", &layers_forward, nb::arg("cell"), nb::arg("dtype"), nb::arg("sizes"), nb::arg("batch_sizes"),
+          nb::arg("models"), nb::arg("first"), nb::arg("strides"), nb::arg("threads"), nb::arg("recompute") = false,
+          "Several layers of one size forward: for each array its address in the first and how many bytes lie between two. x, "
+          "h_0, "
+          "c_0, lengths, resets, h and c at a reset, weights, y, h_n, c_n, cells, reserve.");
+    m.def("layers_backward", &layers_backward, nb::arg("cell"), nb::arg("dtype"), nb::arg("sizes"), nb::arg("batch_sizes"),
+          nb::arg("models"), nb::arg("first"), nb::arg("strides"), nb::arg("threads"), nb::arg("recompute") = false,
+          "Gradients of several layers likewise: dy, dh_n, dc_n, dcells, y, reserve, x to weights as forward, dx, dh_0, dc_0, "
+          "dcut_h, dcut_c, grads.");
     m.def(
         "reserve_bytes",
         [](int cell, int dtype, const SizeList& size_list, bool recompute) {

@@ -115,9 +115,11 @@ int members_for(Cell cell, const Sizes& sizes, int threads) {
     return work_of(cell, sizes) < kWorthATeam ? 1 : threads;
 }
 
-// Whether a task of forward is the work of several time slices: rows in tiles, which nothing holds up until all steps are done.
+// Multiply-adds that are the work of several time slices.
+constexpr int64_t kLong = int64_t{1} << 29;
+
+// Whether a task of forward is: rows in tiles, which nothing holds up until all steps are done.
 bool has_long_tasks(Cell cell, const Sizes& sizes, int threads) {
-    constexpr int64_t kLong = int64_t{1} << 29;
     return sizes.batch >= 2 * threads && work_of(cell, sizes) / threads >= kLong;
 }
 
@@ -159,14 +161,43 @@ void run_segments(Cell cell, Dtype dtype, const Call& call, int threads) {
     segments.scatter(call, packed, threads);
 }
 
-}  // namespace
-
-void forward(Cell cell, Dtype dtype, const Forward& call, int threads) {
+template <class Call>
+void run_any(Cell cell, Dtype dtype, const Call& call, int threads) {
     call.cuts.any() ? run_segments(cell, dtype, call, threads) : run(cell, dtype, call, threads);
 }
 
-void backward(Cell cell, Dtype dtype, const Backward& call, int threads) {
-    call.cuts.any() ? run_segments(cell, dtype, call, threads) : run(cell, dtype, call, threads);
+template <class Call>
+void run_all(Cell cell, Dtype dtype, const Call* calls, int64_t count, int threads) {
+    if (count == 0) return;
+    const int64_t work = work_of(cell, calls[0].sizes);
+    if (count < threads && work >= kWorthATeam) {
+        for (int64_t i = 0; i < count; i++) run_any(cell, dtype, calls[i], threads);
+        return;
+    }
+    Team team(count * work < kWorthATeam ? 1 : threads, work >= kLong);
+    std::atomic<bool> is_out_of_memory{false};
+    // One thread each borrows no team, so none stands inside another. Scratch is that of the thread that runs the call.
+    team.run(count, [&](int64_t i, int) {
+        // What leaves a worker's thread ends the process.
+        try {
+            run_any(cell, dtype, calls[i], 1);
+        } catch (const std::bad_alloc&) { is_out_of_memory = true; }
+    });
+    if (is_out_of_memory) throw std::bad_alloc();
+}
+
+}  // namespace
+
+void forward(Cell cell, Dtype dtype, const Forward& call, int threads) { run_any(cell, dtype, call, threads); }
+
+void backward(Cell cell, Dtype dtype, const Backward& call, int threads) { run_any(cell, dtype, call, threads); }
+
+void forward(Cell cell, Dtype dtype, const Forward* calls, int64_t count, int threads) {
+    run_all(cell, dtype, calls, count, threads);
+}
+
+void backward(Cell cell, Dtype dtype, const Backward* calls, int64_t count, int threads) {
+    run_all(cell, dtype, calls, count, threads);
 }
 
 const char* isa_name(int index) { return index < isas().count ? isas().found[index].name : nullptr; }

@@ -104,6 +104,11 @@ int64_t reserve_bytes(Cell cell, Dtype dtype, const Sizes& sizes);
 void forward(Cell cell, Dtype dtype, const Forward& call, int threads);
 void backward(Cell cell, Dtype dtype, const Backward& call, int threads);
 
+// Calls of one size that know nothing of each other, with the bits that each has alone. Where there are at least as many as
+// threads, or where one is not worth sharing, each runs in one thread.
+void forward(Cell cell, Dtype dtype, const Forward* calls, int64_t count, int threads);
+void backward(Cell cell, Dtype dtype, const Backward* calls, int64_t count, int threads);
+
 // Names of the instruction sets that this processor can run, best first; null at `index` past the end.
 const char* isa_name(int index);
 const char* active_isa();

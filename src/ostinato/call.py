@@ -70,6 +70,24 @@ class Sizes(NamedTuple):
         return self.projection or self.hidden
 
 
+def thread_count() -> int:
+    """Return how many threads a call may use."""
+    return _core.forced_threads or torch.get_num_threads()
+
+
+def address(tensor: Tensor | None) -> int:
+    """Return where a dense tensor lies, 0 for None."""
+    if tensor is None:
+        return 0
+    found = tensor.data_ptr()
+    if not found and tensor.numel():
+        raise RuntimeError(
+            f"expected memory behind a tensor of shape {tuple(tensor.shape)}, "
+            "got none: its storage was freed"
+        )
+    return found
+
+
 def require_tensor(name: str, value: object) -> None:
     """Refuse an argument that is no tensor."""
     if not isinstance(value, Tensor):

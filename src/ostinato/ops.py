@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ostinato import _core, cuda, reference
+from ostinato import _core, cuda, transforms
 from ostinato.call import (
     CELLS,
     DTYPES,
@@ -33,11 +33,14 @@ from ostinato.call import (
     SAVED,
     Call,
     Sizes,
+    address,
     check,
     check_backward,
     check_batch_sizes_form,
     require_tensor,
+    thread_count,
 )
+from ostinato.transforms import reference_results
 
 _log = logging.getLogger("ostinato")
 
@@ -216,6 +219,8 @@ def _run(call: Call, all_c: bool = False) -> tuple[Tensor, Tensor, Tensor | None
             return output, h_n, None, None
         return output, h_n, c_n, cells if all_c else None
     sizes = check(call)
+    if _has_engine(call) and transforms.serves(call):
+        return transforms.run(call, all_c)
     device = input.device.type
 
     def run() -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -224,7 +229,7 @@ def _run(call: Call, all_c: bool = False) -> tuple[Tensor, Tensor, Tensor | None
             return *cuda.layer(cell, input, batch_sizes, sizes, *states), None
         if input.dtype not in DTYPES or device not in ("cpu", "meta"):
             _tell_reference(device, input.dtype)
-        return _reference(call, all_c)
+        return reference_results(call, all_c)
 
     if call.recompute and torch.is_grad_enabled() and not _is_transformed():
         return checkpoint(run, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
@@ -266,10 +271,7 @@ def _has_engine(call: Call) -> bool:
 
 
 def _is_transformed() -> bool:
-    """Whether vmap, torch.func or forward-mode differentiation is at work.
-
-    They get the reference, operation by operation: the operators have no rules for them.
-    """
+    """Whether vmap, torch.func or forward-mode differentiation is at work."""
     if torch.compiler.is_compiling():
         return False
     return _interpreter() is not None or _forward_ad._current_level >= 0
@@ -283,26 +285,6 @@ _is_autocast = torch._C._is_any_autocast_enabled
 _tracing_state = torch._C._get_tracing_state
 _modes = torch._C._len_torch_dispatch_stack
 _is_profiled = torch._C._autograd._profiler_enabled
-
-
-def _reference(
-    call: Call, all_c: bool = False
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    found = reference.states(
-        call.cell,
-        call.input,
-        call.batch_sizes,
-        call.h_0,
-        call.c_0,
-        call.weights,
-        has_biases=call.has_biases,
-        bidirectional=call.bidirectional,
-        lengths=call.lengths,
-        resets=call.resets,
-        reset_h=call.reset_h,
-        reset_c=call.reset_c,
-    )
-    return found if all_c else (*found[:3], None)
 
 
 _told: set[tuple[str, torch.dtype]] = set()
@@ -408,7 +390,7 @@ def _run_short(
         has_biases,
         keep,
         recompute,
-        _threads(),
+        thread_count(),
     )
 
 
@@ -443,28 +425,12 @@ def _shape(call: Call) -> Shape | None:
 # ---- the CPU engine ----
 
 
-def _threads() -> int:
-    return _core.forced_threads or torch.get_num_threads()
-
-
-def _address(tensor: Tensor | None) -> int:
-    if tensor is None:
-        return 0
-    address = tensor.data_ptr()
-    if not address and tensor.numel():
-        raise RuntimeError(
-            f"expected memory behind a tensor of shape {tuple(tensor.shape)}, "
-            "got none: its storage was freed"
-        )
-    return address
-
-
 def _addresses(weights: Sequence[Tensor | None], sizes: Sizes, has_biases: bool) -> list[int]:
     """Five addresses per direction, 0 where a weight is absent."""
     addresses = []
     count = len(weights) // sizes.directions
     for first in range(0, len(weights), count):
-        ih, hh, *others = map(_address, weights[first : first + count])
+        ih, hh, *others = map(address, weights[first : first + count])
         biases = others[:2] if has_biases else (0, 0)
         addresses += [ih, hh, *biases, others[-1] if sizes.projection else 0]
     return addresses
@@ -477,7 +443,7 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
 def _cut_addresses(call: Call) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
     """Return dense lengths, resets and their states, which must outlive the call, and addresses."""
     held = tuple(map(_dense, (call.lengths, call.resets, call.reset_h, call.reset_c)))
-    return held, tuple(map(_address, held))
+    return held, tuple(map(address, held))
 
 
 def _layer_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -508,16 +474,16 @@ def _layer_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
         cell,
         dtype,
         sizes,
-        _address(steps),
+        address(steps),
         x.data_ptr(),
-        _address(h),
-        _address(c),
+        address(h),
+        address(c),
         _addresses(weights, sizes, call.has_biases),
         output.data_ptr(),
         h_n.data_ptr(),
         c_n.data_ptr() if has_cell else 0,
         reserve.data_ptr() if keep else 0,
-        _threads(),
+        thread_count(),
         call.recompute,
         cuts,
         cells.data_ptr() if has_cells else 0,
@@ -577,26 +543,26 @@ def _layer_backward_cpu(
         CELLS[call.cell],
         DTYPES[x.dtype],
         sizes,
-        _address(steps),
+        address(steps),
         x.data_ptr(),
-        _address(h),
-        _address(c),
+        address(h),
+        address(c),
         _addresses(weights, sizes, call.has_biases),
         y.data_ptr(),
         reserve.data_ptr(),
-        _address(dy),
-        _address(dh_n),
-        _address(dc_n),
-        _address(dx),
-        _address(dh_0),
-        _address(dc_0),
+        address(dy),
+        address(dh_n),
+        address(dc_n),
+        address(dx),
+        address(dh_0),
+        address(dc_0),
         _addresses(dw, sizes, call.has_biases),
-        _threads(),
+        thread_count(),
         call.recompute,
         cuts,
-        _address(dcut_h),
-        _address(dcut_c),
-        _address(dcells),
+        address(dcut_h),
+        address(dcut_c),
+        address(dcells),
     )
     del held
     return grads
@@ -721,7 +687,7 @@ class _Short(torch.autograd.Function):
                 dc_n,
                 wanted,
                 recompute,
-                _threads(),
+                thread_count(),
             )
         if found is None:
             call = Call(
@@ -782,7 +748,7 @@ def _reference_gradients(
             results = _reference_cell(arguments)
         else:
             check(arguments)  # what hooks of saved tensors return need not be what was saved
-            results = _reference(arguments, grads[3] is not None)
+            results = reference_results(arguments, grads[3] is not None)
         pairs = [
             (result, grad)
             for result, grad in zip(results, grads, strict=True)
@@ -812,7 +778,7 @@ def _reference_cell(call: Call) -> tuple[Tensor, None, Tensor | None, None]:
     input = call.input.reshape(*lead, *call.input.shape)
     layer_call = call._replace(input=input, batch=input.shape[1], h_0=h_0, c_0=c_0)
     check(layer_call)
-    output, _, c_n, _ = _reference(layer_call)
+    output, _, c_n, _ = reference_results(layer_call)
     shape = (*call.input.shape[:-1], output.shape[-1])
     return output.reshape(shape), None, None if c_n is None else c_n.reshape(shape), None
 

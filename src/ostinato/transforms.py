@@ -1,0 +1,604 @@
+"""What torch.func makes of a layer: rules for vmap and gradients, and beyond them the reference.
+
+torch.func asks an autograd.Function for its rules. There are two, a layer and its gradient, and a
+mapped dimension enters either in one of two ways:
+
+- as rows, where neither weights nor their gradients are mapped: each row becomes V neighbours, and
+  the engine runs once;
+- as a stack, elsewhere: the engine runs once for each of V models, in one call that spreads them
+  over the threads. An array that all models share has no dimension for them.
+
+Both can be mapped again. What is differentiated in forward mode, or a gradient that is
+differentiated once more, is the reference's.
+
+Legend: T steps, B batch, N packed rows, I input, H hidden, O output of a step (proj_size, or H),
+D directions, V models of a stack, or elements of a mapped dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import TransformType
+
+from ostinato import _core, reference
+from ostinato.call import (
+    CELLS,
+    DTYPES,
+    Call,
+    Sizes,
+    address,
+    check,
+    check_backward,
+    check_lengths,
+    is_wrapped,
+    thread_count,
+)
+
+_functorch = torch._C._functorch
+
+# output, h_n, c_n (LSTM only) and c at every step (if asked for)
+Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+_Maybe = Sequence[Tensor | None]
+
+# A call's tensors as the rules take them: batch_sizes, lengths and resets, which have no gradient,
+# then `Call.tensors()`: input, four states, weights. The last dimension of the first three is
+# rows; in all others features follow.
+_FLAGS, _WEIGHTS = 3, 8
+# What the gradient takes in front of them: four gradients, output and reserve.
+_FRONT = 6
+
+
+def reference_results(call: Call, all_c: bool = False) -> Results:
+    """Run the reference on a call.
+
+    Args:
+        call: of a layer.
+        all_c: whether c is to be returned at every step.
+
+    Returns:
+        output, h_n, c_n or None, c at every step or None, as `ostinato.ops.cut_layer`.
+
+    Example:
+        >>> weights = list(torch.nn.GRUCell(3, 4).parameters())
+        >>> call = Call(torch.zeros(5, 2, 3), None, 2, None, None, weights, "gru", True, False)
+        >>> reference_results(call)[0].shape
+        torch.Size([5, 2, 4])
+    """
+    found = reference.states(
+        call.cell,
+        call.input,
+        call.batch_sizes,
+        call.h_0,
+        call.c_0,
+        call.weights,
+        has_biases=call.has_biases,
+        bidirectional=call.bidirectional,
+        lengths=call.lengths,
+        resets=call.resets,
+        reset_h=call.reset_h,
+        reset_c=call.reset_c,
+    )
+    return found if all_c else (*found[:3], None)
+
+
+def serves(call: Call) -> bool:
+    """Whether the rules serve a call of an engine's dtype under the transforms at work.
+
+    Args:
+        call: whose tensors may be wrapped by transforms.
+
+    Returns:
+        True if there is nothing but vmap and reverse mode, and plain CPU tensors below them.
+
+    Example:
+        >>> weights = list(torch.nn.GRUCell(3, 4).parameters())
+        >>> def asked(x):
+        ...     return serves(Call(x, None, 2, None, None, weights, "gru", True, False)), x.sum()
+        >>> torch.func.vmap(lambda x: x * asked(x)[0])(torch.ones(1, 5, 2, 3)).any()
+        tensor(True)
+    """
+    return (
+        call.input.device.type == "cpu"
+        and torch._C._get_tracing_state() is None
+        and not torch._C._len_torch_dispatch_stack()
+        and not _is_forward_mode()
+        and all(kind in (TransformType.Vmap, TransformType.Grad) for kind in _transforms())
+        and all(
+            type(_unwrapped(t)).__torch_dispatch__ is Tensor.__torch_dispatch__
+            for t in call.tensors()
+            if t is not None
+        )
+    )
+
+
+def run(call: Call, all_c: bool) -> Results:
+    """Run a layer by the rules.
+
+    Args:
+        call: one that `serves` takes, and that has been checked.
+        all_c: whether c is to be returned at every step.
+
+    Returns:
+        output, h_n, c_n or None, c at every step or None, as `ostinato.ops.cut_layer`.
+
+    Example:
+        >>> weights = list(torch.nn.GRUCell(3, 4).parameters())
+        >>> def output(x):
+        ...     return run(Call(x, None, 2, None, None, weights, "gru", True, False), False)[0]
+        >>> torch.func.vmap(output)(torch.zeros(6, 5, 2, 3)).shape
+        torch.Size([6, 5, 2, 4])
+    """
+    # Each transform knows of its own gradients alone.
+    keep = TransformType.Grad in _transforms() or (
+        torch.is_grad_enabled()
+        and any(t is not None and _unwrapped(t).requires_grad for t in call.tensors())
+    )
+    plan = _Plan(call[2], call[6:10], all_c and call.cell == "lstm", keep)
+    tensors = call.batch_sizes, call.lengths, call.resets, *call.tensors()
+    *found, _ = _Layer.apply(plan, *tensors)  # type: ignore[no-untyped-call]
+    output, h_n, c_n, cells = (*found, None, None)[:4]
+    return output, h_n, c_n, cells
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the rules are told besides tensors. No tuple, whose items torch.func would map."""
+
+    batch: int
+    config: tuple[str, bool, bool, bool]  # cell, has_biases, bidirectional, recompute
+    all_c: bool
+    keep: bool
+    models: int = 0  # V of a stack; 0: this is none
+    stacked: tuple[bool, ...] = ()  # which of the tensors have V as their first dimension
+    wanted: tuple[bool, ...] = ()  # which of a call's tensors are to have a gradient
+
+    def call(self, tensors: Sequence[Any]) -> Call:
+        """Return the call on these tensors."""
+        batch_sizes, lengths, resets, input, h_0, c_0, reset_h, reset_c, *weights = tensors
+        cuts = lengths, resets, reset_h, reset_c
+        return Call(input, batch_sizes, self.batch, h_0, c_0, weights, *self.config, *cuts)
+
+
+def _transforms() -> list[Any]:
+    """List what kinds of transforms are at work."""
+    return [level.key() for level in _functorch.get_interpreter_stack() or ()]
+
+
+def _is_forward_mode() -> bool:
+    return torch.autograd.forward_ad._current_level >= 0 or TransformType.Jvp in _transforms()
+
+
+def _unwrapped(tensor: Tensor) -> Tensor:
+    """Return what is below all transforms."""
+    while is_wrapped(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
+
+
+# ---- a layer ----
+
+
+class _Layer(torch.autograd.Function):
+    """A layer. Returns output, h_n[, c_n[, c at every step]] and what is kept for backward."""
+
+    @staticmethod
+    def forward(plan: _Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return _run_stack(plan, tensors) if plan.models else _run_one(plan, tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.plan, *tensors = inputs
+        y, *_, reserve = output
+        ctx.mark_non_differentiable(reserve)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(y, reserve, *tensors)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, plan: _Plan, *tensors: Tensor | None) -> tuple[Any, Any]:
+        size, dims = info.batch_size, in_dims[1:]
+        # What a call with cuts keeps is in the order of its segments.
+        is_opaque = plan.keep and (tensors[1] is not None or tensors[2] is not None)
+        is_stack = is_opaque or any(dim is not None for dim in dims[_WEIGHTS:])
+        mapped_plan, mapped = (_stack if is_stack else _fold)(size, dims, plan, tensors, 0)
+        found = _Layer.apply(mapped_plan, *mapped)  # type: ignore[no-untyped-call]
+        if plan.keep:
+            return _unmapped(found, size, plan, is_stack)
+        results, places = _unmapped(found[:-1], size, plan, is_stack)
+        return (*results, found[-1]), (*places, None)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        y, reserve, *tensors = ctx.saved_tensors  # read once: a checkpoint recomputes each time
+        wanted = tuple(
+            bool(want) and tensor is not None
+            for want, tensor in zip(ctx.needs_input_grad[1:], tensors, strict=True)
+        )
+        arrived = (*grads[:-1], None, None)[:4]
+        if not any(wanted) or all(grad is None for grad in arrived):
+            return None, *[None] * len(tensors)
+        plan = ctx.plan
+        if not plan.keep:
+            raise RuntimeError("backward: expected a forward call that kept what it needs")
+        shared = plan.stacked or (False,) * len(tensors)
+        plan = replace(plan, stacked=(bool(plan.models),) * _FRONT + shared, wanted=wanted)
+        values = *arrived, y, reserve, *tensors
+        if any(g is not None and _functorch.is_legacy_batchedtensor(g) for g in arrived):
+            found = _autograd_gradients(plan, values)
+        elif _is_forward_mode():
+            found = _reference_gradients(plan, values)
+        else:
+            found = _LayerBackward.apply(plan, *values)  # type: ignore[no-untyped-call]
+        rest = iter(found)
+        gradients = [next(rest) if want else None for want in wanted]
+        if plan.models:
+            # The models of a stack have each a gradient of what they share.
+            gradients = [
+                g.sum(0) if g is not None and not is_stacked else g
+                for g, is_stacked in zip(gradients, shared, strict=True)
+            ]
+        return None, *gradients
+
+
+class _LayerBackward(torch.autograd.Function):
+    """Gradients of a layer: those that `plan.wanted` names, in a stack one of each model."""
+
+    @staticmethod
+    def forward(plan: _Plan, *values: Tensor | None) -> tuple[Tensor, ...]:
+        run = _run_stack_backward if plan.models else _run_one_backward
+        return run(plan, values)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.plan, *values = inputs
+        ctx.save_for_backward(*values)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, plan: _Plan, *values: Tensor | None) -> tuple[Any, Any]:
+        size, dims = info.batch_size, in_dims[1:]
+        is_cut = values[_FRONT + 1] is not None or values[_FRONT + 2] is not None
+        is_stack = (
+            is_cut
+            or any(plan.wanted[_WEIGHTS:])
+            or any(dim is not None for dim in dims[_FRONT + _WEIGHTS :])
+        )
+        mapped_plan, mapped = (_stack if is_stack else _fold)(size, dims, plan, values, _FRONT)
+        found = _LayerBackward.apply(mapped_plan, *mapped)  # type: ignore[no-untyped-call]
+        return _unmapped(found, size, plan, is_stack)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        plan, values = ctx.plan, ctx.saved_tensors
+        # Output and reserve are what the reference makes of the others.
+        asked = [
+            index
+            for index, need in enumerate(ctx.needs_input_grad[1:])
+            if need and index not in (4, 5)
+        ]
+
+        def gradients(*chosen: Tensor) -> tuple[Tensor, ...]:
+            return _reference_gradients(plan, _replaced(values, asked, chosen))
+
+        _, pull = torch.func.vjp(gradients, *(values[index] for index in asked))
+        return None, *_replaced([None] * len(values), asked, pull(grads))
+
+
+def _replaced(values: _Maybe, places: Sequence[int], new: Sequence[Any]) -> list[Any]:
+    """Return the values with others at some places."""
+    replaced = list(values)
+    for place, value in zip(places, new, strict=True):
+        replaced[place] = value
+    return replaced
+
+
+# ---- the two ways in which a dimension is mapped ----
+
+
+def _fold(
+    size: int, dims: Sequence[int | None], plan: _Plan, values: _Maybe, front: int
+) -> tuple[_Plan, list[Tensor | None]]:
+    """Make of each row `size` neighbours; `front` values stand before a call's tensors."""
+
+    def folded(index: int, value: Tensor | None, dim: int | None) -> Tensor | None:
+        if value is None or index >= front + _WEIGHTS:
+            return value
+        if index == front:
+            return value * size  # batch_sizes
+        # Rows are the last dimension of lengths and resets, and elsewhere the one before it.
+        rows = -1 if front <= index < front + _FLAGS else -2
+        if dim is None:
+            shape = list(value.shape)
+            shape.insert(len(shape) + rows + 1, size)
+            value = value.unsqueeze(rows).expand(shape)
+        else:
+            value = value.movedim(dim, rows)
+        return value.flatten(rows - 1, rows)
+
+    mapped = [
+        folded(index, value, dim)
+        for index, (value, dim) in enumerate(zip(values, dims, strict=True))
+    ]
+    return replace(plan, batch=plan.batch * size), mapped
+
+
+def _stack(
+    size: int, dims: Sequence[int | None], plan: _Plan, values: _Maybe, front: int
+) -> tuple[_Plan, list[Tensor | None]]:
+    """Make a stack of `size` models, or of a stack one with so many times its models."""
+    models = plan.models
+    before = plan.stacked if models else (False,) * len(values)
+
+    def mapped(value: Tensor | None, dim: int | None, is_stacked: bool) -> Tensor | None:
+        if value is None or (dim is None and not is_stacked):
+            return value
+        value = value.unsqueeze(0) if dim is None else value.movedim(dim, 0)
+        if not models:
+            return value
+        if not is_stacked:
+            value = value.unsqueeze(1)
+        return value.expand(size, models, *value.shape[2:]).flatten(0, 1)
+
+    stacked = tuple(old or dim is not None for old, dim in zip(before, dims, strict=True))
+    arguments = zip(values, dims, before, strict=True)
+    return (
+        replace(plan, models=size * max(models, 1), stacked=stacked),
+        [mapped(*argument) for argument in arguments],
+    )
+
+
+def _unmapped(
+    found: Sequence[Tensor], size: int, plan: _Plan, is_stack: bool
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Return results of a plan with the mapped dimension on its own again, and where it is."""
+    if not is_stack:
+        pieces = [r.unflatten(-2, (r.shape[-2] // size, size)) for r in found]
+        return tuple(pieces), tuple(r.dim() - 1 for r in found)
+    if plan.models:
+        found = [r.unflatten(0, (size, plan.models)) for r in found]
+    return tuple(found), (0,) * len(found)
+
+
+# ---- the engine ----
+
+
+def _run_one(plan: _Plan, tensors: _Maybe) -> tuple[Tensor, ...]:
+    """Run a layer by its operator."""
+    call = plan.call(tensors)
+    output, h_n, c_n, cells, reserve = torch.ops.ostinato.layer(*call, plan.all_c, plan.keep)
+    if plan.keep and not call.is_cut:
+        reserve = reserve.view(_kept_shape(output, len(h_n), reserve.numel()))
+    return _present(plan, output, h_n, c_n, cells, reserve)
+
+
+def _kept_shape(output: Tensor, directions: int, count: int) -> tuple[int, int, int]:
+    """Return the shape of what is kept for each direction and row."""
+    rows = output.shape[:-1].numel()
+    return directions, rows, count // max(directions * rows, 1)
+
+
+def _present(
+    plan: _Plan, output: Tensor, h_n: Tensor, c_n: Tensor, cells: Tensor, reserve: Tensor
+) -> tuple[Tensor, ...]:
+    """Leave out what a cell, or a call, does not have."""
+    if plan.config[0] != "lstm":
+        return output, h_n, reserve
+    return (output, h_n, c_n, cells, reserve) if plan.all_c else (output, h_n, c_n, reserve)
+
+
+def _run_one_backward(plan: _Plan, values: _Maybe) -> tuple[Tensor, ...]:
+    """Run the gradient of a layer by its operator."""
+    *grads, output, reserve = values[:_FRONT]
+    assert reserve is not None
+    wanted = list(plan.wanted[_FLAGS:])
+    call = plan.call(values[_FRONT:])
+    found = torch.ops.ostinato.layer_backward(
+        *grads, output, reserve.contiguous().view(-1), wanted, *call
+    )
+    return tuple(grad for grad, want in zip(found, wanted, strict=True) if want)
+
+
+class _Arrays:
+    """Dense arrays of a stack: addresses in the first model, and bytes from one to the next."""
+
+    def __init__(self) -> None:
+        self.first: list[int] = []
+        self.strides: list[int] = []
+        self._held: list[Tensor | None] = []  # dense copies must outlive the call
+
+    def add(self, tensor: Tensor | None, is_stacked: bool) -> None:
+        tensor = None if tensor is None else tensor.resolve_neg().contiguous()
+        self._held.append(tensor)
+        self.first.append(address(tensor))
+        dense = 0 if tensor is None or not is_stacked else tensor[0].numel() * tensor.element_size()
+        self.strides.append(dense)
+
+    def add_weights(
+        self, weights: _Maybe, stacked: Sequence[bool], call: Call, size: Sizes
+    ) -> None:
+        """Add five arrays per direction, of which some are absent."""
+        pairs = list(zip(weights, stacked, strict=True))
+        absent = None, False
+        count = len(pairs) // size.directions
+        for start in range(0, len(pairs), count):
+            ih, hh, *others = pairs[start : start + count]
+            biases = others[:2] if call.has_biases else [absent, absent]
+            for pair in (ih, hh, *biases, others[-1] if size.projection else absent):
+                self.add(*pair)
+
+
+def _first_call(plan: _Plan, tensors: _Maybe, stacked: Sequence[bool]) -> tuple[Call, Sizes]:
+    """Check the calls of a stack; return the first and the sizes of all."""
+    first = [
+        tensor[0] if tensor is not None and is_stacked else tensor
+        for tensor, is_stacked in zip(tensors, stacked, strict=True)
+    ]
+    call = plan.call(first)
+    sizes = check(call)
+    lengths = tensors[1]
+    if lengths is not None:
+        check_lengths(lengths.flatten(), sizes.steps)
+    return call, sizes
+
+
+def _add_inputs(
+    arrays: _Arrays, call: Call, sizes: Sizes, tensors: _Maybe, stacked: Sequence[bool]
+) -> None:
+    _, lengths, resets, input, h_0, c_0, reset_h, reset_c, *weights = zip(
+        tensors, stacked, strict=True
+    )
+    for pair in (input, h_0, c_0, lengths, resets, reset_h, reset_c):
+        arrays.add(*pair)
+    arrays.add_weights(*zip(*weights, strict=True), call, sizes)
+
+
+def _run_stack(plan: _Plan, tensors: _Maybe) -> tuple[Tensor, ...]:
+    """Run each model of a stack."""
+    call, sizes = _first_call(plan, tensors, plan.stacked)
+    input, models, directions = call.input, plan.models, sizes.directions
+    has_cell = call.cell == "lstm"
+    dtype = DTYPES[input.dtype]
+    output = input.new_empty((models, *input.shape[:-1], directions * sizes.output))
+    h_n = input.new_empty((models, directions, sizes.batch, sizes.output))
+    c_n = input.new_empty((models, directions, sizes.batch, sizes.hidden) if has_cell else (0,))
+    cells = output.new_empty(
+        (*output.shape[:-1], directions * sizes.hidden) if plan.all_c else (0,)
+    )
+    reserve = input.new_empty((0,), dtype=torch.uint8)
+    if plan.keep:
+        kept = _core.reserve_bytes(CELLS[call.cell], dtype, sizes, call.recompute)
+        if call.is_cut:
+            # What stands for steps that are not taken is nobody's, but this is to be a function of
+            # the inputs.
+            reserve = reserve.new_zeros((models, kept))
+        else:
+            reserve = reserve.new_empty((models, *_kept_shape(output[0], directions, kept)))
+    arrays = _Arrays()
+    _add_inputs(arrays, call, sizes, tensors, plan.stacked)
+    present = (True, True, has_cell, plan.all_c, plan.keep)
+    for result, is_there in zip((output, h_n, c_n, cells, reserve), present, strict=True):
+        arrays.add(result if is_there else None, True)
+    _core.layers_forward(
+        CELLS[call.cell],
+        dtype,
+        sizes,
+        address(call.batch_sizes),
+        models,
+        arrays.first,
+        arrays.strides,
+        thread_count(),
+        call.recompute,
+    )
+    return _present(plan, output, h_n, c_n, cells, reserve)
+
+
+def _run_stack_backward(plan: _Plan, values: _Maybe) -> tuple[Tensor, ...]:
+    """Run the gradient of each model of a stack."""
+    tensors, stacked = values[_FRONT:], plan.stacked[_FRONT:]
+    call, sizes = _first_call(plan, tensors, stacked)
+    front = list(zip(values[:_FRONT], plan.stacked, strict=False))
+    *grads, output, reserve = [
+        tensor[0] if tensor is not None and is_stacked else tensor for tensor, is_stacked in front
+    ]
+    assert output is not None
+    assert reserve is not None
+    wanted = list(plan.wanted[_FLAGS:])
+    check_backward(call, sizes, tuple(grads), output, reserve.contiguous().view(-1), wanted)
+    arrays = _Arrays()
+    for index, pair in enumerate(front):
+        # c has no gradient where there is none.
+        arrays.add(*((None, False) if index in (2, 3) and call.cell != "lstm" else pair))
+    _add_inputs(arrays, call, sizes, tensors, stacked)
+    found = [
+        call.input.new_empty((plan.models, *first.shape)) if want and first is not None else None
+        for first, want in zip(call.tensors(), wanted, strict=True)
+    ]
+    for grad in found[: _WEIGHTS - _FLAGS]:
+        arrays.add(grad, True)
+    arrays.add_weights(found[_WEIGHTS - _FLAGS :], (True,) * len(call.weights), call, sizes)
+    _core.layers_backward(
+        CELLS[call.cell],
+        DTYPES[call.input.dtype],
+        sizes,
+        address(call.batch_sizes),
+        plan.models,
+        arrays.first,
+        arrays.strides,
+        thread_count(),
+        call.recompute,
+    )
+    return tuple(grad for grad in found if grad is not None)
+
+
+# ---- the reference ----
+
+
+def _reference_gradients(plan: _Plan, values: _Maybe) -> tuple[Tensor, ...]:
+    """Return what `_LayerBackward` does, from the reference: any transform sees through it."""
+
+    def gradients(*values: Any) -> tuple[Tensor, ...]:
+        grads, tensors = values[: _FRONT - 2], values[_FRONT:]
+        asked = [index for index, want in enumerate(plan.wanted) if want]
+
+        def results(*chosen: Tensor) -> tuple[Tensor, ...]:
+            found = reference_results(plan.call(_replaced(tensors, asked, chosen)), plan.all_c)
+            return tuple(r for r, g in zip(found, grads, strict=True) if _is_pair(r, g))
+
+        found, pull = torch.func.vjp(results, *(tensors[index] for index in asked))
+        assert len(found) == sum(grad is not None for grad in grads)
+        return pull(tuple(grad for grad in grads if grad is not None))  # type: ignore[no-any-return]
+
+    return _each_model(plan, gradients, values)
+
+
+def _autograd_gradients(plan: _Plan, values: _Maybe) -> list[Tensor]:
+    """Return the same for many gradients at once, batched as torch.autograd.grad does it."""
+    grads, tensors = values[: _FRONT - 2], values[_FRONT:]
+    asked = [index for index, want in enumerate(plan.wanted) if want]
+    shared = [bool(plan.models) and not plan.stacked[_FRONT + index] for index in asked]
+
+    def results(*tensors: Any) -> tuple[Tensor, ...]:
+        found = reference_results(plan.call(tensors), plan.all_c)
+        return tuple(r for r, g in zip(found, grads, strict=True) if _is_pair(r, g))
+
+    higher = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases, so that these derivatives stop here; one for each model.
+        chosen = [
+            tensors[index].expand(plan.models, *tensors[index].shape)  # type: ignore[union-attr]
+            if is_shared
+            else tensors[index].view_as(tensors[index])  # type: ignore[union-attr,arg-type]
+            for index, is_shared in zip(asked, shared, strict=True)
+        ]
+        stacked = _replaced(plan.stacked, [_FRONT + i for i in asked], [True] * len(asked))
+        many = replace(plan, stacked=tuple(stacked)) if plan.models else plan
+        found = _each_model(many, results, _replaced(tensors, asked, chosen), _FRONT)
+        return list(
+            torch.autograd.grad(
+                found,
+                chosen,
+                [grad for grad in grads if grad is not None],
+                create_graph=higher,
+                materialize_grads=True,
+            )
+        )
+
+
+def _is_pair(result: Tensor | None, grad: Tensor | None) -> bool:
+    return result is not None and grad is not None
+
+
+def _each_model(
+    plan: _Plan, function: Callable[..., tuple[Tensor, ...]], values: _Maybe, skip: int = 0
+) -> tuple[Tensor, ...]:
+    """Call a function on values, or on those of each model of a stack."""
+    if not plan.models:
+        return function(*values)
+    dims = tuple(
+        0 if is_stacked and value is not None else None
+        for value, is_stacked in zip(values, plan.stacked[skip:], strict=True)
+    )
+    return torch.func.vmap(function, in_dims=dims)(*values)  # type: ignore[no-any-return]
