@@ -23,7 +23,7 @@ from row import Row
 import ostinato.nn
 
 # In the order of the page. Each holds ROWS.
-TOPICS = ("compiling", "deploying", "sequences", "models", "training")
+TOPICS = ("compiling", "deploying", "derivatives", "sequences", "models", "training")
 # What a library that refuses raises. Anything else is our mistake.
 ANSWERS = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, ImportError)
 BEGIN, END = "<!-- features -->", "<!-- end of features -->"

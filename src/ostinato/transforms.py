@@ -227,9 +227,10 @@ class _Layer(torch.autograd.Function):
         shared = plan.stacked or (False,) * len(tensors)
         plan = replace(plan, stacked=(bool(plan.models),) * _FRONT + shared, wanted=wanted)
         values = *arrived, y, reserve, *tensors
-        if any(g is not None and _functorch.is_legacy_batchedtensor(g) for g in arrived):
-            found = _autograd_gradients(plan, values)
-        elif _is_forward_mode():
+        found: Sequence[Tensor]
+        if _is_forward_mode() or any(
+            grad is not None and _functorch.is_legacy_batchedtensor(grad) for grad in arrived
+        ):
             found = _reference_gradients(plan, values)
         else:
             found = _LayerBackward.apply(plan, *values)  # type: ignore[no-untyped-call]
@@ -283,8 +284,8 @@ class _LayerBackward(torch.autograd.Function):
         def gradients(*chosen: Tensor) -> tuple[Tensor, ...]:
             return _reference_gradients(plan, _replaced(values, asked, chosen))
 
-        _, pull = torch.func.vjp(gradients, *(values[index] for index in asked))
-        return None, *_replaced([None] * len(values), asked, pull(grads))
+        found = _pulled_back(gradients, [values[index] for index in asked], grads)
+        return None, *_replaced([None] * len(values), asked, found)
 
 
 def _replaced(values: _Maybe, places: Sequence[int], new: Sequence[Any]) -> list[Any]:
@@ -355,10 +356,11 @@ def _unmapped(
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """Return results of a plan with the mapped dimension on its own again, and where it is."""
     if not is_stack:
-        pieces = [r.unflatten(-2, (r.shape[-2] // size, size)) for r in found]
-        return tuple(pieces), tuple(r.dim() - 1 for r in found)
+        shapes = [(*r.shape[:-2], r.shape[-2] // size, size, r.shape[-1]) for r in found]
+        pieces = tuple(r.view(shape) for r, shape in zip(found, shapes, strict=True))
+        return pieces, tuple(r.dim() - 1 for r in found)
     if plan.models:
-        found = [r.unflatten(0, (size, plan.models)) for r in found]
+        return tuple(r.view(size, plan.models, *r.shape[1:]) for r in found), (0,) * len(found)
     return tuple(found), (0,) * len(found)
 
 
@@ -401,6 +403,10 @@ def _run_one_backward(plan: _Plan, values: _Maybe) -> tuple[Tensor, ...]:
     return tuple(grad for grad, want in zip(found, wanted, strict=True) if want)
 
 
+# An array, and whether it has a dimension for the models.
+_Pair = tuple[Tensor | None, bool]
+
+
 class _Arrays:
     """Dense arrays of a stack: addresses in the first model, and bytes from one to the next."""
 
@@ -416,12 +422,9 @@ class _Arrays:
         dense = 0 if tensor is None or not is_stacked else tensor[0].numel() * tensor.element_size()
         self.strides.append(dense)
 
-    def add_weights(
-        self, weights: _Maybe, stacked: Sequence[bool], call: Call, size: Sizes
-    ) -> None:
+    def add_weights(self, call: Call, size: Sizes, pairs: Sequence[_Pair]) -> None:
         """Add five arrays per direction, of which some are absent."""
-        pairs = list(zip(weights, stacked, strict=True))
-        absent = None, False
+        absent: _Pair = (None, False)
         count = len(pairs) // size.directions
         for start in range(0, len(pairs), count):
             ih, hh, *others = pairs[start : start + count]
@@ -447,12 +450,11 @@ def _first_call(plan: _Plan, tensors: _Maybe, stacked: Sequence[bool]) -> tuple[
 def _add_inputs(
     arrays: _Arrays, call: Call, sizes: Sizes, tensors: _Maybe, stacked: Sequence[bool]
 ) -> None:
-    _, lengths, resets, input, h_0, c_0, reset_h, reset_c, *weights = zip(
-        tensors, stacked, strict=True
-    )
-    for pair in (input, h_0, c_0, lengths, resets, reset_h, reset_c):
+    pairs = list(zip(tensors, stacked, strict=True))
+    _, lengths, resets, *states = pairs[:_WEIGHTS]
+    for pair in (*states[:3], lengths, resets, *states[3:]):
         arrays.add(*pair)
-    arrays.add_weights(*zip(*weights, strict=True), call, sizes)
+    arrays.add_weights(call, sizes, pairs[_WEIGHTS:])
 
 
 def _run_stack(plan: _Plan, tensors: _Maybe) -> tuple[Tensor, ...]:
@@ -499,14 +501,15 @@ def _run_stack_backward(plan: _Plan, values: _Maybe) -> tuple[Tensor, ...]:
     """Run the gradient of each model of a stack."""
     tensors, stacked = values[_FRONT:], plan.stacked[_FRONT:]
     call, sizes = _first_call(plan, tensors, stacked)
-    front = list(zip(values[:_FRONT], plan.stacked, strict=False))
-    *grads, output, reserve = [
+    front = list(zip(values[:_FRONT], plan.stacked[:_FRONT], strict=True))
+    dy, dh_n, dc_n, dcells, output, reserve = (
         tensor[0] if tensor is not None and is_stacked else tensor for tensor, is_stacked in front
-    ]
+    )
     assert output is not None
     assert reserve is not None
+    kept = reserve.contiguous().view(-1)
     wanted = list(plan.wanted[_FLAGS:])
-    check_backward(call, sizes, tuple(grads), output, reserve.contiguous().view(-1), wanted)
+    check_backward(call, sizes, (dy, dh_n, dc_n, dcells), output, kept, wanted)
     arrays = _Arrays()
     for index, pair in enumerate(front):
         # c has no gradient where there is none.
@@ -518,7 +521,7 @@ def _run_stack_backward(plan: _Plan, values: _Maybe) -> tuple[Tensor, ...]:
     ]
     for grad in found[: _WEIGHTS - _FLAGS]:
         arrays.add(grad, True)
-    arrays.add_weights(found[_WEIGHTS - _FLAGS :], (True,) * len(call.weights), call, sizes)
+    arrays.add_weights(call, sizes, [(grad, True) for grad in found[_WEIGHTS - _FLAGS :]])
     _core.layers_backward(
         CELLS[call.cell],
         DTYPES[call.input.dtype],
@@ -538,67 +541,49 @@ def _run_stack_backward(plan: _Plan, values: _Maybe) -> tuple[Tensor, ...]:
 
 def _reference_gradients(plan: _Plan, values: _Maybe) -> tuple[Tensor, ...]:
     """Return what `_LayerBackward` does, from the reference: any transform sees through it."""
-
-    def gradients(*values: Any) -> tuple[Tensor, ...]:
-        grads, tensors = values[: _FRONT - 2], values[_FRONT:]
-        asked = [index for index, want in enumerate(plan.wanted) if want]
-
-        def results(*chosen: Tensor) -> tuple[Tensor, ...]:
-            found = reference_results(plan.call(_replaced(tensors, asked, chosen)), plan.all_c)
-            return tuple(r for r, g in zip(found, grads, strict=True) if _is_pair(r, g))
-
-        found, pull = torch.func.vjp(results, *(tensors[index] for index in asked))
-        assert len(found) == sum(grad is not None for grad in grads)
-        return pull(tuple(grad for grad in grads if grad is not None))  # type: ignore[no-any-return]
-
-    return _each_model(plan, gradients, values)
-
-
-def _autograd_gradients(plan: _Plan, values: _Maybe) -> list[Tensor]:
-    """Return the same for many gradients at once, batched as torch.autograd.grad does it."""
     grads, tensors = values[: _FRONT - 2], values[_FRONT:]
     asked = [index for index, want in enumerate(plan.wanted) if want]
-    shared = [bool(plan.models) and not plan.stacked[_FRONT + index] for index in asked]
+    stacked = list(plan.stacked[_FRONT:])
 
-    def results(*tensors: Any) -> tuple[Tensor, ...]:
+    def of_each_model(index: int) -> Any:
+        value = values[index]
+        assert value is not None
+        if not plan.models or plan.stacked[index]:
+            return value
+        return value.expand(plan.models, *value.shape)
+
+    def results_of_one(*tensors: Any) -> tuple[Tensor, ...]:
         found = reference_results(plan.call(tensors), plan.all_c)
-        return tuple(r for r, g in zip(found, grads, strict=True) if _is_pair(r, g))
+        pairs = zip(found, grads, strict=True)
+        return tuple(r for r, grad in pairs if r is not None and grad is not None)
 
+    def results(*chosen: Tensor) -> tuple[Tensor, ...]:
+        arguments = _replaced(tensors, asked, chosen)
+        if not plan.models:
+            return results_of_one(*arguments)
+        # One that is asked for belongs to each model, so that each has a gradient of it.
+        dims = tuple(
+            0 if value is not None and (index in asked or stacked[index]) else None
+            for index, value in enumerate(tensors)
+        )
+        return torch.func.vmap(results_of_one, in_dims=dims)(*arguments)
+
+    cotangents = tuple(of_each_model(i) for i, grad in enumerate(grads) if grad is not None)
+    return _pulled_back(results, [of_each_model(_FRONT + index) for index in asked], cotangents)
+
+
+def _pulled_back(
+    function: Callable[..., tuple[Tensor, ...]],
+    primals: Sequence[Tensor],
+    cotangents: tuple[Tensor, ...],
+) -> tuple[Tensor, ...]:
+    """Return the gradients of a function's arguments under any transform."""
+    if not any(map(_functorch.is_legacy_batchedtensor, cotangents)):
+        return torch.func.vjp(function, *primals)[1](cotangents)  # type: ignore[no-any-return]
+    # Many at once by torch.autograd.grad, which has a vmap of its own.
     higher = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Aliases, so that these derivatives stop here; one for each model.
-        chosen = [
-            tensors[index].expand(plan.models, *tensors[index].shape)  # type: ignore[union-attr]
-            if is_shared
-            else tensors[index].view_as(tensors[index])  # type: ignore[union-attr,arg-type]
-            for index, is_shared in zip(asked, shared, strict=True)
-        ]
-        stacked = _replaced(plan.stacked, [_FRONT + i for i in asked], [True] * len(asked))
-        many = replace(plan, stacked=tuple(stacked)) if plan.models else plan
-        found = _each_model(many, results, _replaced(tensors, asked, chosen), _FRONT)
-        return list(
-            torch.autograd.grad(
-                found,
-                chosen,
-                [grad for grad in grads if grad is not None],
-                create_graph=higher,
-                materialize_grads=True,
-            )
-        )
-
-
-def _is_pair(result: Tensor | None, grad: Tensor | None) -> bool:
-    return result is not None and grad is not None
-
-
-def _each_model(
-    plan: _Plan, function: Callable[..., tuple[Tensor, ...]], values: _Maybe, skip: int = 0
-) -> tuple[Tensor, ...]:
-    """Call a function on values, or on those of each model of a stack."""
-    if not plan.models:
-        return function(*values)
-    dims = tuple(
-        0 if is_stacked and value is not None else None
-        for value, is_stacked in zip(values, plan.stacked[skip:], strict=True)
-    )
-    return torch.func.vmap(function, in_dims=dims)(*values)  # type: ignore[no-any-return]
+        # Aliases: these derivatives stop at these arguments, higher ones go on.
+        aliases = [primal.view_as(primal) for primal in primals]
+        options = {"create_graph": higher, "materialize_grads": True}
+        return torch.autograd.grad(function(*aliases), aliases, cotangents, **options)
