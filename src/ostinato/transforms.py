@@ -3,8 +3,8 @@
 torch.func asks an autograd.Function for its rules. There are two, a layer and its gradient, and a
 mapped dimension enters either in one of two ways:
 
-- as rows, where neither weights nor their gradients are mapped: each row becomes V neighbours, and
-  the engine runs once;
+- as rows, where weights are not mapped and no element has a gradient of its own: each row becomes V
+  neighbours, and the engine runs once;
 - as a stack, elsewhere: the engine runs once for each of V models, in one call that spreads them
   over the threads. An array that all models share has no dimension for them.
 
@@ -134,11 +134,12 @@ def run(call: Call, all_c: bool) -> Results:
         torch.Size([6, 5, 2, 4])
     """
     # Each transform knows of its own gradients alone.
-    keep = TransformType.Grad in _transforms() or (
+    gradients = tuple(kind == TransformType.Grad for kind in _transforms())
+    keep = any(gradients) or (
         torch.is_grad_enabled()
         and any(t is not None and _unwrapped(t).requires_grad for t in call.tensors())
     )
-    plan = _Plan(call[2], call[6:10], all_c and call.cell == "lstm", keep)
+    plan = _Plan(call[2], call[6:10], all_c and call.cell == "lstm", keep, gradients)
     tensors = call.batch_sizes, call.lengths, call.resets, *call.tensors()
     *found, _ = _Layer.apply(plan, *tensors)  # type: ignore[no-untyped-call]
     output, h_n, c_n, cells = (*found, None, None)[:4]
@@ -153,6 +154,7 @@ class _Plan:
     config: tuple[str, bool, bool, bool]  # cell, has_biases, bidirectional, recompute
     all_c: bool
     keep: bool
+    gradients: tuple[bool, ...]  # which of the transforms, innermost last, are gradients
     models: int = 0  # V of a stack; 0: this is none
     stacked: tuple[bool, ...] = ()  # which of the tensors have V as their first dimension
     wanted: tuple[bool, ...] = ()  # which of a call's tensors are to have a gradient
@@ -201,9 +203,15 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, plan: _Plan, *tensors: Tensor | None) -> tuple[Any, Any]:
         size, dims = info.batch_size, in_dims[1:]
-        # What a call with cuts keeps is in the order of its segments.
-        is_opaque = plan.keep and (tensors[1] is not None or tensors[2] is not None)
-        is_stack = is_opaque or any(dim is not None for dim in dims[_WEIGHTS:])
+        is_cut = tensors[1] is not None or tensors[2] is not None
+        below = len(_transforms())
+        is_stack = (
+            any(dim is not None for dim in dims[_WEIGHTS:])
+            # What a call with cuts keeps is in the order of its segments.
+            or (plan.keep and is_cut)
+            # Each element is to have a gradient of its own, of weights as well.
+            or any(plan.gradients[below + 1 :])
+        )
         mapped_plan, mapped = (_stack if is_stack else _fold)(size, dims, plan, tensors, 0)
         found = _Layer.apply(mapped_plan, *mapped)  # type: ignore[no-untyped-call]
         if plan.keep:
@@ -266,6 +274,8 @@ class _LayerBackward(torch.autograd.Function):
             is_cut
             or any(plan.wanted[_WEIGHTS:])
             or any(dim is not None for dim in dims[_FRONT + _WEIGHTS :])
+            # Then forward was a stack.
+            or dims[_FRONT - 1] is not None
         )
         mapped_plan, mapped = (_stack if is_stack else _fold)(size, dims, plan, values, _FRONT)
         found = _LayerBackward.apply(mapped_plan, *mapped)  # type: ignore[no-untyped-call]
