@@ -22,12 +22,13 @@ def register() -> None:
         ImportError: Opacus is not installed.
 
     Example:
-        >>> import pytest, torch
+        >>> import pytest
+        >>> import torch
         >>> opacus = pytest.importorskip("opacus")
         >>> import ostinato.opacus
         >>> ostinato.opacus.register()
         >>> layer = opacus.GradSampleModule(ostinato.nn.GRU(3, 4, batch_first=True))
-        >>> layer(torch.randn(5, 7, 3))[0].sum().backward()
+        >>> layer(torch.randn(5, 7, 3, requires_grad=True))[0].sum().backward()
         >>> layer._module.weight_hh_l0.grad_sample.shape
         torch.Size([5, 12, 4])
 
