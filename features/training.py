@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import copy
-import importlib
-import itertools
-import tempfile
-import warnings
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from row import Row
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 _KINDS = ("RNN", "GRU", "LSTM")
-_WAYS = ("DDP", "FSDP2")
 _BATCH = 6
 # Numbers of the two sides that went through sums in another order.
 _CLOSE = {"rtol": 1e-4, "atol": 1e-6}
@@ -49,47 +37,6 @@ def _trained(library: Any, kind: str, steps: int = 3) -> torch.nn.Module:
     for step in range(steps):
         _step(layer, list(layer.parameters()), step, 0, 1)
     return layer
-
-
-def _shared(layer: torch.nn.Module, way: str) -> torch.nn.Module:
-    if way == "DDP":
-        return DistributedDataParallel(layer)
-    return fully_shard(layer, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-
-
-def _process(rank: int, name: str, folder: str) -> None:
-    """Train each layer as one of two processes, compare it with one, and save it."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    library = importlib.import_module(name)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    for way, kind in itertools.product(_WAYS, _KINDS):
-        model = _shared(_layer(library, kind), way)
-        parameters = list(model.parameters())
-        for step in range(3):
-            _step(model, parameters, step, rank, 2)
-        found = [p.full_tensor() if isinstance(p, DTensor) else p for p in parameters]
-        expected = list(_trained(library, kind).parameters())
-        torch.testing.assert_close(found, expected, **_CLOSE)
-        dcp.save(get_model_state_dict(model), checkpoint_id=f"{folder}/{way} {kind}")
-    dist.destroy_process_group()
-
-
-def _two_processes(library: Any) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            torch.multiprocessing.spawn(_process, (library.__name__, folder), nprocs=2)
-        except torch.multiprocessing.ProcessRaisedException as error:
-            # It holds the traceback of the process as text, whose last line says what it was.
-            raise RuntimeError(str(error).strip().splitlines()[-1]) from error
-        for way, kind in itertools.product(_WAYS, _KINDS):
-            layer = _layer(library, kind)
-            state = layer.state_dict()
-            dcp.load(state, checkpoint_id=f"{folder}/{way} {kind}", no_dist=True)
-            layer.load_state_dict(state)
-            _step(layer, list(layer.parameters()), 3, 0, 1)
-            expected = _trained(library, kind, steps=4)
-            torch.testing.assert_close(layer.state_dict(), expected.state_dict(), **_CLOSE)
 
 
 def _copies(library: Any) -> None:
@@ -121,7 +68,6 @@ def _same_bits(library: Any) -> None:
 
 
 ROWS = [
-    Row("DDP and FSDP2 on two processes train what one does, and one resumes it", _two_processes),
     Row("An EMA copy, and one written through `.data`, counts at the next call", _copies),
     Row("Half of a batch, as on two processes, gets the same bits", _same_bits),
 ]

@@ -5,6 +5,7 @@
 Each process writes what it found to FOLDER.
 """
 
+import os
 import signal
 import sys
 from datetime import timedelta
@@ -204,6 +205,9 @@ def main():
     found = {"start": start, "resume": resume}[what](folder, rank, world)
     torch.save(found, folder / f"{what}_{rank}.pt")
     dist.destroy_process_group()
+    sys.stdout.flush()
+    # What is found is written. At exit a thread of gloo's may still run, and then C++ ends in abort.
+    os._exit(0)
 
 
 if __name__ == "__main__":
