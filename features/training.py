@@ -1,4 +1,4 @@
-"""Training: on two processes, from a checkpoint, of copies."""
+"""Training: of copies, and of parts of a batch. Two processes: tests/test_distributed.py."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 _KINDS = ("RNN", "GRU", "LSTM")
 _BATCH = 6
-# Numbers of the two sides that went through sums in another order.
-_CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 
 
 def _layer(library: Any, kind: str) -> torch.nn.Module:

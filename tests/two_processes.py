@@ -206,7 +206,7 @@ def main():
     torch.save(found, folder / f"{what}_{rank}.pt")
     dist.destroy_process_group()
     sys.stdout.flush()
-    # What is found is written. At exit a thread of gloo's may still run, and then C++ ends in abort.
+    # All is written. A thread of gloo's may still run: at exit C++ would end in abort.
     os._exit(0)
 
 
