@@ -4,7 +4,7 @@ import pytest
 import torch
 from samples import draw
 
-from ostinato import ops
+from ostinato import ops, reference
 
 operators = torch.ops.ostinato
 
@@ -18,7 +18,7 @@ def no_kernel(monkeypatch):
 
     monkeypatch.setattr(ops._core, "layer_forward", ran)
     monkeypatch.setattr(ops._core, "layer_backward", ran)
-    monkeypatch.setattr(ops.reference, "layer", ran)
+    monkeypatch.setattr(reference, "states", ran)
 
 
 def weight(index, change):
