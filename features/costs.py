@@ -91,7 +91,7 @@ def gradients_of_samples(shape: tuple[int, ...]) -> tuple[str, dict[str, Callabl
     gru = nn.GRU(size, hidden, batch_first=True)
     theirs = DPGRU(size, hidden, batch_first=True)
     theirs.load_state_dict(gru.state_dict())
-    dp, x = GradSampleModule(theirs), torch.randn(batch, steps, size)
+    dp, x = GradSampleModule(theirs, loss_reduction="sum"), torch.randn(batch, steps, size)
     parameters = {name: p.detach() for name, p in gru.named_parameters()}
 
     def loss(parameters: Any, x: torch.Tensor) -> torch.Tensor:
