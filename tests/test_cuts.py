@@ -7,8 +7,8 @@ import itertools
 
 import pytest
 import torch
-from conftest import tolerance
 from samples import SAMPLES, draw, gradients
+from test_ops import close
 
 from ostinato import ops, reference
 
@@ -54,10 +54,10 @@ def both(sample, cuts, **options):
     return found
 
 
-def hold(found, dtype, steps=7):
+def hold(found, steps=8):
     (results, grads), (expected, expected_grads) = found
-    torch.testing.assert_close(results, expected, **tolerance(dtype, 8 * steps))
-    torch.testing.assert_close(grads, expected_grads, **tolerance(dtype, 16 * steps))
+    close(results, expected, steps)
+    close(grads, expected_grads, steps)
 
 
 @pytest.mark.parametrize("resets", RESETS)
@@ -69,7 +69,7 @@ def test_results_and_gradients(cell, bidirectional, lengths, resets):
         pytest.skip("no cut: tests/test_ops.py")
     sample = draw(cell, 7, 5, 3, 6, bidirectional=bidirectional, dtype=torch.float64)
     cuts = cut_of(sample, LENGTHS[lengths], RESETS[resets])
-    hold(both(sample, cuts), torch.float64)
+    hold(both(sample, cuts))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -80,15 +80,15 @@ def test_every_kind_of_call(name, recompute, dtype):
     sample = draw(**options, dtype=dtype)
     steps, batch = sample.input.shape[:2]
     lengths = torch.randint(0, steps + 1, (batch,)).tolist()
-    hold(both(sample, cut_of(sample, lengths, 0.3), recompute=recompute), dtype, steps)
-    hold(both(sample, cut_of(sample, None, 0.3, with_state=False)), dtype, steps)
+    hold(both(sample, cut_of(sample, lengths, 0.3), recompute=recompute), steps)
+    hold(both(sample, cut_of(sample, None, 0.3, with_state=False)), steps)
 
 
 @pytest.mark.parametrize("name", [n for n, o in SAMPLES.items() if "lengths" in o])
 def test_resets_of_packed_rows(name):
     options = {k: v for k, v in SAMPLES[name].items() if k != "recompute"}
     sample = draw(**options, dtype=torch.float64)
-    hold(both(sample, cut_of(sample, None, 0.4)), torch.float64)
+    hold(both(sample, cut_of(sample, None, 0.4)))
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -96,7 +96,7 @@ def test_nothing_is_kept_where_there_are_no_steps(cell):
     for steps, batch in ((0, 3), (4, 0), (0, 0)):
         sample = draw(cell, steps, batch, 3, 6, bidirectional=True, dtype=torch.float64)
         cuts = cut_of(sample, [0] * batch, 0.5)
-        hold(both(sample, cuts), torch.float64)
+        hold(both(sample, cuts))
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
@@ -154,7 +154,7 @@ def test_16_bits(cell, dtype):
     results = run(ops.cut_layer, sample, cuts, all_c=True)
     for mine, other in zip(results, run(ops.cut_layer, wide, wide_cuts, all_c=True), strict=True):
         assert torch.equal(mine, other.to(dtype))
-    hold(both(sample, cuts), dtype)
+    hold(both(sample, cuts))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -208,7 +208,7 @@ def test_operator_by_torchs_own_rules(name):
 )
 def test_wrong_arguments(changes, error, message):
     sample = draw("gru", 7, 2, 3, 4)
-    with pytest.raises((error, RuntimeError), match=message):
+    with pytest.raises(error, match=message):
         run(ops.cut_layer, sample, changes)
 
 
@@ -221,7 +221,7 @@ def test_packed_rows_have_their_own_lengths():
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_what_has_no_engine(cell):
     sample = draw(cell, 7, 3, 2, 4, bidirectional=True, dtype=torch.complex128)
-    hold(both(sample, cut_of(sample, (7, 0, 3), 0.3)), torch.complex128)
+    hold(both(sample, cut_of(sample, (7, 0, 3), 0.3)))
 
 
 def test_second_derivatives():

@@ -153,7 +153,7 @@ void run(Cell cell, Dtype dtype, const Backward& call, int threads) {
 
 template <class Call>
 void run_segments(Cell cell, Dtype dtype, const Call& call, int threads) {
-    const Segments segments(cell, dtype, call.sizes, call.cuts);
+    const Segments segments(dtype, call.sizes, call.cuts);
     const Scratch<1> scratch(segments.packed(call, nullptr).bytes);
     const Call packed = segments.packed(call, scratch.get()).call;
     segments.gather(call, packed, threads);

@@ -5,7 +5,7 @@
 // forward keeps for backward. An output has the bits of the float32 engine's, rounded: what decision 7 promises holds here
 // too, but for a sequence that the caller cuts into pieces, since the state that goes from one to the next is rounded.
 //
-// Traffic: a pass over x, y and the weights before and after, some 5% of a layer at T100 B32 H256.
+// Traffic: a pass over x, y and the weights before and after.
 #pragma once
 
 #include "backward.h"

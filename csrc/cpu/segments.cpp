@@ -103,8 +103,8 @@ void name_arrays(const Taker& take, const Sizes& z, const Backward& call, Backwa
 
 }  // namespace
 
-Segments::Segments(Cell cell, Dtype dtype, const Sizes& sizes, const Cuts& cuts)
-    : cell_(cell), dtype_(dtype), original_(sizes), cuts_(cuts), is_empty_(static_cast<size_t>(sizes.batch), true) {
+Segments::Segments(Dtype dtype, const Sizes& sizes, const Cuts& cuts)
+    : dtype_(dtype), original_(sizes), cuts_(cuts), is_empty_(static_cast<size_t>(sizes.batch), true) {
     const int64_t T = sizes.steps, B = sizes.batch;
     std::vector<int64_t> offsets(static_cast<size_t>(T) + 1, 0), lengths(static_cast<size_t>(B), 0);
     for (int64_t t = 0; t < T; t++) {

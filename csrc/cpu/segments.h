@@ -1,7 +1,7 @@
 // Rows cut into segments (engine.h, Cuts): each becomes a row of a packed batch, and the walk knows nothing of it.
 //
-// So what a segment computes has the bits that it has alone, its gradient ends where it begins, and a batch with many resets has
-// more rows of fewer steps, which is faster. The price is a copy of x and y, and of their gradients. Compiled for the baseline.
+// So what a segment computes has the bits that it has alone, and its gradient ends where it begins. The price is a copy of
+// x and y, and of their gradients. Compiled for the baseline.
 #pragma once
 
 #include <vector>
@@ -12,7 +12,7 @@ namespace ostinato {
 
 class Segments {
 public:
-    Segments(Cell cell, Dtype dtype, const Sizes& sizes, const Cuts& cuts);
+    Segments(Dtype dtype, const Sizes& sizes, const Cuts& cuts);
 
     // The call on the packed batch, its arrays laid out in scratch; without scratch only the bytes are right. The call refers to
     // this object.
@@ -46,7 +46,6 @@ private:
     void gather_rows(const void* from, int64_t width, const void* packed, int threads) const;
     void scatter_rows(const void* packed, int64_t width, void* to, int threads) const;
 
-    const Cell cell_;
     const Dtype dtype_;
     const Sizes& original_;
     const Cuts& cuts_;

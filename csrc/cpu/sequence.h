@@ -3,7 +3,7 @@
 // A direction visits its steps in walk order s = 0..T-1; step s is time t(s), T-1-s for the reverse direction. At time t
 // the first rows_at(t) rows of the batch are active. Of these, the rows that were active at step s-1 continue from there;
 // the others begin at h_0. That one rule covers both directions of a packed batch: forward, rows only ever end; reverse,
-// rows only ever begin, each at its own last step. (Resets would be one more reason for a row to begin.)
+// rows only ever begin, each at its own last step.
 //
 // Who computes what. Rows are independent, so a batch is cut into row tiles and each member walks its tile through all
 // steps without a barrier. Where there are fewer rows than that is worth, the members walk together and share the unit
