@@ -4,7 +4,7 @@
 
 - float32, float64, bfloat16 and float16 on the CPU: the compiled engine, by the short way where
   nobody looks on and all tensors are plain (`short`), otherwise by the operator `ostinato::layer`;
-- CUDA: torch's cuDNN operator where that can serve (`ostinato.cuda`);
+- CUDA: torch's cuDNN operator where that can serve (`ostinato.cuda.cudnn`);
 - anything else: the reference, which torch's autograd differentiates.
 
 Every way but the short one starts at `check`, which says what is wrong. The short way asks the
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ostinato import _core, cuda, transforms
+from ostinato import _core, transforms
 from ostinato.call import (
     CELLS,
     DTYPES,
@@ -40,6 +40,7 @@ from ostinato.call import (
     require_tensor,
     thread_count,
 )
+from ostinato.cuda import cudnn
 from ostinato.transforms import reference_results
 
 _log = logging.getLogger("ostinato")
@@ -224,9 +225,9 @@ def _run(call: Call, all_c: bool = False) -> tuple[Tensor, Tensor, Tensor | None
     device = input.device.type
 
     def run() -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        if device == "cuda" and not (call.is_cut or all_c) and cuda.serves(input):
+        if device == "cuda" and not (call.is_cut or all_c) and cudnn.serves(input):
             states = call.h_0, call.c_0, call.weights, call.has_biases
-            return *cuda.layer(cell, input, batch_sizes, sizes, *states), None
+            return *cudnn.layer(cell, input, batch_sizes, sizes, *states), None
         if input.dtype not in DTYPES or device not in ("cpu", "meta"):
             _tell_reference(device, input.dtype)
         return reference_results(call, all_c)

@@ -1,4 +1,4 @@
-"""CUDA: torch's own cuDNN operator, until the GPU engine takes its place.
+"""torch's own cuDNN operator, for what the GPU engine does not run.
 
 One layer at a time, in one or two directions, so that the modules above see the same thing on every
 device.

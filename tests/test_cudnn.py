@@ -1,15 +1,16 @@
 """The CUDA path: torch's own operator, one layer at a time.
 
-The operator takes CPU tensors as well, so what `ostinato.cuda` makes of the arguments is tested
-everywhere.
+The operator takes CPU tensors as well, so what `ostinato.cuda.cudnn` makes of the arguments is
+tested everywhere.
 """
 
 import pytest
 import torch
 from samples import SAMPLES, draw, gradients
 
-from ostinato import cuda, nn, ops
+from ostinato import nn, ops
 from ostinato.call import Call, check
+from ostinato.cuda import cudnn
 
 
 def arguments(cell, packed, biases, directions, states):
@@ -37,7 +38,7 @@ def test_torch_s_operator_gets_the_arguments_of_the_layer(cell, packed, biases, 
     options = {"has_biases": biases, "bidirectional": directions == 2}
     expected = ops.layer(cell, input, sizes, h_0, c_0, weights, **options)
     layout = check(Call(input, sizes, 3, h_0, c_0, weights, cell, biases, directions == 2))
-    actual = cuda.layer(cell, input, sizes, layout, h_0, c_0, weights, biases)
+    actual = cudnn.layer(cell, input, sizes, layout, h_0, c_0, weights, biases)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -51,7 +52,7 @@ def test_gradients_go_through_torch_s_operator(kind):
     found = []
     for run in (
         lambda *arguments, **options: ops.layer(*arguments, **options),
-        lambda cell, input, sizes, h_0, c_0, weights, **_: cuda.layer(
+        lambda cell, input, sizes, h_0, c_0, weights, **_: cudnn.layer(
             cell, input, sizes, check(call), h_0, c_0, weights, call.has_biases
         ),
     ):
@@ -62,9 +63,9 @@ def test_gradients_go_through_torch_s_operator(kind):
 
 
 def test_what_torch_s_operator_does_not_serve():
-    assert cuda.serves(torch.zeros(2, 3, 4))
-    assert not cuda.serves(torch.zeros(0, 3, 4))
-    assert not cuda.serves(torch.zeros(2, 3, 4, dtype=torch.complex64))
+    assert cudnn.serves(torch.zeros(2, 3, 4))
+    assert not cudnn.serves(torch.zeros(0, 3, 4))
+    assert not cudnn.serves(torch.zeros(2, 3, 4, dtype=torch.complex64))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
