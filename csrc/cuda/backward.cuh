@@ -1,0 +1,475 @@
+// The walk backward, from the last step of forward's walk to its first. Each step of a group of eight rows:
+//
+//   await dL/dh  ->  cell: gate gradients of the own units, kept in memory  ->  barrier  ->  their product with weight_hh  ->
+//   send every block the part of dL/dh that its units get from here
+//
+// A block keeps the rows of weight_hh that belong to its own units, as forward does, and sums of floats cross the exchange instead
+// of gate gradients: 4 bytes per unit and row against 6 (GRU) or 8 (LSTM) in 16 bits. The receiver adds them in a fixed order.
+// Gradients of weights, biases and x are products over all steps and not computed here.
+//
+// Registers: kResident fragments of four words; shared memory: BackwardShared, which config.py computes too (checked below).
+#pragma once
+
+#include "sequence.cuh"
+
+namespace ostinato {
+namespace {
+
+struct Backward {
+    Batch batch;
+    const void* weight_hh;  // [G * H, H], of this block's direction
+    const void *h_0, *c_0, *reset_h, *reset_c;  // [D, B, H]
+    const void *y, *reserve;  // of forward
+    const void *dy, *dcells;  // [N, D * H]
+    const void *dh_n, *dc_n;  // [D, B, H]
+    void* dgates;  // [D, N, kGrads * H], slots as position_of has them
+    void *dh_0, *dc_0;  // [D, B, H]; where rows begin anew, a row may have no part in them: zeros beforehand
+    float *dreset_h, *dreset_c;  // [D, B, H], zeros beforehand; what belongs to the states of resets is added
+    u32* exchange;  // with Exchange::kGrid [D, tiles, groups, 2, kBlocks, sources, 8, kUnits], zeros
+};
+
+// ---- gate gradients times weight_hh ----
+
+// On tensor cores: a warp computes tiles of 16 units of the previous state over a slice of k, the own units of all gates.
+template <class Cell, class Math, bool kOnTensorCores = (Math::kDepth > 0)>
+struct BackwardProduct {
+    static constexpr int kDepth = Cell::kGates * kUnits, kTiles = kPadded / 16, kSlices = largest(kWarps / kTiles, 1);
+    static constexpr int kTilesEach = kTiles * kSlices / kWarps, kSteps = kDepth / largest(Math::kDepth, 1) / kSlices;
+    static constexpr int kCount = kTilesEach * kSteps;
+    static_assert(kTilesEach * kWarps == kTiles * kSlices && kSteps * kSlices * Math::kDepth == kDepth, "warps share evenly");
+    using Held = Fragments<Math, kCount>;
+    using Operand = typename Math::Operand;
+    Held fragments;
+    int first_tile, slice;
+
+    OSTINATO_DEVICE void load(Fragment* shared, const typename Math::Element* weight, int rank) {
+        const int warp = thread_index() / 32;
+        slice = warp % kSlices, first_tile = warp / kSlices * kTilesEach;
+        fragments.load(
+            shared,
+            [&](int i, int& row, int& k) {
+                row = (first_tile + i % kTilesEach) * 16;
+                k = (slice * kSteps + i / kTilesEach) * Math::kDepth;
+            },
+            [&](int row, int k) {
+                const auto read = [&](int unit) {
+                    const bool is_there = rank * kUnits + unit % kUnits < kHidden && row < kHidden;
+                    const int at = (unit / kUnits * kHidden + rank * kUnits + unit % kUnits) * kHidden + row;
+                    return to_operand<Math>(is_there ? widen(weight[at]) : 0.0f);
+                };
+                if constexpr (Math::kDepth == 8)
+                    return word_of(read(k));
+                else
+                    return join(word_of(read(k)), word_of(read(k + 1)));
+            });
+    }
+
+    // emit(slice, unit, row, pair) gets the sums of units `unit` and `unit` + 1 of a row.
+    template <class Emit>
+    OSTINATO_DEVICE void multiply(const Fragment* shared, const Operand (&grads)[kGroupRows][kDepth + kRowPad<Math>],
+                                  Emit emit) const {
+        float sum[kTilesEach][4] = {};
+        OSTINATO_UNROLL
+        for (int k = 0; k < kSteps; k++) {
+            u32 b0, b1;
+            read_rows<Math>(grads[0], kDepth + kRowPad<Math>, (slice * kSteps + k) * Math::kDepth, b0, b1);
+            OSTINATO_UNROLL
+            for (int i = 0; i < kTilesEach; i++) fragments.multiply(shared, k * kTilesEach + i, sum[i], b0, b1);
+        }
+        // A thread has one unit of two rows, and changes one of them for its neighbour's unit of the other.
+        const int lane = thread_index() % 32, is_odd = lane / 4 % 2;
+        OSTINATO_UNROLL
+        for (int i = 0; i < kTilesEach; i++) OSTINATO_UNROLL
+        for (int half = 0; half < 2; half++) {
+            const float a = sum[i][2 * half], b = sum[i][2 * half + 1], other = shuffle_xor(is_odd ? a : b, 4);
+            const int unit = (first_tile + i) * 16 + half * 8 + lane / 4 - is_odd;
+            emit(slice, unit, lane % 4 * 2 + is_odd, is_odd ? Pair{other, b} : Pair{a, other});
+        }
+    }
+};
+
+// By fused multiply-adds: a thread computes one unit of the previous state over a slice of k, in ascending k.
+template <class Cell, class Math>
+struct BackwardProduct<Cell, Math, false> {
+    static constexpr int kDepth = Cell::kGates * kUnits, kSlices = kThreads / kPadded, kSteps = kDepth / largest(kSlices, 1);
+    static_assert(kExchange != Exchange::kGrid || Math::kDepth, "a float has no spare bits for a mark");
+    static_assert(kSlices * kPadded == kThreads && kSteps * kSlices == kDepth && kSteps % 4 == 0, "threads share evenly");
+    struct Held {
+        static constexpr int kShared = 0;
+    };
+    float weights[kSteps];
+    int unit, slice;
+
+    OSTINATO_DEVICE void load(Fragment*, const float* weight, int rank) {
+        unit = thread_index() % kPadded, slice = thread_index() / kPadded;
+        OSTINATO_UNROLL
+        for (int i = 0; i < kSteps; i++) {
+            const int k = slice * kSteps + i, from = rank * kUnits + k % kUnits;
+            weights[i] = from < kHidden && unit < kHidden
+                             ? weight[static_cast<i64>(k / kUnits * kHidden + from) * kHidden + unit]
+                             : 0.0f;
+        }
+    }
+
+    template <class Emit>
+    OSTINATO_DEVICE void multiply(const Fragment*, const float (&grads)[kGroupRows][kDepth + kRowPad<Math>], Emit emit) const {
+        OSTINATO_UNROLL
+        for (int row = 0; row < kGroupRows; row += 2) {
+            float sum[2] = {};
+            OSTINATO_UNROLL
+            for (int i = 0; i < kSteps; i += 4) OSTINATO_UNROLL
+            for (int j = 0; j < 2; j++) {
+                const Fragment four = *reinterpret_cast<const Fragment*>(&grads[row + j][slice * kSteps + i]);
+                OSTINATO_UNROLL
+                for (int k = 0; k < 4; k++) sum[j] = fused(weights[i + k], float_of(four.words[k]), sum[j]);
+            }
+            const int is_odd = unit % 2;
+            const float other = shuffle_xor(is_odd ? sum[0] : sum[1], 1);
+            emit(slice, unit - is_odd, row + is_odd, is_odd ? Pair{other, sum[1]} : Pair{sum[0], other});
+        }
+    }
+};
+
+// ---- shared memory ----
+
+template <class Cell, class Math>
+struct BackwardShared {
+    using Product = BackwardProduct<Cell, Math>;
+    // Of dL/dh: from every block's slices, or what a thread of the gathering has added up.
+    static constexpr int kQuads = kGroupRows * kUnits / 4;
+    static constexpr int kParts = kThreads / kQuads < kBlocks ? largest(kThreads / kQuads, 1) : kBlocks;
+    static constexpr int kSources = kExchange == Exchange::kGrid ? kParts : kBlocks * Product::kSlices;
+    static constexpr int kSums = kExchange == Exchange::kGrid ? 1 : kBuffers * kGroups;
+    typename Math::Operand grads[kHalves][kGroupRows][Product::kDepth + kRowPad<Math>];
+    float sums[kSums][kSources][kGroupRows][kUnits + 4];
+    Fragment weights[largest(Product::Held::kShared, 0) * kThreads + 1];
+    // What goes to the step before without weight_hh.
+    float dh[kRows][kUnits], dc[Cell::kHasCell ? kRows : 1][kUnits];
+    Row rows[kRows];
+    u64 arrived[kBuffers][kGroups];
+};
+
+// ---- the walk. n counts the steps as they come: step s = steps - 1 - n of forward's walk ----
+
+template <class Cell, class Math>
+struct BackwardWalk {
+    using Element = typename Math::Element;
+    using Operand = typename Math::Operand;
+    using Value = Real<Math::kIsFast>;
+    using Shared = BackwardShared<Cell, Math>;
+    using Product = typename Shared::Product;
+    static constexpr int kGates = Cell::kGates;
+
+    const Backward& call;
+    Shared& shared;
+    Walk walk;
+    int rank, tile;
+
+    struct Inputs {
+        Raw<Element> dy, dcells, saved[largest(Cell::kSaved, 1)], previous_h, previous_c, h;
+        i64 place;
+        Start here, next;
+        bool is_active;
+    };
+
+    OSTINATO_DEVICE static int pair_of(int e) { return thread_index() + e * kThreads; }
+    OSTINATO_DEVICE static bool is_mine(int pair) { return kGroupPairs % kThreads == 0 || pair < kGroupPairs; }
+
+    OSTINATO_DEVICE auto& sums_of(int n, int group) {
+        if constexpr (kExchange == Exchange::kGrid) return shared.sums[0];
+        return shared.sums[n % kBuffers * kGroups + group];
+    }
+    // The words for a block of what arrives before step n.
+    OSTINATO_DEVICE u32* words_of(int n, int group, int block) const {
+        const i64 tiles = (walk.batch.batch + kRows - 1) / kRows;
+        const i64 place = ((walk.direction * tiles + tile) * kGroups + group) * 2 + n % 2;
+        return call.exchange + (place * kBlocks + block) * kBlocks * Product::kSlices * kGroupRows * kUnits;
+    }
+
+    // Hands a pair of sums to the block that owns these units, for step n.
+    OSTINATO_DEVICE void send(int n, int group, int slice, int unit, int row, Pair pair) {
+        const int to = unit / kUnits, own = unit % kUnits, source = rank * Product::kSlices + slice;
+        if constexpr (kExchange == Exchange::kGrid) {
+            const u32 mark = mark_of(n);
+            u32* const words = words_of(n, group, to) + (source * kGroupRows + row) * kUnits + own;
+            store_shared_words(words, (bits_of(pair.a) & ~3u) | mark, (bits_of(pair.b) & ~3u) | mark);
+        } else {
+            auto* const place = reinterpret_cast<u64*>(&sums_of(n, group)[source][row][own]);
+            const u64 both = join(bits_of(pair.a), bits_of(pair.b));
+            if constexpr (kExchange == Exchange::kBlock)
+                *place = both;
+            else
+                push(place, both, &shared.arrived[n % 2][group], to);
+        }
+    }
+
+    // Says how much is to come before step n. One thread's business.
+    OSTINATO_DEVICE void expect(int n, int group) {
+        transaction_expect(&shared.arrived[n % 2][group], Shared::kSources * kGroupRows * kUnits * sizeof(float));
+    }
+
+    // Waits until all parts of dL/dh before step n are in shared memory.
+    OSTINATO_DEVICE void await(int n, int group) {
+        if constexpr (kExchange == Exchange::kBlock) {
+            // With several groups the barrier between cell and product of another one has ordered this.
+            if (kGroups == 1 && n) block_barrier();
+        } else if constexpr (kExchange == Exchange::kCluster) {
+            if (n) transaction_wait(&shared.arrived[n % 2][group], (n - 1) / 2 % 2);
+            if (thread_index() == 0 && n < walk.steps) expect(n + 1, group);
+        } else if (n) {
+            gather(words_of(n, group, rank), mark_of(n));
+            block_barrier();  // orders the sums of all threads
+        }
+    }
+
+    // Adds up what all blocks have sent, each word as soon as it has its mark. A thread takes four units of every kParts-th source.
+    OSTINATO_DEVICE void gather(const u32* words, u32 mark) {
+        constexpr int kAtOnce = 4, kAll = kBlocks * Product::kSlices;
+        const int quad = thread_index() % Shared::kQuads, part = thread_index() / Shared::kQuads;
+        if (part >= Shared::kParts) return;
+        float sum[4] = {};
+        for (int first = part; first < kAll; first += kAtOnce * Shared::kParts) {
+            u32 found[kAtOnce][4];
+            bool is_complete;
+            do {
+                is_complete = true;
+                OSTINATO_UNROLL
+                for (int i = 0; i < kAtOnce; i++) {
+                    const int source = first + i * Shared::kParts;
+                    if (source >= kAll) continue;
+                    load_shared_words(words + (source * Shared::kQuads + quad) * 4, found[i]);
+                    OSTINATO_UNROLL
+                    for (int j = 0; j < 4; j++) is_complete &= (found[i][j] & 3) == mark;
+                }
+            } while (!is_complete);
+            OSTINATO_UNROLL
+            for (int i = 0; i < kAtOnce; i++) OSTINATO_UNROLL
+            for (int j = 0; j < 4; j++)
+                if (first + i * Shared::kParts < kAll) sum[j] += float_of(found[i][j] & ~3u);
+        }
+        OSTINATO_UNROLL
+        for (int j = 0; j < 4; j++) shared.sums[0][part][quad * 4 / kUnits][quad * 4 % kUnits + j] = sum[j];
+    }
+
+    // dL/dh of a pair of units after step s, of what comes after it.
+    OSTINATO_DEVICE Pair arrived(int n, int group, int place, int unit) {
+        const int r = group * kGroupRows + place;
+        Pair sum{shared.dh[r][unit], shared.dh[r][unit + 1]};
+        if (n) {
+            auto& sums = sums_of(n, group);
+            OSTINATO_UNROLL
+            for (int source = 0; source < Shared::kSources; source++)
+                sum.a += sums[source][place][unit], sum.b += sums[source][place][unit + 1];
+        }
+        return sum;
+    }
+
+    OSTINATO_DEVICE void keep(float (&values)[kUnits], int unit, Pair pair) {
+        values[unit] = pair.a, values[unit + 1] = pair.b;
+    }
+
+    // The state that begins a piece of a row gets its gradient.
+    OSTINATO_DEVICE void leave(const Row& row, bool by_reset, int unit, Pair grad, void* to_first, float* to_reset) {
+        const int global = rank * kUnits + unit;
+        if (!by_reset) {
+            if (to_first) store_units(state_row(static_cast<Element*>(to_first), walk, row.index), global, grad);
+        } else if (to_reset) {
+            float* const sums = state_row(to_reset, walk, row.index) + global;
+            if (global < kHidden) sums[0] += grad.a;
+            if (global + 1 < kHidden) sums[1] += grad.b;
+        }
+    }
+
+    OSTINATO_DEVICE Raw<Element> load_row(const void* rows, i64 place, int unit) const {
+        const i64 at = (place * walk.batch.directions + walk.direction) * kHidden;
+        return load_units(static_cast<const Element*>(rows) + at, rank * kUnits + unit);
+    }
+    OSTINATO_DEVICE Raw<Element> load_saved(i64 place, int slot, int unit) const {
+        const i64 at = ((place * walk.batch.directions + walk.direction) * Cell::kSaved + slot) * kHidden;
+        return load_units(static_cast<const Element*>(call.reserve) + at, rank * kUnits + unit);
+    }
+    // forward saves c last.
+    OSTINATO_DEVICE Raw<Element> load_c(i64 place, int unit) const { return load_saved(place, Cell::kSaved - 1, unit); }
+
+    OSTINATO_DEVICE Raw<Element> load_initial(const void* states, const void* resets, const Row& row, bool by_reset,
+                                              int unit) const {
+        const auto* from = static_cast<const Element*>(by_reset ? resets : states);
+        return from ? load_units(state_row(from, walk, row.index), rank * kUnits + unit) : Raw<Element>{};
+    }
+
+    OSTINATO_DEVICE void load_inputs(int n, int group, Inputs (&inputs)[kPairs]) const {
+        const int s = walk.steps - 1 - n, t = walk.time(s), next = walk.time(s + 1), previous = walk.time(s - 1);
+        OSTINATO_UNROLL
+        for (int e = 0; e < kPairs; e++) {
+            const int pair = pair_of(e);
+            if (!is_mine(pair)) continue;
+            const Row row = shared.rows[group * kGroupRows + pair / (kUnits / 2)];
+            const int unit = pair % (kUnits / 2) * 2;
+            Inputs& in = inputs[e];
+            in.is_active = walk.is_active(row, t);
+            if (!in.is_active) continue;
+            in.place = walk.place(row, t);
+            in.here = walk.start(row, t);
+            in.next = {false, false};
+            if (walk.batch.flags && walk.is_active(row, next)) in.next = walk.start(row, next);
+            const Raw<Element> none{};
+            in.dy = call.dy ? load_row(call.dy, in.place, unit) : none;
+            in.dcells = Cell::kHasCell && call.dcells ? load_row(call.dcells, in.place, unit) : none;
+            OSTINATO_UNROLL
+            for (int k = 0; k < Cell::kSaved; k++) in.saved[k] = load_saved(in.place, k, unit);
+            in.previous_h = in.previous_c = in.h = none;
+            if constexpr (Cell::kUsesOutput) in.h = load_row(call.y, in.place, unit);
+            if (in.here.is_start) {
+                if constexpr (Cell::kUsesPrevious)
+                    in.previous_h = load_initial(call.h_0, call.reset_h, row, in.here.by_reset, unit);
+                if constexpr (Cell::kHasCell) in.previous_c = load_initial(call.c_0, call.reset_c, row, in.here.by_reset, unit);
+                continue;
+            }
+            const i64 before = walk.place(row, previous);
+            if constexpr (Cell::kUsesPrevious) in.previous_h = load_row(call.y, before, unit);
+            if constexpr (Cell::kHasCell) in.previous_c = load_c(before, unit);
+            prefetch_step(before, rank * kUnits + unit);
+        }
+    }
+
+    // Once for every 32 bytes.
+    OSTINATO_DEVICE void prefetch_step(i64 place, int global) const {
+        if (global >= kHidden || global % (32 / static_cast<int>(sizeof(Element)))) return;
+        const i64 at = place * walk.batch.directions + walk.direction;
+        if (call.dy) prefetch(static_cast<const Element*>(call.dy) + at * kHidden + global);
+        OSTINATO_UNROLL
+        for (int k = 0; k < Cell::kSaved; k++)
+            prefetch(static_cast<const Element*>(call.reserve) + (at * Cell::kSaved + k) * kHidden + global);
+    }
+
+    OSTINATO_DEVICE void step(int n, int group, const Inputs& in, int pair,
+                              Operand (&grads)[kGroupRows][Product::kDepth + kRowPad<Math>]) {
+        const int place = pair / (kUnits / 2), unit = pair % (kUnits / 2) * 2, r = group * kGroupRows + place;
+        const Row row = shared.rows[r];
+        Pair dh = arrived(n, group, place, unit);
+        Value da[2][Cell::kGrads];
+        OSTINATO_UNROLL
+        for (int k = 0; k < Cell::kGrads; k++) da[0][k] = da[1][k] = 0.0f;
+        if (in.is_active) {
+            const int c_row = Cell::kHasCell ? r : 0;
+            if (in.next.is_start) {
+                leave(row, in.next.by_reset, unit, dh, call.dh_0, call.dreset_h);
+                dh = {0, 0};
+                if constexpr (Cell::kHasCell) {
+                    leave(row, in.next.by_reset, unit, {shared.dc[r][unit], shared.dc[r][unit + 1]}, call.dc_0, call.dreset_c);
+                    keep(shared.dc[r], unit, {0, 0});
+                }
+            }
+            const Pair dy = widen(in.dy), dcells = widen(in.dcells), previous_h = widen(in.previous_h);
+            const Pair previous_c = widen(in.previous_c), h = widen(in.h);
+            float direct[2];
+            OSTINATO_UNROLL
+            for (int i = 0; i < 2; i++) {
+                Value saved[largest(Cell::kSaved, 1)];
+                OSTINATO_UNROLL
+                for (int k = 0; k < Cell::kSaved; k++) {
+                    const Pair both = widen(in.saved[k]);
+                    saved[k] = i ? both.b : both.a;
+                }
+                Value dc = Cell::kHasCell ? shared.dc[c_row][unit + i] + (i ? dcells.b : dcells.a) : 0.0f;
+                direct[i] =
+                    Cell::backward(Value(i ? dh.b + dy.b : dh.a + dy.a), dc, saved, Value(i ? previous_h.b : previous_h.a),
+                                   Value(i ? previous_c.b : previous_c.a), Value(i ? h.b : h.a), da[i])
+                        .value;
+                if constexpr (Cell::kHasCell) shared.dc[r][unit + i] = dc.value;
+            }
+            dh = {direct[0], direct[1]};
+            Element* const to =
+                static_cast<Element*>(call.dgates) + (walk.direction * walk.batch.rows + in.place) * Cell::kGrads * kHidden;
+            OSTINATO_UNROLL
+            for (int k = 0; k < Cell::kGrads; k++)
+                store_units(to + position_of<Cell>(k) * kHidden, rank * kUnits + unit, Pair{da[0][k].value, da[1][k].value});
+        }
+        keep(shared.dh[r], unit, dh);
+        OSTINATO_UNROLL
+        for (int g = 0; g < kGates; g++) {
+            using Two = typename WordsOf<Operand>::Two;
+            const Two both = join(word_of(to_operand<Math>(da[0][g].value)), word_of(to_operand<Math>(da[1][g].value)));
+            *reinterpret_cast<Two*>(&grads[place][g * kUnits + unit]) = both;
+        }
+    }
+
+    OSTINATO_DEVICE void begin() {
+        OSTINATO_ROLLED
+        for (int pair = thread_index(); pair < kGroups * kGroupPairs; pair += kThreads) {
+            const int unit = pair % (kUnits / 2) * 2, r = pair / (kUnits / 2);
+            const Row row = shared.rows[r];
+            const auto read = [&](const void* states) {
+                const auto* from = static_cast<const Element*>(row.index < 0 ? nullptr : states);
+                return load_pair(state_row(from, walk, row.index), rank * kUnits + unit);
+            };
+            keep(shared.dh[r], unit, read(call.dh_n));
+            if constexpr (Cell::kHasCell) keep(shared.dc[r], unit, read(call.dc_n));
+        }
+    }
+
+    OSTINATO_DEVICE void end() {
+        for (int group = 0; group < kGroups; group++) {
+            await(walk.steps, group);
+            OSTINATO_ROLLED
+            for (int pair = thread_index(); pair < kGroupPairs; pair += kThreads) {
+                const int place = pair / (kUnits / 2), unit = pair % (kUnits / 2) * 2, r = group * kGroupRows + place;
+                const Row row = shared.rows[r];
+                if (row.index < 0) continue;
+                const bool by_reset = walk.begins_by_reset(row);
+                leave(row, by_reset, unit, arrived(walk.steps, group, place, unit), call.dh_0, call.dreset_h);
+                if constexpr (Cell::kHasCell)
+                    leave(row, by_reset, unit, {shared.dc[r][unit], shared.dc[r][unit + 1]}, call.dc_0, call.dreset_c);
+            }
+            if constexpr (kExchange == Exchange::kGrid) block_barrier();  // before the next group's sums overwrite these
+        }
+    }
+
+    OSTINATO_DEVICE void run() {
+        walk.fill(shared.rows, tile);
+        if constexpr (kExchange == Exchange::kCluster) {
+            if (thread_index() == 0) {
+                for (int i = 0; i < 2 * kGroups; i++) transaction_init(&shared.arrived[i / kGroups][i % kGroups]);
+                transaction_publish();
+            }
+        }
+        block_barrier();  // orders the rows
+        walk.count_steps(shared.rows);
+        Product product;
+        begin();
+        product.load(shared.weights, static_cast<const Element*>(call.weight_hh), rank);
+        block_barrier();  // orders the gradients of the last states
+        // Every block's barriers stand before anybody pushes.
+        if constexpr (kExchange == Exchange::kCluster) cluster_barrier();
+        OSTINATO_ROLLED
+        for (int n = 0; n < walk.steps; n++) OSTINATO_ROLLED
+        for (int group = 0; group < kGroups; group++) {
+            Inputs inputs[kPairs];
+            load_inputs(n, group, inputs);
+            await(n, group);
+            auto& grads = shared.grads[group % kHalves];
+            OSTINATO_UNROLL
+            for (int e = 0; e < kPairs; e++)
+                if (is_mine(pair_of(e))) step(n, group, inputs[e], pair_of(e), grads);
+            block_barrier();  // orders the gate gradients
+            product.multiply(shared.weights, grads,
+                             [&](int slice, int unit, int row, Pair pair) { send(n + 1, group, slice, unit, row, pair); });
+        }
+        if constexpr (kExchange == Exchange::kBlock) block_barrier();  // orders the last group's sums
+        end();
+        // Nobody leaves while its shared memory may still be written.
+        if constexpr (kExchange == Exchange::kCluster) cluster_barrier();
+    }
+};
+
+template <class Cell, class Math>
+OSTINATO_DEVICE void backward(const Backward& call) {
+    auto& shared = shared_memory<BackwardShared<Cell, Math>>();
+    static_assert(sizeof(shared) == OSTINATO_SHARED_BYTES, "shared memory as config.py has it");
+    BackwardWalk<Cell, Math>{call, shared, Walk{call.batch, direction_index(), 0}, block_index() % kBlocks,
+                             block_index() / kBlocks}
+        .run();
+}
+
+}  // namespace
+}  // namespace ostinato

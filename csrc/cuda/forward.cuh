@@ -1,0 +1,423 @@
+// The walk forward. Each step of a group of eight rows:
+//
+//   await the state of all units  ->  weight_hh times state, each warp a part  ->  barrier  ->  cell  ->  send the own units on
+//
+// Traffic per step and group: the operands of 8 * H units come in over the exchange, 8 * G * kUnits of the input product are read
+// from memory (prefetched into the second cache level a step ahead, loaded before the exchange is awaited). Weights are read once.
+//
+// Registers: kResident fragments of four words; shared memory: ForwardShared, which config.py computes too (checked below).
+#pragma once
+
+#include "sequence.cuh"
+
+namespace ostinato {
+namespace {
+
+struct Forward {
+    Batch batch;
+    const void* gates_x;  // [D, N, G * H], x times weight_ih, without biases
+    const void *weight_hh, *bias_ih, *bias_hh;  // [G * H, H], [G * H], of this block's direction
+    const void *h_0, *c_0, *reset_h, *reset_c;  // [D, B, H]
+    void* y;  // [N, D * H]; what lies past a row's end stays as it is
+    void *h_n, *c_n;  // [D, B, H]
+    void* reserve;  // [N, D, kSaved, H] for backward, or null
+    void* cells;  // [N, D * H], c after every step, or null
+    u32* exchange;  // with Exchange::kGrid [D, tiles, groups, 2, 8, kPadded], zeros
+};
+
+// ---- weight_hh times state ----
+
+// On tensor cores: a warp computes 16 units of every gate over a slice of k.
+template <class Cell, class Math, bool kOnTensorCores = (Math::kDepth > 0)>
+struct ForwardProduct {
+    static constexpr int kTiles = kUnits / 16, kSlices = kWarps / kTiles, kSteps = kPadded / largest(Math::kDepth, 1) / kSlices;
+    static constexpr int kCount = kSteps * Cell::kGates;
+    static_assert(kTiles * kSlices == kWarps && kSteps * kSlices * Math::kDepth == kPadded, "warps share the product evenly");
+    using Held = Fragments<Math, kCount>;
+    using Operand = typename Math::Operand;
+    Held fragments;
+    int tile, slice;
+
+    OSTINATO_DEVICE void load(Fragment* shared, const typename Math::Element* weight, int rank) {
+        tile = thread_index() / 32 % kTiles, slice = thread_index() / 32 / kTiles;
+        const int first = tile * 16, first_k = slice * kSteps * Math::kDepth;
+        fragments.load(
+            shared,
+            [&](int i, int& row, int& k) {
+                row = i % Cell::kGates * kUnits + first;
+                k = first_k + i / Cell::kGates * Math::kDepth;
+            },
+            [&](int row, int k) {
+                const int unit = rank * kUnits + row % kUnits;
+                if (unit >= kHidden) return 0u;
+                const auto* const from = weight + (row / kUnits * kHidden + unit) * kHidden;
+                if constexpr (Math::kDepth == 8)
+                    return k < kHidden ? bits_of(to_tf32(from[k])) : 0u;
+                else
+                    return two_words(load_units(from, k));
+            });
+    }
+
+    OSTINATO_DEVICE void multiply(const Fragment* shared, const Operand (&state)[kGroupRows][kPadded + kRowPad<Math>],
+                                  float (&sums)[kSlices][Cell::kGates][kGroupRows][kUnits + 4]) const {
+        float sum[Cell::kGates][4] = {};
+        OSTINATO_UNROLL
+        for (int k = 0; k < kSteps; k++) {
+            u32 b0, b1;
+            read_rows<Math>(state[0], kPadded + kRowPad<Math>, (slice * kSteps + k) * Math::kDepth, b0, b1);
+            OSTINATO_UNROLL
+            for (int g = 0; g < Cell::kGates; g++) fragments.multiply(shared, k * Cell::kGates + g, sum[g], b0, b1);
+        }
+        const int lane = thread_index() % 32, unit = tile * 16 + lane / 4, row = lane % 4 * 2;
+        OSTINATO_UNROLL
+        for (int g = 0; g < Cell::kGates; g++) OSTINATO_UNROLL
+        for (int i = 0; i < 4; i++) sums[slice][g][row + i % 2][unit + i / 2 * 8] = sum[g][i];
+    }
+};
+
+// By fused multiply-adds: a thread computes every gate of one unit over a slice of k, in ascending k. Neighbouring threads
+// read the same state, so a read serves a warp.
+template <class Cell, class Math>
+struct ForwardProduct<Cell, Math, false> {
+    static constexpr int kSlices = kThreads / kUnits, kSteps = kPadded / kSlices, kCount = 0;
+    static_assert(kExchange != Exchange::kGrid || Math::kDepth, "a float has no spare bits for a mark");
+    static_assert(kSlices * kUnits == kThreads && kSteps * kSlices == kPadded && kSteps % 4 == 0,
+                  "threads share the product evenly");
+    struct Held {
+        static constexpr int kShared = 0;
+    };
+    float weights[Cell::kGates][kSteps];
+    int unit, slice;
+
+    OSTINATO_DEVICE void load(Fragment*, const float* weight, int rank) {
+        unit = thread_index() % kUnits, slice = thread_index() / kUnits;
+        const int row = rank * kUnits + unit;
+        OSTINATO_UNROLL
+        for (int g = 0; g < Cell::kGates; g++) OSTINATO_UNROLL
+        for (int i = 0; i < kSteps; i++) {
+            const int k = slice * kSteps + i;
+            weights[g][i] = row < kHidden && k < kHidden ? weight[static_cast<i64>(g * kHidden + row) * kHidden + k] : 0.0f;
+        }
+    }
+
+    OSTINATO_DEVICE void multiply(const Fragment*, const float (&state)[kGroupRows][kPadded + kRowPad<Math>],
+                                  float (&sums)[kSlices][Cell::kGates][kGroupRows][kUnits + 4]) const {
+        OSTINATO_UNROLL
+        for (int row = 0; row < kGroupRows; row++) {
+            float sum[Cell::kGates] = {};
+            OSTINATO_UNROLL
+            for (int i = 0; i < kSteps; i += 4) {
+                const Fragment four = *reinterpret_cast<const Fragment*>(&state[row][slice * kSteps + i]);
+                OSTINATO_UNROLL
+                for (int j = 0; j < 4; j++) OSTINATO_UNROLL
+                for (int g = 0; g < Cell::kGates; g++) sum[g] = fused(weights[g][i + j], float_of(four.words[j]), sum[g]);
+            }
+            OSTINATO_UNROLL
+            for (int g = 0; g < Cell::kGates; g++) sums[slice][g][row][unit] = sum[g];
+        }
+    }
+};
+
+// ---- shared memory ----
+
+template <class Cell, class Math>
+struct ForwardShared {
+    using Product = ForwardProduct<Cell, Math>;
+    static constexpr int kStates = kExchange == Exchange::kGrid ? 1 : kBuffers * kGroups;
+    typename Math::Operand state[kStates][kGroupRows][kPadded + kRowPad<Math>];
+    float sums[kHalves][Product::kSlices][Cell::kGates][kGroupRows][kUnits + 4];
+    Fragment weights[largest(Product::Held::kShared, 0) * kThreads + 1];
+    float bias[Cell::kGates + 1][kUnits];  // of the joint gates their sum; last that of the input product that stays apart
+    float h[kRows][kUnits], c[Cell::kHasCell ? kRows : 1][kUnits];
+    Row rows[kRows];
+    u64 arrived[kBuffers][kGroups];
+};
+
+// ---- the walk ----
+
+template <class Cell, class Math>
+struct ForwardWalk {
+    using Element = typename Math::Element;
+    using Operand = typename Math::Operand;
+    using Value = Real<Math::kIsFast>;
+    using Shared = ForwardShared<Cell, Math>;
+    static constexpr int kGates = Cell::kGates;
+
+    const Forward& call;
+    Shared& shared;
+    Walk walk;
+    int rank, tile;
+
+    // What a pair of units needs of memory at one step.
+    struct Inputs {
+        Raw<Element> gates[kGates];
+        i64 place;
+        Start next;
+        bool is_active;
+    };
+
+    OSTINATO_DEVICE static int pair_of(int e) { return thread_index() + e * kThreads; }
+    OSTINATO_DEVICE static bool is_mine(int pair) { return kGroupPairs % kThreads == 0 || pair < kGroupPairs; }
+
+    OSTINATO_DEVICE Operand (&state_of(int s, int group)) [kGroupRows][kPadded + kRowPad<Math>] {
+        if constexpr (kExchange == Exchange::kGrid) return shared.state[0];
+        return shared.state[s % kBuffers * kGroups + group];
+    } OSTINATO_DEVICE u32* words_of(int s, int group) const {
+        const i64 tiles = (walk.batch.batch + kRows - 1) / kRows;
+        const i64 place = ((walk.direction * tiles + tile) * kGroups + group) * 2 + s % 2;
+        return call.exchange + place * kGroupRows * kPadded;
+    }
+
+    // Hands two units of the own part of the state before step s to every block.
+    OSTINATO_DEVICE void send(int s, int group, int row, int unit, Pair h) {
+        const int global = rank * kUnits + unit;
+        const Operand a = to_operand<Math>(h.a), b = to_operand<Math>(h.b);
+        if constexpr (kExchange == Exchange::kGrid) {
+            // A TF32 operand has 13 spare bits, one of 16 bits a half of the word.
+            constexpr int kShift = sizeof(Operand) == 2 ? 16 : 0;
+            const u32 mark = mark_of(s);
+            store_shared_words(words_of(s, group) + row * kPadded + global, static_cast<u32>(word_of(a)) << kShift | mark,
+                               static_cast<u32>(word_of(b)) << kShift | mark);
+        } else {
+            using Two = typename WordsOf<Operand>::Two;
+            auto* const place = reinterpret_cast<Two*>(&state_of(s, group)[row][global]);
+            const Two both = join(word_of(a), word_of(b));
+            if constexpr (kExchange == Exchange::kBlock) {
+                *place = both;
+            } else {
+                OSTINATO_UNROLL
+                for (int to = 0; to < kBlocks; to++) push(place, both, &shared.arrived[s % 2][group], to);
+            }
+        }
+    }
+
+    // Says how much is to come of the state before step s. One thread's business.
+    OSTINATO_DEVICE void expect(int s, int group) {
+        transaction_expect(&shared.arrived[s % 2][group], kGroupRows * kPadded * sizeof(Operand));
+    }
+
+    // Waits until the whole state before step s is in shared memory.
+    OSTINATO_DEVICE void await(int s, int group) {
+        if constexpr (kExchange == Exchange::kBlock) {
+            // With several groups the barrier between product and cell of another one has ordered this.
+            if (kGroups == 1) block_barrier();
+        } else if constexpr (kExchange == Exchange::kCluster) {
+            transaction_wait(&shared.arrived[s % 2][group], s / 2 % 2);
+            if (thread_index() == 0 && s + 1 < walk.steps) expect(s + 1, group);
+        } else {
+            gather(words_of(s, group), mark_of(s));
+            block_barrier();  // orders the state that all threads gathered
+        }
+    }
+
+    // Copies a group's state out of the words in global memory, each as soon as it has its mark.
+    OSTINATO_DEVICE void gather(const u32* words, u32 mark) {
+        constexpr int kQuads = kGroupRows * kPadded / 4, kAtOnce = 4;
+        Operand* const state = shared.state[0][0];
+        for (int first = thread_index(); first < kQuads; first += kAtOnce * kThreads) {
+            u32 found[kAtOnce][4];
+            bool is_complete;
+            do {
+                is_complete = true;
+                OSTINATO_UNROLL
+                for (int i = 0; i < kAtOnce; i++) {
+                    const int quad = first + i * kThreads;
+                    if (quad >= kQuads) continue;
+                    load_shared_words(words + quad * 4, found[i]);
+                    OSTINATO_UNROLL
+                    for (int j = 0; j < 4; j++) is_complete &= (found[i][j] & 3) == mark;
+                }
+            } while (!is_complete);
+            OSTINATO_UNROLL
+            for (int i = 0; i < kAtOnce; i++) {
+                const int quad = first + i * kThreads;
+                if (quad >= kQuads) continue;
+                Operand* const to = state + quad * 4 / kPadded * (kPadded + kRowPad<Math>)+quad * 4 % kPadded;
+                OSTINATO_UNROLL
+                for (int j = 0; j < 4; j++) {
+                    using One = typename WordsOf<Operand>::One;
+                    from_word(static_cast<One>(sizeof(Operand) == 2 ? found[i][j] >> 16 : found[i][j] & ~3u), to[j]);
+                }
+            }
+        }
+    }
+
+    OSTINATO_DEVICE Pair initial(const void* states, const void* resets, const Row& row, bool by_reset, int unit) const {
+        if (row.index < 0) return {0, 0};
+        const auto* from = static_cast<const Element*>(by_reset ? resets : states);
+        return load_pair(state_row(from, walk, row.index), rank * kUnits + unit);
+    }
+
+    OSTINATO_DEVICE void keep(float (&values)[kUnits], int unit, Pair pair) {
+        values[unit] = pair.a, values[unit + 1] = pair.b;
+    }
+
+    // States and biases; the own part of the first state goes to every block.
+    OSTINATO_DEVICE void begin() {
+        OSTINATO_ROLLED
+        for (int i = thread_index(); i < (kGates + 1) * kUnits; i += kThreads) {
+            const int gate = i / kUnits, unit = rank * kUnits + i % kUnits;
+            const auto bias = [&](const void* from, int g) {
+                return from && unit < kHidden ? widen(static_cast<const Element*>(from)[g * kHidden + unit]) : 0.0f;
+            };
+            const bool is_apart = gate == kGates, is_joint = gate < Cell::kJoint;
+            float sum = 0;
+            if (!is_apart) sum = bias(call.bias_hh, gate) + (is_joint ? bias(call.bias_ih, gate) : 0.0f);
+            if (is_apart) sum = kHasApart<Cell> ? bias(call.bias_ih, kGates - 1) : 0.0f;
+            shared.bias[gate][i % kUnits] = sum;
+        }
+        OSTINATO_ROLLED
+        for (int group = 0; group < kGroups; group++) OSTINATO_ROLLED
+        for (int pair = thread_index(); pair < kGroupPairs; pair += kThreads) {
+            const int place = pair / (kUnits / 2), unit = pair % (kUnits / 2) * 2, r = group * kGroupRows + place;
+            const Row row = shared.rows[r];
+            const bool by_reset = walk.begins_by_reset(row);
+            const Pair h = initial(call.h_0, call.reset_h, row, by_reset, unit);
+            keep(shared.h[r], unit, h);
+            if constexpr (Cell::kHasCell) keep(shared.c[r], unit, initial(call.c_0, call.reset_c, row, by_reset, unit));
+            if (walk.steps) send(0, group, place, unit, h);
+        }
+    }
+
+    OSTINATO_DEVICE const Element* gates_at(i64 place) const {
+        return static_cast<const Element*>(call.gates_x) + (walk.direction * walk.batch.rows + place) * kGates * kHidden;
+    }
+
+    OSTINATO_DEVICE void load_inputs(int s, int group, Inputs (&inputs)[kPairs]) const {
+        const int t = walk.time(s), next = walk.time(s + 1);
+        OSTINATO_UNROLL
+        for (int e = 0; e < kPairs; e++) {
+            const int pair = pair_of(e);
+            if (!is_mine(pair)) continue;
+            const Row row = shared.rows[group * kGroupRows + pair / (kUnits / 2)];
+            const int unit = rank * kUnits + pair % (kUnits / 2) * 2;
+            Inputs& in = inputs[e];
+            in.is_active = walk.is_active(row, t);
+            in.next = {false, false};
+            if (!in.is_active) continue;
+            in.place = walk.place(row, t);
+            OSTINATO_UNROLL
+            for (int g = 0; g < kGates; g++) in.gates[g] = load_units(gates_at(in.place) + g * kHidden, unit);
+            if (!walk.is_active(row, next)) continue;
+            if (walk.batch.flags) in.next = walk.start(row, next);
+            // Once for every 32 bytes.
+            if (unit < kHidden && unit % (32 / static_cast<int>(sizeof(Element))) == 0) {
+                OSTINATO_UNROLL
+                for (int g = 0; g < kGates; g++) prefetch(gates_at(walk.place(row, next)) + g * kHidden + unit);
+            }
+        }
+    }
+
+    OSTINATO_DEVICE void step(int s, int group, const Inputs& in, int pair,
+                              const float (&sums)[Shared::Product::kSlices][kGates][kGroupRows][kUnits + 4]) {
+        const int place = pair / (kUnits / 2), unit = pair % (kUnits / 2) * 2, r = group * kGroupRows + place;
+        const Row row = shared.rows[r];
+        Pair h{shared.h[r][unit], shared.h[r][unit + 1]};
+        if (in.is_active) {
+            const i64 saved_at = (in.place * walk.batch.directions + walk.direction) * Cell::kSaved * kHidden;
+            Element* const saved_row = static_cast<Element*>(call.reserve) + saved_at;
+            float next_h[2], next_c[2] = {0, 0};
+            Value saved[2][largest(Cell::kSaved, 1)];
+            OSTINATO_UNROLL
+            for (int i = 0; i < 2; i++) {
+                Value a[kGates], x = 0.0f, c = Cell::kHasCell ? shared.c[Cell::kHasCell ? r : 0][unit + i] : 0.0f;
+                OSTINATO_UNROLL
+                for (int g = 0; g < kGates; g++) {
+                    float sum = shared.bias[g][unit + i];
+                    OSTINATO_UNROLL
+                    for (int slice = 0; slice < Shared::Product::kSlices; slice++) sum += sums[slice][g][place][unit + i];
+                    const Pair input = widen(in.gates[g]);
+                    const float from_x = i ? input.b : input.a;
+                    if (g < Cell::kJoint)
+                        sum += from_x;
+                    else
+                        x = from_x + shared.bias[kGates][unit + i];
+                    a[g] = sum;
+                }
+                next_h[i] = Cell::forward(a, x, Value(i ? h.b : h.a), c, saved[i]).value;
+                next_c[i] = c.value;
+            }
+            h = {next_h[0], next_h[1]};
+            Pair c{next_c[0], next_c[1]};
+            const int global = rank * kUnits + unit;
+            const i64 at = (in.place * walk.batch.directions + walk.direction) * kHidden;
+            store_units(static_cast<Element*>(call.y) + at, global, h);
+            if (call.reserve) {
+                OSTINATO_UNROLL
+                for (int k = 0; k < Cell::kSaved; k++)
+                    store_units(saved_row + k * kHidden, global, Pair{saved[0][k].value, saved[1][k].value});
+            }
+            if (in.next.is_start) h = initial(call.h_0, call.reset_h, row, in.next.by_reset, unit);
+            keep(shared.h[r], unit, h);
+            if constexpr (Cell::kHasCell) {
+                if (call.cells) store_units(static_cast<Element*>(call.cells) + at, global, c);
+                if (in.next.is_start) c = initial(call.c_0, call.reset_c, row, in.next.by_reset, unit);
+                keep(shared.c[r], unit, c);
+            }
+        }
+        if (s + 1 < walk.steps) send(s + 1, group, place, unit, h);
+    }
+
+    OSTINATO_DEVICE void end() const {
+        OSTINATO_ROLLED
+        for (int group = 0; group < kGroups; group++) OSTINATO_ROLLED
+        for (int pair = thread_index(); pair < kGroupPairs; pair += kThreads) {
+            const int unit = pair % (kUnits / 2) * 2, r = group * kGroupRows + pair / (kUnits / 2);
+            const Row row = shared.rows[r];
+            if (row.index < 0) continue;
+            const auto write = [&](void* states, const float (&values)[kUnits]) {
+                store_units(state_row(static_cast<Element*>(states), walk, row.index), rank * kUnits + unit,
+                            Pair{values[unit], values[unit + 1]});
+            };
+            write(call.h_n, shared.h[r]);
+            if constexpr (Cell::kHasCell) write(call.c_n, shared.c[r]);
+        }
+    }
+
+    OSTINATO_DEVICE void run() {
+        walk.fill(shared.rows, tile);
+        if constexpr (kExchange == Exchange::kCluster) {
+            if (thread_index() == 0) {
+                for (int i = 0; i < 2 * kGroups; i++) transaction_init(&shared.arrived[i / kGroups][i % kGroups]);
+                transaction_publish();
+                for (int group = 0; group < kGroups; group++) expect(0, group);
+            }
+        }
+        block_barrier();  // orders the rows
+        walk.count_steps(shared.rows);
+        // Every block's barriers stand before anybody pushes.
+        if constexpr (kExchange == Exchange::kCluster) cluster_barrier();
+        typename Shared::Product product;
+        begin();
+        product.load(shared.weights, static_cast<const Element*>(call.weight_hh), rank);
+        block_barrier();  // orders biases, states and, of one block alone, what it sent itself
+        OSTINATO_ROLLED
+        for (int s = 0; s < walk.steps; s++) OSTINATO_ROLLED
+        for (int group = 0; group < kGroups; group++) {
+            Inputs inputs[kPairs];
+            load_inputs(s, group, inputs);
+            await(s, group);
+            auto& sums = shared.sums[group % kHalves];
+            product.multiply(shared.weights, state_of(s, group), sums);
+            block_barrier();  // orders the sums
+            OSTINATO_UNROLL
+            for (int e = 0; e < kPairs; e++)
+                if (is_mine(pair_of(e))) step(s, group, inputs[e], pair_of(e), sums);
+        }
+        end();
+        // Nobody leaves while its shared memory may still be written.
+        if constexpr (kExchange == Exchange::kCluster) cluster_barrier();
+    }
+};
+
+template <class Cell, class Math>
+OSTINATO_DEVICE void forward(const Forward& call) {
+    auto& shared = shared_memory<ForwardShared<Cell, Math>>();
+    static_assert(sizeof(shared) == OSTINATO_SHARED_BYTES, "shared memory as config.py has it");
+    ForwardWalk<Cell, Math>{call, shared, Walk{call.batch, direction_index(), 0}, block_index() % kBlocks,
+                            block_index() / kBlocks}
+        .run();
+}
+
+}  // namespace
+}  // namespace ostinato

@@ -1,0 +1,50 @@
+// The constants of one instantiation, from macros that src/ostinato/cuda/config.py sets, and what follows from them.
+//
+// A batch tile is kRows rows in kGroups groups of eight. kBlocks blocks walk it together, each owning kUnits units of the padded
+// hidden size and, of weight_hh, what these units need. Groups take turns in a step, so that the exchange of one passes while
+// another is computed.
+#pragma once
+
+#include "device.h"
+
+namespace ostinato {
+namespace {
+
+// How the blocks of a tile hand each other their part of a step.
+enum class Exchange {
+    kBlock,  // one block: its own shared memory
+    kCluster,  // a cluster: pushed into each other's shared memory, bytes counted by barriers there (sm_90)
+    kGrid,  // any blocks that run at once: words in global memory, each with a mark of the step it belongs to
+};
+
+constexpr int kHidden = OSTINATO_HIDDEN, kBlocks = OSTINATO_BLOCKS, kUnits = OSTINATO_UNITS, kWarps = OSTINATO_WARPS;
+constexpr int kGroups = OSTINATO_GROUPS, kResident = OSTINATO_RESIDENT;
+constexpr Exchange kExchange = Exchange::OSTINATO_EXCHANGE;
+
+constexpr int kGroupRows = 8;
+constexpr int kRows = kGroups * kGroupRows;
+constexpr int kThreads = kWarps * 32;
+constexpr int kPadded = kBlocks * kUnits;
+constexpr bool kIsEven = kHidden % 2 == 0;  // pairs of units are aligned
+
+static_assert(kUnits % 16 == 0 && kPadded >= kHidden, "units of a block");
+static_assert(kExchange != Exchange::kBlock || kBlocks == 1, "one block alone");
+static_assert(kGroups == 1 || kGroups % 2 == 0, "halves alternate");
+
+// Where several groups take turns, a barrier lies between two uses of the same half, so that one barrier per group suffices.
+constexpr int kHalves = kGroups > 1 ? 2 : 1;
+// A pushed value may arrive while the one before is still read.
+constexpr int kBuffers = kExchange == Exchange::kCluster ? 2 : 1;
+
+// An epilogue works on pairs of neighbouring units of a row, neighbouring pairs in neighbouring threads.
+constexpr int kGroupPairs = kGroupRows * kUnits / 2;
+constexpr int kPairs = (kGroupPairs + kThreads - 1) / kThreads;
+
+// The mark of a word that belongs to step s: never 0, which the memory holds first, and never that of step s - 2, whose word
+// lay in the same place.
+OSTINATO_DEVICE u32 mark_of(int s) { return 1 + static_cast<u32>(s / 2 % 3); }
+
+constexpr int largest(int a, int b) { return a > b ? a : b; }
+
+}  // namespace
+}  // namespace ostinato

@@ -1,0 +1,62 @@
+// The entry of one instantiation. Its arguments are addresses and 64-bit numbers, in the order of src/ostinato/cuda/config.py.
+#if OSTINATO_BACKWARD
+#include "backward.cuh"
+#else
+#include "forward.cuh"
+#endif
+
+using namespace ostinato;
+
+#if OSTINATO_BACKWARD
+#define OSTINATO_ENTRY ostinato_backward
+OSTINATO_KERNEL OSTINATO_BOUNDS(kThreads)
+    ostinato_backward(i64 steps, i64 rows, i64 batch, i64 directions, const i64* offsets, const int* lengths, const int* order,
+                      const u8* flags, const void* weight_hh, const void* weight_hh_reverse, const void* h_0, const void* c_0,
+                      const void* reset_h, const void* reset_c, const void* y, const void* reserve, const void* dy,
+                      const void* dcells, const void* dh_n, const void* dc_n, void* dgates, void* dh_0, void* dc_0,
+                      float* dreset_h, float* dreset_c, u32* exchange) {
+    const Batch all{steps, rows, batch, directions, offsets, lengths, order, flags};
+    backward<OSTINATO_CELL_TYPE, OSTINATO_MATH>(Backward{all, direction_index() ? weight_hh_reverse : weight_hh, h_0, c_0,
+                                                         reset_h, reset_c, y, reserve, dy, dcells, dh_n, dc_n, dgates, dh_0,
+                                                         dc_0, dreset_h, dreset_c, exchange});
+}
+#else
+#define OSTINATO_ENTRY ostinato_forward
+OSTINATO_KERNEL OSTINATO_BOUNDS(kThreads)
+    ostinato_forward(i64 steps, i64 rows, i64 batch, i64 directions, const i64* offsets, const int* lengths, const int* order,
+                     const u8* flags, const void* gates_x, const void* weight_hh, const void* weight_hh_reverse,
+                     const void* bias_ih, const void* bias_ih_reverse, const void* bias_hh, const void* bias_hh_reverse,
+                     const void* h_0, const void* c_0, const void* reset_h, const void* reset_c, void* y, void* h_n, void* c_n,
+                     void* reserve, void* cells, u32* exchange) {
+    const Batch all{steps, rows, batch, directions, offsets, lengths, order, flags};
+    const bool is_reverse = direction_index();
+    forward<OSTINATO_CELL_TYPE, OSTINATO_MATH>(
+        Forward{all, gates_x, is_reverse ? weight_hh_reverse : weight_hh, is_reverse ? bias_ih_reverse : bias_ih,
+                is_reverse ? bias_hh_reverse : bias_hh, h_0, c_0, reset_h, reset_c, y, h_n, c_n, reserve, cells, exchange});
+}
+#endif
+
+#ifndef __CUDACC__
+namespace {
+
+template <class... Parameters, size_t... kIndices>
+void call_entry(void (*entry)(Parameters...), const i64* arguments, std::index_sequence<kIndices...>) {
+    entry(((Parameters)(arguments[kIndices]))...);
+}
+template <class... Parameters>
+void call_entry(void (*entry)(Parameters...), const i64* arguments) {
+    call_entry(entry, arguments, std::index_sequence_for<Parameters...>());
+}
+
+}  // namespace
+
+// Runs the kernel on host fibers; 0, or 1 where it cannot go on.
+extern "C" int ostinato_emulate(const i64* arguments, int tiles, int directions, int schedule) {
+    for (int tile = 0; tile < tiles; tile++)
+        for (int direction = 0; direction < directions; direction++)
+            if (!run_gang([&] { call_entry(OSTINATO_ENTRY, arguments); }, kThreads, kBlocks, tile, direction,
+                          static_cast<Schedule>(schedule)))
+                return 1;
+    return 0;
+}
+#endif

@@ -1,0 +1,94 @@
+// What both walks share: the rows of a tile, which time a step is, where a row begins anew.
+//
+// A direction visits its steps in walk order s = 0..S-1; step s is time s, or S-1-s in the reverse direction, where S is the length
+// of the tile's longest row. A row is active at times t < length; outside of these its state stays what it is. That one rule
+// covers padded and packed batches in both directions: forward, rows only ever end; reverse, they only ever begin.
+#pragma once
+
+#include "../cells.h"
+#include "math.cuh"
+
+namespace ostinato {
+namespace {
+
+// Legend: T steps, N rows of x (packed, or T * B), B batch, H hidden, D directions, G gates. A null pointer stands for what is
+// absent. Everything belongs to the caller; nothing that is written overlaps anything.
+struct Batch {
+    i64 steps, rows, batch, directions;
+    const i64* offsets;  // [T] row of x where a step begins; null: t * B
+    const int* lengths;  // [B] steps of each row; null: T
+    const int* order;  // [B] which row of the batch is where in a tile; null: as they come
+    const u8* flags;  // [N] 1: a row begins anew before this step; 2: it has done so before this step or an earlier one
+};
+
+struct Row {
+    int index, length;  // of the batch; no steps where there is no such row
+};
+
+// How a piece of a row begins: at `is_start`, from the states of resets if `by_reset`, otherwise from h_0 and c_0.
+struct Start {
+    bool is_start, by_reset;
+};
+
+struct Walk {
+    Batch batch;
+    int direction, steps;
+
+    // Fills the rows of the tile; a barrier must follow.
+    OSTINATO_DEVICE void fill(Row* rows, int tile) {
+        for (int i = thread_index(); i < kRows; i += kThreads) {
+            const i64 place = static_cast<i64>(tile) * kRows + i;
+            Row row{-1, 0};
+            if (place < batch.batch) {
+                row.index = batch.order ? batch.order[place] : static_cast<int>(place);
+                row.length = batch.lengths ? batch.lengths[row.index] : static_cast<int>(batch.steps);
+            }
+            rows[i] = row;
+        }
+    }
+    OSTINATO_DEVICE void count_steps(const Row* rows) {
+        steps = 0;
+        for (int i = 0; i < kRows; i++) steps = largest(steps, rows[i].length);
+    }
+
+    OSTINATO_DEVICE int time(int s) const { return direction ? steps - 1 - s : s; }
+    // The row of x, y and all that has a row per step. The row must be active.
+    OSTINATO_DEVICE i64 place(const Row& row, int t) const {
+        return (batch.offsets ? batch.offsets[t] : t * batch.batch) + row.index;
+    }
+    OSTINATO_DEVICE bool is_active(const Row& row, int t) const { return t >= 0 && t < row.length; }
+
+    // Whether an active row begins at time t, as this direction walks.
+    OSTINATO_DEVICE Start start(const Row& row, int t) const {
+        const bool is_end = direction ? t == row.length - 1 : t == 0;
+        if (!batch.flags) return {is_end, false};
+        const u8 here = load(batch.flags + place(row, t));
+        if (!direction) return {is_end || (here & 1), (here & 1) != 0};
+        return {is_end || (load(batch.flags + place(row, t + 1)) & 1), (here & 2) != 0};
+    }
+    // How the row begins altogether.
+    OSTINATO_DEVICE bool begins_by_reset(const Row& row) const {
+        return batch.flags && row.length > 0 && start(row, direction ? row.length - 1 : 0).by_reset;
+    }
+};
+
+// Row `index` of [D, B, H], or null.
+template <class T>
+OSTINATO_DEVICE T* state_row(T* states, const Walk& walk, int index) {
+    return states ? states + (walk.direction * walk.batch.batch + index) * kHidden : nullptr;
+}
+
+// The gate whose input product stays apart (cells.h, kJoint), if there is one, is the last.
+template <class Cell>
+constexpr bool kHasApart = Cell::kJoint < Cell::kGates;
+
+// A slot of backward's gate gradients in memory. Those of the hidden product are the first kGates, those of the input product the
+// last: [n of the hidden product, r, z, n of the input product]. So each is a matrix for one product with x, h or weight_ih.
+template <class Cell>
+constexpr int position_of(int slot) {
+    if (!kHasApart<Cell>) return slot;
+    return slot == Cell::kGates - 1 ? 0 : slot < Cell::kGates - 1 ? slot + 1 : slot;
+}
+
+}  // namespace
+}  // namespace ostinato

@@ -1,0 +1,183 @@
+"""One instantiation of the GPU engine's kernels: its constants, and what follows from them.
+
+csrc/cuda/plan.cuh has the same numbers; where the two differ, the kernel does not compile.
+
+Legend: H hidden, G gates, k the index that a product sums over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
+# Values per unit that forward keeps for backward, and gate gradients per unit (csrc/cells.h).
+SAVED = {"rnn_tanh": 0, "rnn_relu": 0, "gru": 4, "lstm": 5}
+GRADS = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 4, "lstm": 4}
+_TYPES = {"rnn_tanh": "Rnn<false>", "rnn_relu": "Rnn<true>", "gru": "Gru", "lstm": "Lstm"}
+
+GROUP_ROWS = 8
+
+
+class Math(NamedTuple):
+    """In which precision products are computed."""
+
+    type: str  # in csrc/cuda/math.cuh
+    depth: int  # k of one instruction; 0 for fused multiply-adds
+    bytes: int  # of an operand
+
+
+MATHS = {
+    "bf16": Math("Bf16", 16, 2),
+    "fp16": Math("Fp16", 16, 2),
+    "tf32": Math("Tf32", 8, 4),
+    "fp32": Math("Fp32", 0, 4),
+}
+_EXCHANGES = {"block": "kBlock", "cluster": "kCluster", "grid": "kGrid"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The constants of one kernel. See csrc/cuda/plan.cuh for what they mean."""
+
+    cell: str
+    math: str
+    hidden: int
+    blocks: int  # that walk a batch tile together
+    units: int  # of one block
+    warps: int
+    groups: int  # of eight rows, to a tile
+    resident: int  # fragments of each warp in registers, at most
+    exchange: str  # "block", "cluster" or "grid"
+    is_backward: bool
+
+    source = "sequence.cu"
+
+    @property
+    def entry(self) -> str:
+        """The kernel's name."""
+        return "ostinato_backward" if self.is_backward else "ostinato_forward"
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return self.warps * 32
+
+    @property
+    def rows(self) -> int:
+        """Rows of a batch tile."""
+        return self.groups * GROUP_ROWS
+
+    @property
+    def padded(self) -> int:
+        """H, padded so that blocks have equal parts."""
+        return self.blocks * self.units
+
+    @property
+    def needs(self) -> str:
+        """The oldest architecture that can run it."""
+        return "sm_90" if self.exchange == "cluster" else "sm_80"
+
+    @property
+    def defines(self) -> dict[str, str | int]:
+        """The macros that csrc/cuda/plan.cuh asks for."""
+        return {
+            "OSTINATO_CELL_TYPE": _TYPES[self.cell],
+            "OSTINATO_MATH": MATHS[self.math].type,
+            "OSTINATO_HIDDEN": self.hidden,
+            "OSTINATO_BLOCKS": self.blocks,
+            "OSTINATO_UNITS": self.units,
+            "OSTINATO_WARPS": self.warps,
+            "OSTINATO_GROUPS": self.groups,
+            "OSTINATO_RESIDENT": self.resident,
+            "OSTINATO_EXCHANGE": _EXCHANGES[self.exchange],
+            "OSTINATO_BACKWARD": int(self.is_backward),
+            "OSTINATO_SHARED_BYTES": self.shared_bytes,
+        }
+
+    @property
+    def slices(self) -> int:
+        """How many warps, or threads, share the sum over k."""
+        tensor = MATHS[self.math].depth > 0
+        if self.is_backward:
+            width = self.padded // 16 if tensor else self.padded
+        else:
+            width = self.units // 16 if tensor else self.units
+        return max((self.warps if tensor else self.threads) // width, 1)
+
+    @property
+    def fragments(self) -> int:
+        """Of weight_hh, in each warp; 0 where a thread keeps its weights in registers."""
+        depth, gates = MATHS[self.math].depth, GATES[self.cell]
+        if not depth:
+            return 0
+        if self.is_backward:
+            tiles = self.padded // 16 * self.slices // self.warps
+            return tiles * (gates * self.units // depth // self.slices)
+        return self.padded // depth // self.slices * gates
+
+    @property
+    def is_even(self) -> bool:
+        """Whether warps, or threads, share the product evenly, as the kernel asks."""
+        depth, gates = MATHS[self.math].depth, GATES[self.cell]
+        workers = self.warps if depth else self.threads
+        size = 16 if depth else 1
+        depth = depth or 4
+        k = gates * self.units if self.is_backward else self.padded
+        tiles = (self.padded if self.is_backward else self.units) // size
+        if self.is_backward and MATHS[self.math].depth:
+            shares = tiles * self.slices % workers == 0
+        else:
+            shares = self.slices * tiles == workers
+        return shares and k % (depth * self.slices) == 0
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block: ForwardShared, BackwardShared."""
+        item, gates = MATHS[self.math].bytes, GATES[self.cell]
+        pad = 16 // item
+        halves = 2 if self.groups > 1 else 1
+        buffers = 2 if self.exchange == "cluster" else 1
+        is_grid, is_lstm = self.exchange == "grid", self.cell == "lstm"
+        sums = GROUP_ROWS * (self.units + 4) * 4
+        states = self.rows * self.units * 4
+        weights = (max(self.fragments - self.resident, 0) * self.threads + 1) * 16
+        size = 0
+        if self.is_backward:
+            size += halves * GROUP_ROWS * (gates * self.units + pad) * item
+            size += (1 if is_grid else buffers * self.groups) * self.sources * sums
+            size = _align(size, 16) + weights
+            size += states + (states if is_lstm else self.units * 4)
+        else:
+            size += (1 if is_grid else buffers * self.groups) * GROUP_ROWS * (self.padded + pad) * item
+            size += halves * self.slices * gates * sums
+            size = _align(size, 16) + weights
+            size += (gates + 1) * self.units * 4
+            size += states + (states if is_lstm else self.units * 4)
+        size += self.rows * 8
+        size = _align(size, 8) + buffers * self.groups * 8
+        return _align(size, 16)
+
+    @property
+    def sources(self) -> int:
+        """Parts that a sum of backward is received in."""
+        if self.exchange != "grid":
+            return self.blocks * self.slices
+        return min(max(self.threads // (GROUP_ROWS * self.units // 4), 1), self.blocks)
+
+    def tiles(self, batch: int) -> int:
+        """Batch tiles of so many rows."""
+        return -(-batch // self.rows)
+
+    def exchange_words(self, batch: int, directions: int) -> int:
+        """Words of global memory that an exchange through it needs, zeros at first."""
+        if self.exchange != "grid":
+            return 0
+        groups = directions * self.tiles(batch) * self.groups
+        if self.is_backward:
+            return groups * 2 * self.blocks**2 * self.slices * GROUP_ROWS * self.units
+        return groups * 2 * GROUP_ROWS * self.padded
+
+
+def _align(size: int, to: int) -> int:
+    return -(-size // to) * to
