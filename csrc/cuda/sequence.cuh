@@ -18,7 +18,7 @@ struct Batch {
     const i64* offsets;  // [T] row of x where a step begins; null: t * B
     const int* lengths;  // [B] steps of each row; null: T
     const int* order;  // [B] which row of the batch is where in a tile; null: as they come
-    const u8* flags;  // [N] 1: a row begins anew before this step; 2: it has done so before this step or an earlier one
+    const u8* flags;  // [N] whether a row begins anew before this step
 };
 
 struct Row {
@@ -61,14 +61,13 @@ struct Walk {
     // Whether an active row begins at time t, as this direction walks.
     OSTINATO_DEVICE Start start(const Row& row, int t) const {
         const bool is_end = direction ? t == row.length - 1 : t == 0;
-        if (!batch.flags) return {is_end, false};
-        const u8 here = load(batch.flags + place(row, t));
-        if (!direction) return {is_end || (here & 1), (here & 1) != 0};
-        return {is_end || (load(batch.flags + place(row, t + 1)) & 1), (here & 2) != 0};
+        // Forward a row is cut before this step, in reverse before the one it comes from; where it ends, it comes from nowhere.
+        const bool is_cut = batch.flags && !(direction && is_end) && load(batch.flags + place(row, t + direction));
+        return {is_end || is_cut, is_cut};
     }
     // How the row begins altogether.
     OSTINATO_DEVICE bool begins_by_reset(const Row& row) const {
-        return batch.flags && row.length > 0 && start(row, direction ? row.length - 1 : 0).by_reset;
+        return !direction && row.length > 0 && start(row, 0).by_reset;
     }
 };
 
