@@ -1,0 +1,297 @@
+"""From a kernel's text to its machine code: NVRTC through cuda-core, and the cache of its results.
+
+The text stands beside this file in a wheel and in csrc/ of a source tree. An instantiation of it
+is one set of macros; NVRTC makes a cubin of it in a tenth of a second to some seconds. No driver
+and no GPU take part, so every instantiation can be compiled anywhere.
+
+The cache is a folder of the user's, $XDG_CACHE_HOME/ostinato/cubins or ~/.cache/ostinato/cubins,
+and may be deleted at any time. A file is named by the hash of all that its content depends on,
+holds that hash again and one of its content, and is not read where either differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+_log = logging.getLogger("ostinato")
+
+_SUFFIXES = (".cu", ".cuh", ".h")
+# How the file of a cubin begins.
+_MAGIC = b"ostinato cubin 1"
+# Contraction is off, as for the CPU: the bits must not depend on where a compiler sees a multiply
+# next to an add. cells.h has plain constexpr functions, which are the device's here. Without
+# no_source_include, a header in the working directory would be taken for ours. -v makes ptxas
+# say what registers and stack a kernel uses.
+_OPTIONS: dict[str, Any] = {
+    "std": "c++17",
+    "fma": False,
+    "device_as_default_execution_space": True,
+    "no_source_include": True,
+    "ptxas_options": ["-v"],
+}
+
+
+class Instantiation(Protocol):
+    """What this module asks of a kernel's configuration."""
+
+    @property
+    def source(self) -> str:
+        """The main file's name, relative to csrc/cuda."""
+
+    @property
+    def entry(self) -> str:
+        """The name of the extern "C" kernel."""
+
+    @property
+    def defines(self) -> Mapping[str, str | int]:
+        """The macros that the text is compiled with."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel's machine code, and what ptxas said of it."""
+
+    cubin: bytes
+    registers: int
+    stack_bytes: int
+    spill_stores: int
+    spill_loads: int
+    log: str
+
+
+class CompileError(RuntimeError):
+    """The compiler refused a kernel's text; `log` is what it said."""
+
+    def __init__(self, message: str, log: str) -> None:
+        super().__init__(f"{message}\n{log}".rstrip())
+        self.log = log
+
+
+def text_folder() -> Path:
+    """Find the folder of cells.h, in which cuda/ holds the kernels.
+
+    Returns:
+        csrc beside this file, where a wheel has it, or else that of the source tree.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    here = Path(__file__).resolve().parent
+    folders = (here / "csrc", here.parents[2] / "csrc")
+    for folder in folders:
+        if (folder / "cells.h").is_file():
+            return folder
+    raise FileNotFoundError(f"cells.h: expected in {folders[0]} or {folders[1]}, found in neither")
+
+
+def nvrtc_version() -> tuple[int, int]:
+    """Ask the compiler for its version.
+
+    Returns:
+        Major and minor.
+
+    Raises:
+        ImportError: cuda-bindings is not installed.
+        RuntimeError: the compiler's library is not found.
+    """
+    from cuda.bindings import nvrtc
+
+    error, major, minor = nvrtc.nvrtcVersion()
+    if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise RuntimeError(f"nvrtcVersion: expected NVRTC_SUCCESS, got {error!r}")
+    return major, minor
+
+
+def compile(config: Instantiation, arch: str) -> Compiled:
+    """Make machine code of one instantiation, or take it from the cache.
+
+    Args:
+        config: the instantiation.
+        arch: the architecture, such as "sm_80" or "sm_90a".
+
+    Returns:
+        The cubin and what ptxas said of it.
+
+    Raises:
+        CompileError: the compiler refused the text, an option or the architecture.
+        ImportError: cuda-core is not installed.
+        RuntimeError: the compiler's library is not found.
+    """
+    text = text_folder()
+    key = _key(text, config, arch)
+    folder = cache_folder()
+    found = None if folder is None else _read(folder, key)
+    if found is None:
+        found = _compile(text, config, arch)
+        # Text that was edited meanwhile may be what the compiler read.
+        if folder is not None and _key(text, config, arch) == key:
+            _write(folder, key, found)
+    return found
+
+
+def _key(text: Path, config: Instantiation, arch: str) -> str:
+    """Hash all that a cubin depends on: every source, macros, architecture, compiler, options."""
+    files = sorted(path for path in (text / "cuda").glob("*") if path.suffix in _SUFFIXES)
+    parts = {
+        "sources": {
+            path.relative_to(text).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in (text / "cells.h", *files)
+        },
+        "source": config.source,
+        "entry": config.entry,
+        "defines": {name: str(value) for name, value in config.defines.items()},
+        "arch": arch,
+        "nvrtc": nvrtc_version(),
+        "options": _OPTIONS,
+        "facts": [field.name for field in fields(Compiled)],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _compile(text: Path, config: Instantiation, arch: str) -> Compiled:
+    from cuda.core import Program, ProgramOptions
+
+    folder = text / "cuda"
+    what = f"{config.source} with {dict(config.defines)} for {arch}"
+    options = ProgramOptions(
+        name=config.source,
+        arch=arch,
+        include_path=[str(folder)],
+        # It takes no empty list.
+        define_macro=[(name, str(value)) for name, value in config.defines.items()] or None,
+        **_OPTIONS,
+    )
+    log = _Log()
+    try:
+        code = Program((folder / config.source).read_text("utf-8"), "c++", options)
+        cubin = bytes(code.compile("cubin", logs=log).code)
+    except cuda_error() as error:
+        raise CompileError(f"NVRTC cannot compile {what}", _clean(str(error))) from error
+    return _measured(cubin, config.entry, _clean(log.text), what)
+
+
+def cuda_error() -> type[Exception]:
+    """Find what cuda-core raises where the compiler or the driver refuses something.
+
+    Returns:
+        The type, which is neither a RuntimeError nor named by a public module.
+    """
+    from cuda.core._utils.cuda_utils import CUDAError
+
+    found: type[Exception] = CUDAError
+    return found
+
+
+class _Log:
+    """What cuda-core writes the compiler's log into."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> None:
+        self.text += text
+
+
+def _clean(log: str) -> str:
+    # The C string's end comes along, and ptxas's time, which differs each time.
+    return re.sub(r"\n.*Compile time = .*", "", log.replace("\0", "")).strip()
+
+
+def _measured(cubin: bytes, entry: str, log: str, what: str) -> Compiled:
+    """Read from ptxas's log what the kernel uses; functions that it calls are listed as well."""
+    found = re.search(
+        rf"Function properties for {re.escape(entry)}\n\D*(\d+) bytes stack frame, "
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads\n.*Used (\d+) registers",
+        log,
+    )
+    if found is None:
+        raise CompileError(f"{what}: expected a kernel named {entry}, found none", log)
+    stack, stores, loads, registers = map(int, found.groups())
+    return Compiled(cubin, registers, stack, stores, loads, log)
+
+
+# ---- the cache ----
+
+
+def cache_folder() -> Path | None:
+    """Name the folder of the user's cubins, which need not exist yet.
+
+    Returns:
+        The folder, or None where the user has no home.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification: a relative path is to be ignored.
+    if not os.path.isabs(base):
+        home = os.path.expanduser("~")
+        if not os.path.isabs(home):
+            _tell_no_cache("this user has no home folder")
+            return None
+        base = os.path.join(home, ".cache")
+    return Path(base, "ostinato", "cubins")
+
+
+_has_told = False
+
+
+def _tell_no_cache(reason: str) -> None:
+    """Say once that there is no cache."""
+    global _has_told
+    if not _has_told:
+        _has_told = True
+        _log.warning("kernels are compiled anew in each process: %s", reason)
+
+
+def _read(folder: Path, key: str) -> Compiled | None:
+    """Read a cubin, or find that there is none which can be trusted."""
+    try:
+        with open(folder / f"{key}.cubin", "rb") as file:
+            status = os.fstat(file.fileno())
+            # What another user could have written would run with this user's rights.
+            if status.st_uid != os.getuid() or status.st_mode & 0o022:
+                return None
+            content = file.read()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        _tell_no_cache(f"{folder} cannot be read ({error.strerror})")
+        return None
+    header, _, rest = content.partition(b"\n")
+    if header != _header(key, rest):
+        return None
+    facts, _, cubin = rest.partition(b"\n")
+    return Compiled(cubin=cubin, **json.loads(facts))
+
+
+def _write(folder: Path, key: str, compiled: Compiled) -> None:
+    """Put a cubin into the cache; whoever reads at the same time sees all of it or nothing."""
+    facts = {name: value for name, value in vars(compiled).items() if name != "cubin"}
+    rest = json.dumps(facts).encode() + b"\n" + compiled.cubin
+    try:
+        # The mode that makedirs takes is that of the last folder alone.
+        os.makedirs(folder.parent.parent, exist_ok=True)
+        folder.parent.mkdir(mode=0o700, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        # For the user only, which is mkstemp's way.
+        number, temporary = tempfile.mkstemp(dir=folder, prefix=f"{key}.")
+        try:
+            with open(number, "wb") as file:
+                file.write(_header(key, rest) + b"\n" + rest)
+            os.replace(temporary, folder / f"{key}.cubin")
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        _tell_no_cache(f"{folder} cannot be written ({error.strerror})")
+
+
+def _header(key: str, rest: bytes) -> bytes:
+    return b" ".join([_MAGIC, key.encode(), hashlib.sha256(rest).hexdigest().encode()])
