@@ -1,1 +1,5 @@
-"""What runs on a GPU: torch's own cuDNN operator (`ostinato.cuda.cudnn`)."""
+"""What runs on a GPU.
+
+- `ostinato.cuda.cudnn`: torch's own operator.
+- `ostinato.cuda.compiler` and `ostinato.cuda.launch`: from a kernel's text to its launch.
+"""

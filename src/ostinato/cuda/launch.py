@@ -1,0 +1,321 @@
+"""From machine code to a running kernel: loading and launching through cuda-core.
+
+Loading happens once per kernel and device, and before a kernel's first launch. A launch neither
+allocates nor waits: it may be captured in a CUDA graph, and it goes to torch's current stream.
+
+Every argument of a kernel is a Python int, an address or a size, which cuda-core passes in eight
+bytes: kernels take pointers and long long, and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from ostinato.cuda import compiler
+from ostinato.cuda.compiler import Compiled, Instantiation
+
+_log = logging.getLogger("ostinato")
+
+# Dynamic shared memory that every kernel may have; more is to be asked for.
+_SHARED_BYTES = 48 * 1024
+# The largest cluster that every device with clusters takes; a larger one is to be asked for.
+_PORTABLE_CLUSTER = 8
+# CU_STREAM_LEGACY. torch's default stream is the null handle, which cuda-bindings can be told to
+# take for another stream than torch does (CUDA_PYTHON_CUDA_PER_THREAD_DEFAULT_STREAM).
+_LEGACY_STREAM = 1
+
+
+class Launchable(Instantiation, Protocol):
+    """What this module asks of a kernel's configuration, which must be hashable."""
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+
+    @property
+    def ctas(self) -> int:
+        """Blocks that work on one batch tile."""
+
+    @property
+    def exchange(self) -> str:
+        """How those blocks exchange states; "grid" needs all blocks on the device at once."""
+
+    @property
+    def needs(self) -> str:
+        """The least architecture: "sm_80" or "sm_90"."""
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A kernel on one device; `compiled` says what it uses."""
+
+    config: Launchable
+    device_index: int
+    compiled: Compiled
+    kernel: Any
+
+
+@functools.cache
+def available() -> bool:
+    """Find whether this process can compile and load kernels; what is missing goes to the log.
+
+    The answer is found once.
+
+    Returns:
+        False without cuda-core, cuda-bindings or NVRTC, and where the driver is older than NVRTC.
+    """
+    advice = "torch's cuDNN operator serves GPUs: pip install ostinato[cuda] for kernels of ours"
+    try:
+        _core()
+        version, driver = compiler.nvrtc_version(), _driver_version()
+    except (ImportError, RuntimeError) as error:
+        _log.warning("%s (%s)", advice, error)
+        return False
+    # A driver loads what compilers up to its own major version made.
+    if version[0] > driver[0]:
+        _log.warning(
+            "torch's cuDNN operator serves GPUs: kernels of ours need a compiler for CUDA %d, the "
+            "driver's version, but NVRTC is of CUDA %d",
+            driver[0],
+            version[0],
+        )
+        return False
+    return True
+
+
+def architecture(device_index: int) -> str:
+    """Name the architecture that a device's kernels are compiled for.
+
+    Args:
+        device_index: torch's index of the device.
+
+    Returns:
+        Such as "sm_80" or "sm_90a", with the instructions of Hopper alone.
+    """
+    capability = _capability(device_index)
+    return f"sm_{capability}" + ("a" if capability == 90 else "")
+
+
+def _capability(device_index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device_index)
+    return 10 * major + minor
+
+
+# ---- loading ----
+
+_loaded: dict[tuple[Launchable, int], Loaded] = {}
+_lock = threading.Lock()
+
+
+def load(config: Launchable, device_index: int) -> Loaded:
+    """Compile a kernel, or take it from the cache, and load it onto a device; once for both.
+
+    Args:
+        config: the instantiation.
+        device_index: torch's index of the device.
+
+    Returns:
+        The kernel, the same object at every call.
+
+    Raises:
+        CompileError: the compiler refused it.
+        RuntimeError: the device is older than the kernel needs, or the driver refused it.
+    """
+    key = config, device_index
+    found = _loaded.get(key)
+    if found is None:
+        with _lock:
+            found = _loaded.get(key)
+            if found is None:
+                found = _loaded[key] = _load(config, device_index)
+    return found
+
+
+def _load(config: Launchable, device_index: int) -> Loaded:
+    arch = architecture(device_index)
+    if _capability(device_index) < int(config.needs.removeprefix("sm_")):
+        raise RuntimeError(
+            f"device_index: expected a device of {config.needs} or later, got cuda:{device_index}, "
+            f"which is {arch}"
+        )
+    compiled = compiler.compile(config, arch)
+    driver = _driver()
+    with torch.cuda.device(device_index), _outside_capture(driver):
+        _bind(device_index)
+        try:
+            code = _core().ObjectCode.from_cubin(compiled.cubin, name=config.entry)
+            kernel = code.get_kernel(config.entry)
+        except compiler.cuda_error() as error:
+            raise RuntimeError(f"cuda:{device_index} cannot load {config}: {error}") from error
+        device = _checked("cuDeviceGet", driver.cuDeviceGet(device_index))
+        attributes = driver.CUfunction_attribute
+        asked = []
+        if config.shared_bytes > _SHARED_BYTES:
+            name = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            asked.append((name, config.shared_bytes))
+        if config.ctas > _PORTABLE_CLUSTER and config.exchange != "grid":
+            asked.append((attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1))
+        for name, value in asked:
+            result = driver.cuKernelSetAttribute(name, value, kernel.handle, device)
+            _checked(f"cuKernelSetAttribute({name}, {value}) of {config}", result)
+        # The driver loads lazily; a first launch may be one that a graph captures.
+        function = _checked("cuKernelGetFunction", driver.cuKernelGetFunction(kernel.handle))
+        if _driver_version() >= (12, 4):
+            _checked("cuFuncLoad", driver.cuFuncLoad(function))
+    return Loaded(config, device_index, compiled, kernel)
+
+
+@contextlib.contextmanager
+def _outside_capture(driver: Any) -> Iterator[None]:
+    """Let this thread load a kernel while some stream is being captured, which would end that."""
+    name = "cuThreadExchangeStreamCaptureMode"
+    mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    mode = _checked(name, driver.cuThreadExchangeStreamCaptureMode(mode))
+    try:
+        yield
+    finally:
+        _checked(name, driver.cuThreadExchangeStreamCaptureMode(mode))
+
+
+# ---- launching ----
+
+
+def launch(
+    loaded: Loaded,
+    grid: int,
+    cluster: int,
+    arguments: Sequence[int],
+    stream: int | None = None,
+) -> None:
+    """Launch a kernel on its device.
+
+    The caller keeps what the arguments point to alive in the stream's order, as torch's allocator
+    does for tensors that are made and dropped on the current stream.
+
+    Args:
+        loaded: the kernel.
+        grid: clusters, of `cluster` blocks each.
+        cluster: blocks of a cluster; with 1 there are none, and `grid` counts blocks.
+        arguments: addresses and sizes, no bool among them.
+        stream: the handle of a stream of the kernel's device, or None for torch's current one.
+
+    Raises:
+        RuntimeError: the driver refused the launch.
+        ValueError: a cooperative grid is larger than the device holds at once.
+    """
+    index = loaded.device_index
+    core = _core()
+    # The null stream, and what cuda-core asks of a device, are those of the current device.
+    with torch.cuda.device(index):
+        _bind(index)
+        try:
+            config = _launch_config(threading.get_ident(), loaded, grid, cluster)
+            core.launch(_stream(index, stream), config, loaded.kernel, *arguments)
+        except compiler.cuda_error() as error:
+            raise RuntimeError(
+                f"cuda:{index} cannot launch {grid} x {cluster} blocks of {loaded.config}: {error}"
+            ) from error
+
+
+@functools.lru_cache(maxsize=1024)
+def active_clusters(loaded: Loaded, cluster: int) -> int:
+    """Ask how many clusters of a kernel its device runs at once.
+
+    Args:
+        loaded: the kernel.
+        cluster: blocks of a cluster; with 1 the answer counts blocks.
+
+    Returns:
+        The number; 0 if the device cannot run even one.
+    """
+    index = loaded.device_index
+    with torch.cuda.device(index):
+        _bind(index)
+        occupancy = loaded.kernel.occupancy
+        if cluster == 1:
+            threads, shared_bytes = loaded.config.threads, loaded.config.shared_bytes
+            blocks: int = occupancy.max_active_blocks_per_multiprocessor(threads, shared_bytes)
+            return blocks * torch.cuda.get_device_properties(index).multi_processor_count
+        config = _launch_config(threading.get_ident(), loaded, 1, cluster)
+        clusters: int = occupancy.max_active_clusters(config, stream=_stream(index, None))
+        return clusters
+
+
+# Making one asks the driver about the device. Each thread has its own, because cuda-core writes
+# into it at a launch, and reads from there without the interpreter's lock.
+@functools.lru_cache(maxsize=1024)
+def _launch_config(thread: int, loaded: Loaded, grid: int, cluster: int) -> Any:
+    config = loaded.config
+    return _core().LaunchConfig(
+        grid=grid,
+        cluster=None if cluster == 1 else cluster,
+        block=config.threads,
+        shmem_size=config.shared_bytes,
+        is_cooperative=config.exchange == "grid",
+    )
+
+
+def _stream(device_index: int, handle: int | None) -> Any:
+    if handle is None:
+        handle = torch.cuda.current_stream(device_index).cuda_stream
+    return _stream_object(device_index, handle or _LEGACY_STREAM)
+
+
+# cuda-core asks it for its device at each launch, and it remembers: hence one per device, also of
+# the default stream, whose handle is the same on all.
+@functools.lru_cache(maxsize=256)
+def _stream_object(device_index: int, handle: int) -> Any:
+    return _core().Stream.from_handle(handle)
+
+
+_threads = threading.local()
+
+
+def _bind(device_index: int) -> None:
+    """Give this thread a context, which torch's calls may not have done in a new thread."""
+    if not getattr(_threads, "is_bound", False):
+        _core().Device(device_index).set_current()
+        _threads.is_bound = True
+
+
+# ---- NVIDIA's modules, which are optional and slow to import ----
+
+
+@functools.cache
+def _core() -> Any:
+    import cuda.core
+
+    return cuda.core
+
+
+@functools.cache
+def _driver() -> Any:
+    from cuda.bindings import driver
+
+    return driver
+
+
+@functools.cache
+def _driver_version() -> tuple[int, int]:
+    version = _checked("cuDriverGetVersion", _driver().cuDriverGetVersion())
+    return version // 1000, version % 1000 // 10
+
+
+def _checked(call: str, result: tuple[Any, ...]) -> Any:
+    """Return what a call of the driver gave beside its error code."""
+    error, *values = result
+    if error != _driver().CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"{call}: expected CUDA_SUCCESS, got {error!r}")
+    return values[0] if values else None

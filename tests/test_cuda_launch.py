@@ -1,0 +1,538 @@
+"""Loading and launching kernels: what cuda-core and the driver are asked for.
+
+Without a GPU they are stood in for by objects that write down what they are asked.
+"""
+
+import contextlib
+import functools
+import inspect
+import logging
+import subprocess
+import sys
+import threading
+from collections import Counter
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ostinato.cuda import compiler, launch
+from ostinato.cuda.compiler import Compiled
+
+OK = "CUDA_SUCCESS"
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+
+
+@dataclass(frozen=True)
+class Config:
+    source: str = "sequence.cu"
+    entry: str = "walk"
+    threads: int = 256
+    shared_bytes: int = 1000
+    ctas: int = 4
+    exchange: str = "cluster"
+    needs: str = "sm_90"
+
+    @property
+    def defines(self):
+        return {"CTAS": self.ctas}
+
+
+class Refusal(Exception):
+    """What cuda-core raises."""
+
+
+class Machine:
+    """Two devices, their driver and cuda-core."""
+
+    def __init__(self):
+        self.asked = []
+        self.current = 0
+        self.capability = (9, 0)
+        self.streams = {0: 0, 1: 0}
+        self.refuse = set()
+        self.driver = SimpleNamespace(
+            CUresult=SimpleNamespace(CUDA_SUCCESS=OK),
+            CUfunction_attribute=SimpleNamespace(
+                CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared",
+                CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED="cluster",
+            ),
+            CUstreamCaptureMode=SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED="relaxed"),
+            cuDeviceGet=lambda index: (OK, f"device {index}"),
+            cuKernelSetAttribute=self.call("set", None),
+            cuKernelGetFunction=self.call("get function", "function"),
+            cuFuncLoad=self.call("load function", None),
+            cuThreadExchangeStreamCaptureMode=self.call("capture", "global"),
+        )
+        kernel = SimpleNamespace(
+            handle="handle",
+            occupancy=SimpleNamespace(
+                max_active_clusters=self.record("active clusters", 17),
+                max_active_blocks_per_multiprocessor=self.record("active blocks", 2),
+            ),
+        )
+        self.core = SimpleNamespace(
+            Device=lambda index: SimpleNamespace(set_current=self.record(f"bind {index}", None)),
+            ObjectCode=SimpleNamespace(
+                from_cubin=lambda cubin, name: SimpleNamespace(
+                    get_kernel=self.record("kernel", kernel)
+                )
+            ),
+            Stream=SimpleNamespace(from_handle=lambda handle: f"stream {handle}"),
+            LaunchConfig=self.make_config,
+            launch=self.record("launch", None),
+        )
+        self.kernel = kernel
+
+    def make_config(self, **options):
+        self.asked.append(("config", self.current))
+        return options
+
+    def record(self, name, answer):
+        def asked(*arguments, **options):
+            self.asked.append((name, *arguments, *options.values(), f"on {self.current}"))
+            if name in self.refuse:
+                raise Refusal("no")
+            return answer
+
+        return asked
+
+    def call(self, name, value):
+        recorded = self.record(name, value)
+
+        def called(*arguments):
+            recorded(*arguments)
+            error = "CUDA_ERROR" if f"call {name}" in self.refuse else OK
+            return (error,) if value is None else (error, value)
+
+        return called
+
+    @contextlib.contextmanager
+    def device(self, index):
+        before, self.current = self.current, index
+        yield
+        self.current = before
+
+    def names(self):
+        return [name for name, *_ in self.asked]
+
+    def of(self, name):
+        return [entry[1:] for entry in self.asked if entry[0] == name]
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    machine = Machine()
+    monkeypatch.setattr(launch, "_core", lambda: machine.core)
+    monkeypatch.setattr(launch, "_driver", lambda: machine.driver)
+    monkeypatch.setattr(launch, "_driver_version", lambda: (13, 0))
+    monkeypatch.setattr(launch, "_loaded", {})
+    monkeypatch.setattr(launch, "_threads", threading.local())
+    for name in ("_launch_config", "_stream_object", "active_clusters"):
+        uncached = getattr(launch, name).__wrapped__
+        monkeypatch.setattr(launch, name, functools.lru_cache(uncached))
+    monkeypatch.setattr(compiler, "cuda_error", lambda: Refusal)
+    monkeypatch.setattr(compiler, "compile", lambda config, arch: compiled(arch))
+    monkeypatch.setattr(torch.cuda, "device", machine.device)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: machine.capability)
+    monkeypatch.setattr(
+        torch.cuda,
+        "current_stream",
+        lambda index: SimpleNamespace(cuda_stream=machine.streams[index]),
+    )
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda index: SimpleNamespace(multi_processor_count=132),
+    )
+    return machine
+
+
+def compiled(arch):
+    return Compiled(f"cubin for {arch}".encode(), 100, 0, 0, 0, "")
+
+
+# ---- loading ----
+
+
+def test_a_kernel_is_loaded_once_per_device(machine):
+    first = launch.load(Config(), 0)
+    assert launch.load(Config(), 0) is first
+    assert first.compiled.cubin == b"cubin for sm_90a"
+    assert machine.of("kernel") == [("walk", "on 0")]
+    second = launch.load(Config(), 1)
+    assert second is not first
+    assert second.device_index == 1
+    assert machine.of("kernel")[1:] == [("walk", "on 1")]
+    assert launch.load(Config(threads=128), 0) is not first
+    assert machine.current == 0
+
+
+def test_threads_that_load_at_once_get_one_kernel(machine, monkeypatch):
+    barrier = threading.Barrier(4)
+    counted = Counter()
+
+    def count(config, arch):
+        counted[config] += 1
+        return compiled(arch)
+
+    monkeypatch.setattr(compiler, "compile", count)
+    found = []
+
+    def run():
+        barrier.wait()
+        found.append(launch.load(Config(), 0))
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(map(id, found))) == 1
+    assert counted == {Config(): 1}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (Config(shared_bytes=48 * 1024, ctas=8), []),
+        (Config(shared_bytes=48 * 1024 + 1, ctas=8), [("shared", 48 * 1024 + 1)]),
+        (Config(shared_bytes=200_000, ctas=16), [("shared", 200_000), ("cluster", 1)]),
+        # Blocks of a cooperative grid are no cluster.
+        (Config(ctas=32, exchange="grid"), []),
+    ],
+)
+def test_what_a_kernel_is_allowed(machine, config, expected):
+    launch.load(config, 1)
+    asked = [(*attribute, "handle", "device 1", "on 1") for attribute in expected]
+    assert machine.of("set") == asked
+
+
+def test_a_kernel_is_all_there_before_its_first_launch_and_captures_go_on(machine):
+    launch.load(Config(), 1)
+    assert machine.asked[0] == ("capture", "relaxed", "on 1")
+    assert machine.asked[-1] == ("capture", "global", "on 1")
+    assert machine.of("load function") == [("function", "on 1")]
+    assert machine.of("bind 1") == [("on 1",)]
+
+
+def test_an_old_driver_is_not_asked_for_what_it_does_not_know(machine, monkeypatch):
+    monkeypatch.setattr(launch, "_driver_version", lambda: (12, 3))
+    launch.load(Config(), 0)
+    assert "get function" in machine.names()
+    assert "load function" not in machine.names()
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"),
+    [((8, 0), "sm_80"), ((8, 9), "sm_89"), ((9, 0), "sm_90a"), ((10, 0), "sm_100")],
+)
+def test_the_architecture_is_the_device_s(machine, capability, arch):
+    machine.capability = capability
+    assert launch.architecture(0) == arch
+    assert launch.load(Config(needs="sm_80"), 0).compiled == compiled(arch)
+
+
+def test_an_older_device_is_refused(machine):
+    machine.capability = (8, 6)
+    with pytest.raises(RuntimeError, match=r"expected a device of sm_90.*got cuda:1.*sm_86"):
+        launch.load(Config(), 1)
+    assert machine.asked == []
+
+
+@pytest.mark.parametrize("call", ["kernel", "call set", "call get function", "call load function"])
+def test_a_driver_that_refuses_a_kernel(machine, call):
+    machine.refuse = {call}
+    config = Config(shared_bytes=300_000)
+    with pytest.raises(RuntimeError, match=r"expected CUDA_SUCCESS|cannot load"):
+        launch.load(config, 0)
+    # The capture mode is what it was, and nothing is left that looks loaded.
+    assert machine.of("capture")[-1] == ("global", "on 0")
+    machine.refuse = set()
+    assert launch.load(config, 0).kernel is machine.kernel
+
+
+# ---- launching ----
+
+
+def test_a_launch(machine):
+    loaded = launch.load(Config(), 1)
+    machine.streams[1] = 77
+    machine.asked.clear()
+    launch.launch(loaded, 6, 4, [1 << 40, 5])
+    options = {
+        "grid": 6,
+        "cluster": 4,
+        "block": 256,
+        "shmem_size": 1000,
+        "is_cooperative": False,
+    }
+    assert machine.of("launch") == [("stream 77", options, machine.kernel, 1 << 40, 5, "on 1")]
+    assert machine.current == 0
+
+
+def test_nothing_but_the_launch_happens_at_a_second_one(machine):
+    """No synchronisation, no attribute, no new object of cuda-core's."""
+    loaded = launch.load(Config(), 1)
+    launch.launch(loaded, 6, 4, [1])
+    machine.asked.clear()
+    launch.launch(loaded, 6, 4, [2])
+    assert machine.names() == ["launch"]
+
+
+def test_what_a_launch_asks_of_a_device_is_asked_of_the_kernel_s(machine):
+    launch.launch(launch.load(Config(), 1), 6, 4, [])
+    launch.launch(launch.load(Config(), 0), 6, 4, [])
+    assert machine.of("config") == [(1,), (0,)]
+
+
+def test_streams(machine):
+    loaded = launch.load(Config(), 0)
+    launch.launch(loaded, 1, 4, [])
+    machine.streams[0] = 5
+    launch.launch(loaded, 1, 4, [])
+    launch.launch(loaded, 1, 4, [], stream=9)
+    # The default stream goes by its own name, not by that of null.
+    assert [entry[0] for entry in machine.of("launch")] == ["stream 1", "stream 5", "stream 9"]
+
+
+def test_a_cluster_of_one_is_none_and_a_grid_is_cooperative(machine):
+    launch.launch(launch.load(Config(ctas=1), 0), 3, 1, [])
+    launch.launch(launch.load(Config(ctas=32, exchange="grid"), 0), 64, 1, [])
+    first, second = (entry[1] for entry in machine.of("launch"))
+    assert (first["grid"], first["cluster"], first["is_cooperative"]) == (3, None, False)
+    assert (second["grid"], second["cluster"], second["is_cooperative"]) == (64, None, True)
+
+
+def test_each_thread_has_a_context_and_configs_of_its_own(machine):
+    loaded = launch.load(Config(), 0)
+
+    def run():
+        for _ in range(2):
+            launch.launch(loaded, 1, 4, [])
+
+    run()
+    # Beside this one, so that the identifier is another.
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert len(machine.of("bind 0")) == 2
+    configs = [entry[1] for entry in machine.of("launch")]
+    assert configs[0] is configs[1]
+    assert configs[2] is configs[3]
+    assert configs[0] is not configs[2]
+
+
+def test_a_driver_that_refuses_a_launch(machine):
+    loaded = launch.load(Config(), 0)
+    machine.refuse = {"launch"}
+    with pytest.raises(RuntimeError, match=r"cannot launch 6 x 4 blocks of Config.*: no"):
+        launch.launch(loaded, 6, 4, [])
+    assert machine.current == 0
+
+
+def test_active_clusters(machine):
+    loaded = launch.load(Config(), 1)
+    assert launch.active_clusters(loaded, 4) == 17
+    ((config, stream, device),) = machine.of("active clusters")
+    assert (config["grid"], config["cluster"], stream, device) == (1, 4, "stream 1", "on 1")
+    assert launch.active_clusters(loaded, 1) == 2 * 132
+    assert machine.of("active blocks") == [(256, 1000, "on 1")]
+    assert launch.active_clusters(loaded, 4) == 17
+    assert len(machine.of("active clusters")) == 1
+
+
+# ---- whether there is anything to launch with ----
+
+
+@pytest.fixture
+def available(monkeypatch):
+    return launch.available.__wrapped__
+
+
+def test_without_the_extra_the_log_says_what_to_install(available, monkeypatch, caplog):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "cuda"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "cuda", None)
+    launch._core.cache_clear()
+    assert not available()
+    assert "pip install ostinato[cuda]" in caplog.text
+
+
+def test_the_log_says_so_once(monkeypatch, caplog):
+    def refuse():
+        raise ImportError("no such module")
+
+    monkeypatch.setattr(launch, "_core", refuse)
+    launch.available.cache_clear()
+    with caplog.at_level(logging.WARNING, "ostinato"):
+        assert not launch.available()
+        assert not launch.available()
+    assert len(caplog.records) == 1
+    launch.available.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("compiler_version", "driver_version", "expected"),
+    [((13, 0), (13, 1), True), ((12, 9), (13, 0), True), ((13, 0), (12, 9), False)],
+)
+def test_the_driver_must_know_what_the_compiler_makes(
+    available, machine, monkeypatch, caplog, compiler_version, driver_version, expected
+):
+    monkeypatch.setattr(compiler, "nvrtc_version", lambda: compiler_version)
+    monkeypatch.setattr(launch, "_driver_version", lambda: driver_version)
+    assert available() == expected
+    assert ("CUDA 12" in caplog.text) != expected
+
+
+def test_a_missing_library_is_said(available, machine, monkeypatch, caplog):
+    def missing():
+        raise RuntimeError("libnvrtc.so: not found")
+
+    monkeypatch.setattr(compiler, "nvrtc_version", missing)
+    assert not available()
+    assert "libnvrtc.so" in caplog.text
+
+
+def test_importing_ostinato_does_not_import_cuda_core():
+    # torch imports cuda-bindings, where they are.
+    code = (
+        "import sys, torch, ostinato\n"
+        "before = {name for name in sys.modules if name.startswith('cuda')}\n"
+        "import ostinato.nn, ostinato.ops, ostinato.cuda.launch\n"
+        "after = {name for name in sys.modules if name.startswith('cuda')}\n"
+        "assert after == before, after - before\n"
+        "assert 'cuda.core' not in after"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_cuda_core_has_what_is_asked_of_it():
+    core = pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    from cuda.bindings import driver
+    from cuda.core._module import KernelOccupancy
+
+    config = core.LaunchConfig(grid=2, cluster=None, block=32, shmem_size=100, is_cooperative=False)
+    assert (config.grid, config.cluster, config.block) == ((2, 1, 1), None, (32, 1, 1))
+    assert core.Stream.from_handle(launch._LEGACY_STREAM).__cuda_stream__() == (0, 1)
+    assert inspect.signature(core.ObjectCode.from_cubin).parameters.keys() >= {"module", "name"}
+    for owner, name in (
+        (core.ObjectCode, "get_kernel"),
+        (core.Device, "set_current"),
+        (core.Kernel, "handle"),
+        (core.Kernel, "occupancy"),
+        (KernelOccupancy, "max_active_clusters"),
+        (KernelOccupancy, "max_active_blocks_per_multiprocessor"),
+        (core, "launch"),
+        (driver, "cuDriverGetVersion"),
+        *((driver, name) for name in vars(Machine().driver)),
+    ):
+        assert hasattr(owner, name), name
+    assert issubclass(compiler.cuda_error(), Exception)
+
+
+# ---- on a GPU ----
+
+KERNEL = """
+extern "C" __global__ void walk(float* y, const float* x, long long n, long long add) {
+    extern __shared__ float s[];
+    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) {
+        s[threadIdx.x] = x[i];
+        y[i] = s[threadIdx.x] + (float)(add >> 33);
+    }
+}
+"""
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "cells.h").write_text("")
+    (tmp_path / "cuda/sequence.cu").write_text(KERNEL)
+    monkeypatch.setattr(compiler, "text_folder", lambda: tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(launch, "_loaded", {})
+
+
+KINDS = {
+    "blocks": Config(needs="sm_80", ctas=1),
+    "much shared memory": Config(needs="sm_80", ctas=1, shared_bytes=90_000),
+    "cooperative grid": Config(needs="sm_80", ctas=8, exchange="grid"),
+    "clusters": Config(ctas=4),
+    "large clusters": Config(ctas=16, shared_bytes=150_000),
+}
+
+
+def on_gpu(config, index=0):
+    if torch.cuda.get_device_capability(index) < (9, 0) and config.needs == "sm_90":
+        pytest.skip("this GPU has no clusters")
+    assert launch.available()
+    return launch.load(config, index)
+
+
+def run_on_gpu(loaded, y, x):
+    cluster = 1 if loaded.config.exchange == "grid" else loaded.config.ctas
+    arguments = [y.data_ptr(), x.data_ptr(), x.numel(), 3 << 33]
+    launch.launch(loaded, 16 // cluster, cluster, arguments)
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kernel_runs(text, kind):
+    config = KINDS[kind]
+    loaded = on_gpu(config)
+    cluster = 1 if config.exchange == "grid" else config.ctas
+    assert launch.active_clusters(loaded, cluster) > 0
+    x = torch.randn(4000, device="cuda")
+    y = torch.zeros_like(x)
+    run_on_gpu(loaded, y, x)
+    torch.testing.assert_close(y, x + 3, rtol=0, atol=0)
+
+
+@needs_gpu
+def test_a_graph_captures_even_the_first_call(text):
+    x = torch.randn(4000, device="cuda")
+    y = torch.zeros_like(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run_on_gpu(on_gpu(KINDS["much shared memory"]), y, x)
+    assert y.count_nonzero() == 0
+    graph.replay()
+    torch.testing.assert_close(y, x + 3, rtol=0, atol=0)
+
+
+@needs_gpu
+def test_a_new_thread_and_a_stream_of_its_own(text):
+    loaded = on_gpu(KINDS["blocks"])
+    x = torch.randn(4000, device="cuda")
+    torch.cuda.synchronize()
+    found = []
+
+    def run(stream):
+        with stream:
+            y = torch.zeros_like(x)
+            run_on_gpu(loaded, y, x)
+        torch.cuda.synchronize()
+        found.append(y)
+
+    for stream in (contextlib.nullcontext(), torch.cuda.stream(torch.cuda.Stream())):
+        thread = threading.Thread(target=run, args=(stream,))
+        thread.start()
+        thread.join()
+    assert len(found) == 2
+    for y in found:
+        torch.testing.assert_close(y, x + 3, rtol=0, atol=0)
+
+
+@needs_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU on this machine")
+def test_two_devices(text):
+    for index in (1, 0, 1):
+        x = torch.randn(4000, device=f"cuda:{index}")
+        y = torch.zeros_like(x)
+        run_on_gpu(on_gpu(KINDS["blocks"], index), y, x)
+        torch.testing.assert_close(y, x + 3, rtol=0, atol=0)
+        assert torch.cuda.current_device() == 0
