@@ -12,7 +12,7 @@ SETTINGS := --config-settings=cmake.define.OSTINATO_WERROR=ON --config-settings=
 
 SOURCES := $(shell find csrc src -type f -not -name '*.so' -not -path '*/__pycache__/*')
 PACKAGE := $(SOURCES) CMakeLists.txt pyproject.toml README.md LICENSE
-CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp')
+CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 # What runs without torch: the engine by itself and the NumPy face of it.
 ENGINE_TESTS := tests/test_core.py tests/test_narrow.py tests/test_numpy.py tests/test_segments.py
 
