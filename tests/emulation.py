@@ -1,37 +1,133 @@
 """The GPU engine's kernels on host fibers (csrc/cuda/emulation.h): built by g++, called with CPU tensors."""
 
+import atexit
+import concurrent.futures
 import ctypes
 import functools
 import hashlib
-import os
 import pathlib
 import subprocess
 import tempfile
 
+import torch
+
+from ostinato.call import Call, check
+from ostinato.cuda import sequence
+from ostinato.cuda.config import GATES
+
 SOURCES = pathlib.Path(__file__).parents[1] / "csrc"
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "tf32": torch.float32,
+    "fp32": torch.float32,
+}
 
 
 @functools.cache
-def folder():
-    return tempfile.TemporaryDirectory(prefix="ostinato-emulation-")
+def _folder():
+    folder = tempfile.TemporaryDirectory(prefix="ostinato-emulation-")
+    atexit.register(folder.cleanup)
+    return pathlib.Path(folder.name)
 
 
 @functools.cache
-def build(config, sanitize=False):
+def build(config):
     """Compile one instantiation; return its entry."""
     defines = [f"-D{name}={value}" for name, value in config.defines.items()]
-    name = hashlib.sha256(repr((config, sanitize)).encode()).hexdigest()[:16]
-    library = pathlib.Path(folder().name) / f"{name}.so"
-    command = ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-    command += ["-x", "c++", str(SOURCES / "cuda" / config.source), *defines, "-o", str(library)]
-    subprocess.run(command, check=True, env={**os.environ, "LC_ALL": "C"})
+    library = _folder() / f"{hashlib.sha256(repr(config).encode()).hexdigest()[:24]}.so"
+    command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
+    command += ["-shared", "-fPIC", "-x", "c++", str(SOURCES / "cuda" / config.source)]
+    subprocess.run([*command, *defines, "-o", str(library)], check=True)
     entry = ctypes.CDLL(str(library)).ostinato_emulate
     entry.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int]
     return entry
 
 
-def run(config, tiles, directions, arguments, schedule=0):
-    """Run a kernel as a launch would: arguments are addresses and numbers."""
-    values = (ctypes.c_int64 * len(arguments))(*arguments)
-    if build(config)(values, tiles, directions, schedule):
-        raise RuntimeError(f"deadlock: {config}")
+def build_all(configs):
+    """Compile many at once."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(build, dict.fromkeys(configs)))
+
+
+def launcher(schedule=0):
+    """Return what launches kernels; fibers take turns ascending (0), descending (1), at random (2)."""
+
+    def launch(config, tiles, directions, arguments):
+        values = (ctypes.c_int64 * len(arguments))(*arguments)
+        if build(config)(values, tiles, directions, schedule):
+            raise RuntimeError(f"deadlock: {config}")
+
+    return launch
+
+
+def draw(
+    cell,
+    hidden,
+    kind="padded",
+    *,
+    steps=5,
+    batch=5,
+    size=7,
+    directions=2,
+    math="fp32",
+    bias=True,
+    states=True,
+):
+    """Draw a call; `kind` names what its rows have: packed, lengths, resets."""
+    dtype, gates = DTYPES[math], GATES[cell]
+
+    def some(*shape, scale=0.5):
+        return (torch.randn(shape) * scale).to(dtype)
+
+    lengths = resets = batch_sizes = reset_h = reset_c = None
+    rows = (steps, batch)
+    if "packed" in kind:
+        ends = [steps, *sorted(torch.randint(1, steps + 1, (batch - 1,)).tolist(), reverse=True)]
+        batch_sizes = torch.tensor([sum(end > t for end in ends) for t in range(steps)])
+        rows = (sum(ends),)
+    if "lengths" in kind:
+        lengths = torch.randint(0, steps + 1, (batch,))
+    state = (directions, batch, hidden)
+    is_lstm = cell == "lstm"
+    if "resets" in kind:
+        resets = torch.rand(rows) < 0.3
+        if states:
+            reset_h, reset_c = some(*state), some(*state) if is_lstm else None
+    h_0 = some(*state) if states else None
+    c_0 = some(*state) if states and is_lstm else None
+    weights = []
+    for _ in range(directions):
+        weights += [some(gates * hidden, size, scale=0.3)]
+        weights += [some(gates * hidden, hidden, scale=1.5 * hidden**-0.5)]
+        weights += [some(gates * hidden, scale=0.3), some(gates * hidden, scale=0.3)] * bias
+    input = some(*rows, size, scale=1.0)
+    return Call(
+        input,
+        batch_sizes,
+        batch,
+        h_0,
+        c_0,
+        weights,
+        cell,
+        bias,
+        directions == 2,
+        False,
+        lengths,
+        resets,
+        reset_h,
+        reset_c,
+    )
+
+
+def forward(config, call, schedule=0):
+    """Return output, h_n, c_n, cells and reserve."""
+    launch = launcher(schedule)
+    return sequence.forward(call, check(call), config, launch, all_c=True, keep=True)
+
+
+def backward(config, call, grads, output, reserve, schedule=0):
+    """Return the gradients of `call.tensors()`."""
+    wanted = [tensor is not None for tensor in call.tensors()]
+    launch = launcher(schedule)
+    return sequence.backward(call, check(call), config, launch, grads, output, reserve, wanted)

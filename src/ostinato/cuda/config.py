@@ -7,8 +7,7 @@ Legend: H hidden, G gates, k the index that a product sums over.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
 # Values per unit that forward keeps for backward, and gate gradients per unit (csrc/cells.h).
@@ -36,8 +35,7 @@ MATHS = {
 _EXCHANGES = {"block": "kBlock", "cluster": "kCluster", "grid": "kGrid"}
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     """The constants of one kernel. See csrc/cuda/plan.cuh for what they mean."""
 
     cell: str
@@ -51,7 +49,7 @@ class Config:
     exchange: str  # "block", "cluster" or "grid"
     is_backward: bool
 
-    source = "sequence.cu"
+    source: ClassVar[str] = "sequence.cu"
 
     @property
     def entry(self) -> str:

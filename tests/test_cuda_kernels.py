@@ -1,0 +1,190 @@
+"""The GPU engine's kernels, forward and backward, on host fibers against the float64 reference.
+
+Fibers find wrong indices, wrong phases of barriers and deadlocks; what they do not know of a device
+is said in csrc/cuda/emulation.h.
+"""
+
+import itertools
+
+import emulation
+import pytest
+import torch
+
+from ostinato.cuda.config import Config
+from ostinato.cuda.plan import A100, H200, plan
+from ostinato.transforms import reference_results
+
+# Of what a product reads: the largest relative error of one rounding is half of this.
+EPS = {"bf16": 2**-7, "fp16": 2**-10, "tf32": 2**-10, "fp32": 2**-23}
+CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
+MATHS = ("bf16", "fp16", "tf32", "fp32")
+KINDS = ("padded", "packed", "lengths", "resets", "resets packed", "resets lengths")
+
+# hidden, blocks, units, warps, groups, resident, exchange: rows that a tile does not fill, units that
+# do not exist, fragments in registers and in shared memory, sums that warps share.
+SHAPES = {
+    "block": (64, 1, 64, 4, 1, 99, "block"),
+    "block, odd": (61, 1, 64, 8, 1, 3, "block"),
+    "block, two groups": (48, 1, 48, 3, 2, 99, "block"),
+    "block, four groups": (16, 1, 16, 1, 4, 0, "block"),
+    "cluster of 2": (60, 2, 32, 4, 1, 2, "cluster"),
+    "cluster of 4, two groups": (61, 4, 16, 2, 2, 99, "cluster"),
+    "cluster of 8": (128, 8, 16, 2, 1, 99, "cluster"),
+    "cluster of 2, four groups": (31, 2, 16, 1, 4, 1, "cluster"),
+    "grid of 4": (64, 4, 16, 2, 1, 99, "grid"),
+    "grid of 8, two groups": (125, 8, 16, 2, 2, 2, "grid"),
+}
+
+
+def pair(cell, math, shape):
+    """The kernels of both walks, with as many warps as share their products evenly."""
+    hidden, blocks, units, warps, groups, resident, exchange = shape
+    found = []
+    for is_backward in (False, True):
+        for count in (warps, 2, 1, 4, 3, 6, 8):
+            config = Config(
+                cell, math, hidden, blocks, units, count, groups, resident, exchange, is_backward
+            )
+            if config.is_even:
+                break
+        found.append(config)
+    return found
+
+
+# Every cell in every precision and shape, and in each a kind of rows and an order of fibers; fp32
+# has no grid.
+CASES = [
+    (cell, math, shape, KINDS[i % len(KINDS)], i % 3)
+    for i, (shape, cell, math) in enumerate(itertools.product(SHAPES, CELLS, MATHS))
+    if not (math == "fp32" and "grid" in shape) and (cell != "rnn_relu" or "groups" in shape)
+]
+
+
+@pytest.fixture(scope="module")
+def built():
+    """Compile all kernels of this file beforehand, side by side."""
+    emulation.build_all(
+        config for cell, math, shape, *_ in CASES for config in pair(cell, math, SHAPES[shape])
+    )
+
+
+def errors(found, expected):
+    """Return the largest errors, each relative to the largest element."""
+    assert (found is None) == (expected is None) or not (
+        found if expected is None else expected
+    ).any()
+    if found is None or expected is None or not expected.numel():
+        return 0.0
+    scale = expected.abs().max().clamp_min(1e-3)
+    return ((found.double() - expected).abs().max() / scale).item()
+
+
+def widened(call):
+    def widen(tensor):
+        return None if tensor is None else tensor.detach().double().requires_grad_()
+
+    names = ("input", "h_0", "c_0", "reset_h", "reset_c")
+    states = {name: widen(getattr(call, name)) for name in names}
+    return call._replace(weights=[widen(w) for w in call.weights], **states)
+
+
+def compare(forward, backward, call, schedule=0):
+    """Run both walks and hold every result and gradient to the reference."""
+    eps = EPS[forward.math]
+    output, h_n, c_n, cells, reserve = emulation.forward(forward, call, schedule)
+    results = [output, h_n, *([c_n, cells] if call.cell == "lstm" else [])]
+    wide = widened(call)
+    expected = [r for r in reference_results(wide, True) if r is not None]
+    for mine, other in zip(results, expected, strict=True):
+        assert errors(mine, other) <= 6 * eps
+    grads = [torch.randn(r.shape).to(r.dtype) for r in results]
+    found = emulation.backward(backward, call, (*grads, None, None)[:4], output, reserve, schedule)
+    leaves = [t for t in wide.tensors() if t is not None]
+    seeds = [grad.double() for grad in grads]
+    options = {"allow_unused": True, "materialize_grads": True}
+    other = iter(torch.autograd.grad(expected, leaves, seeds, **options))
+    for mine, leaf in zip(found, wide.tensors(), strict=True):
+        assert errors(mine, None if leaf is None else next(other)) <= 12 * eps
+    return results, found
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize(("cell", "math", "shape", "kind", "schedule"), CASES)
+def test_every_shape(cell, math, shape, kind, schedule):
+    forward, backward = pair(cell, math, SHAPES[shape])
+    call = emulation.draw(cell, forward.hidden, kind, batch=forward.rows + 3, math=math)
+    compare(forward, backward, call, schedule)
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_kind_of_rows_in_every_order_of_fibers(shape, kind):
+    forward, backward = pair("gru", "tf32", SHAPES[shape])
+    call = emulation.draw("gru", forward.hidden, kind, batch=forward.rows + 3, math="tf32")
+    state = torch.get_rng_state()
+    runs = []
+    for schedule in range(3):
+        torch.set_rng_state(state)
+        runs.append(compare(forward, backward, call, schedule))
+    for results, grads in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results, runs[0][0], strict=True))
+        for a, b in zip(grads, runs[0][1], strict=True):
+            assert a is b is None or torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("kind", ["padded", "resets"])
+@pytest.mark.parametrize(("steps", "batch", "directions"), [(1, 1, 1), (2, 1, 2), (7, 9, 1)])
+def test_few_rows_no_states_no_biases(cell, kind, steps, batch, directions):
+    forward, backward = pair(cell, "fp32", SHAPES["cluster of 2, four groups"])
+    options = {"steps": steps, "batch": batch, "directions": directions, "size": 1}
+    call = emulation.draw(cell, forward.hidden, kind, bias=False, states=False, **options)
+    compare(forward, backward, call)
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("shape", ["block, two groups", "cluster of 4, two groups", "grid of 4"])
+def test_a_row_has_the_bits_it_has_anywhere(shape):
+    forward, backward = pair("lstm", "bf16", SHAPES[shape])
+    call = emulation.draw("lstm", forward.hidden, batch=forward.rows + 3, math="bf16")
+    order = torch.randperm(call.batch)
+    moved = call._replace(
+        input=call.input[:, order], h_0=call.h_0[:, order], c_0=call.c_0[:, order]
+    )
+    output, h_n, c_n, _, reserve = emulation.forward(forward, call)
+    other, other_h, other_c, _, other_reserve = emulation.forward(forward, moved)
+    assert torch.equal(output[:, order], other)
+    assert torch.equal(h_n[:, order], other_h)
+    assert torch.equal(c_n[:, order], other_c)
+    grad = torch.randn(output.shape).to(output.dtype)
+    mine = emulation.backward(backward, call, (grad, None, None, None), output, reserve)
+    seed = (grad[:, order], None, None, None)
+    theirs = emulation.backward(backward, moved, seed, other, other_reserve)
+    assert torch.equal(mine[0][:, order], theirs[0])
+    assert torch.equal(mine[1][:, order], theirs[1])
+
+
+@pytest.mark.parametrize("math", ["bf16", "fp32"])
+@pytest.mark.parametrize("device", [H200, A100])
+@pytest.mark.parametrize(("cell", "hidden", "batch"), [("gru", 128, 16), ("lstm", 256, 9)])
+def test_what_a_plan_chooses(cell, hidden, batch, device, math):
+    forward, backward = (
+        plan(cell, math, hidden, batch, 2, is_backward, device) for is_backward in (False, True)
+    )
+    if forward is None or backward is None:
+        assert math == "fp32"
+        assert device is A100
+        return
+    call = emulation.draw(cell, hidden, "packed", steps=3, batch=batch, math=math)
+    compare(forward, backward, call)
+
+
+def test_rows_without_steps():
+    forward, backward = pair("gru", "fp32", SHAPES["cluster of 2"])
+    call = emulation.draw("gru", forward.hidden, "lengths", batch=3)
+    call = call._replace(lengths=torch.zeros(3, dtype=torch.int64))
+    (output, h_n), _ = compare(forward, backward, call)
+    assert not output.any()
+    assert torch.equal(h_n, call.h_0)
