@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BUILD ?= build
 ARGS ?=
+# Where there is a GPU: a python that has torch for CUDA. It is used as it is, and nothing is downloaded.
+GPU_PYTHON ?= $(PYTHON)
 
 VENV := $(BUILD)/venv
 BIN := $(VENV)/bin
@@ -16,7 +18,7 @@ CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -
 # What runs without torch: the engine by itself and the NumPy face of it.
 ENGINE_TESTS := tests/test_core.py tests/test_narrow.py tests/test_numpy.py tests/test_segments.py
 
-.PHONY: help demo test lint bench bench-quick docs features wheel sanitize clean
+.PHONY: help demo test lint bench bench-quick bench-gpu test-gpu gpu-ready docs features wheel sanitize clean
 .DELETE_ON_ERROR:
 
 help:
@@ -25,6 +27,9 @@ help:
 	@echo 'make lint      formatting, types, import rules, weak symbols'
 	@echo 'make bench     ours and every peer interleaved in one process; tables and picture in build/bench'
 	@echo 'make bench-quick  a tenth of the rows, beside torch.nn alone'
+	@echo 'make bench-gpu    ours beside torch.nn on a GPU, with GPU_PYTHON as it is; tables in benchmarks/results'
+	@echo 'make test-gpu     the tests of the GPU engine, likewise'
+	@echo 'make gpu-ready    what GPU_PYTHON lacks for these two, and the build that they run'
 	@echo 'make docs      doctests, examples in Markdown, links, and the table of features'
 	@echo 'make features  that table again, into docs/features.md, and what the features cost'
 	@echo 'make wheel     a wheel in dist/, tried in an environment without a compiler'
@@ -52,6 +57,16 @@ bench: $(VENV)/bench.stamp
 
 bench-quick: $(VENV)/package.stamp
 	$(BIN)/python benchmarks/run.py --quick $(ARGS)
+
+bench-gpu: $(BUILD)/gpu.stamp
+	PYTHONPATH=$(BUILD)/gpu $(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
+
+test-gpu: $(BUILD)/gpu.stamp
+	PYTHONPATH=$(BUILD)/gpu $(GPU_PYTHON) -m pytest $(wildcard tests/test_gpu*.py) tests/test_cuda.py \
+		tests/test_bench_gpu.py $(ARGS)
+
+gpu-ready: $(BUILD)/gpu.stamp
+	$(GPU_PYTHON) tools/gpu_ready.py
 
 docs: $(VENV)/package.stamp
 	$(BIN)/python tools/check_docs.py
@@ -106,6 +121,14 @@ $(BUILD)/sanitize.stamp: $(VENV)/package.stamp
 
 $(VENV)/bench.stamp: $(VENV)/package.stamp
 	$(PIP) install -c constraints.txt matplotlib onnx onnxruntime openvino tqdm
+	touch $@
+
+# From what is installed there: pip's own index stays out of it.
+$(BUILD)/gpu.stamp: $(PACKAGE)
+	$(GPU_PYTHON) tools/gpu_ready.py
+	rm -rf $(BUILD)/gpu
+	$(GPU_PYTHON) -m pip --disable-pip-version-check --quiet install --no-index --no-deps --no-build-isolation \
+		--target $(BUILD)/gpu $(SETTINGS)=$(BUILD)/cmake-gpu .
 	touch $@
 
 # sktime carries the data set as files; none of its code runs, so none of its dependencies come.

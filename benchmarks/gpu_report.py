@@ -1,0 +1,340 @@
+"""From rows of gpu.py to the goals, a table and pictures.
+
+Usage: python benchmarks/gpu_report.py FILE.json DIR    draws a report again
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from report import geometric_mean
+
+PEER, OURS = "torch.nn", "ostinato"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a group of rows is meant to reach: a geometric mean of torch.nn / ours."""
+
+    name: str
+    target: float
+    holds: Callable[[Row], bool]
+
+
+def _is_core(row: Row) -> bool:
+    """A GRU where the weights fit on the chip and cuDNN has no persistent kernel."""
+    in_range = 256 <= row["hidden"] <= 768 and row["batch"] <= 64
+    return row["cell"] == "GRU" and row["precision"] == "bf16" and in_range
+
+
+GOALS = (
+    Goal(
+        "GRU, bf16, H 256-768, B <= 64, padded",
+        4,
+        lambda row: _is_core(row) and row["form"] == "padded",
+    ),
+    Goal(
+        "GRU, bf16, H 256-768, B <= 64, packed or bidirectional",
+        5,
+        lambda row: _is_core(row) and row["form"] in ("packed", "bidirectional"),
+    ),
+    Goal(
+        "GRU and LSTM, bf16 and fp16, H <= 192, B >= 16, padded",
+        3,
+        lambda row: (
+            row["cell"] in ("GRU", "LSTM")
+            and row["precision"] in ("bf16", "fp16")
+            and row["hidden"] <= 192
+            and row["batch"] >= 16
+            and row["form"] == "padded"
+        ),
+    ),
+    Goal(
+        "GRU, bf16, H 1024-2048, B <= 32, padded",
+        2,
+        lambda row: (
+            row["cell"] == "GRU"
+            and row["precision"] == "bf16"
+            and row["hidden"] >= 1024
+            and row["batch"] <= 32
+            and row["form"] == "padded"
+        ),
+    ),
+    Goal(
+        "LSTM, fp16, H 768, B 16, padded",
+        1.2,
+        lambda row: (
+            (row["cell"], row["precision"], row["hidden"], row["batch"], row["form"])
+            == ("LSTM", "fp16", 768, 16, "padded")
+        ),
+    ),
+)
+
+
+def usual(found: dict[str, Any]) -> list[Row]:
+    """Rows of the usual length that have a ratio; those of few steps stand for launches."""
+    return [row for row in found["rows"] if "ratio" in row and row["steps"] > 16]
+
+
+def _mean(rows: list[Row]) -> float | None:
+    return geometric_mean(row["ratio"][1] for row in rows) if rows else None
+
+
+def _cell(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def goals(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Geometric mean of each goal's rows, forward and training, and whether both reach it."""
+    reached = []
+    for goal in GOALS:
+        rows = [row for row in usual(found) if goal.holds(row)]
+        means = {
+            kind: _mean([row for row in rows if row["kind"] == kind])
+            for kind in ("forward", "training")
+        }
+        told = [mean for mean in means.values() if mean is not None]
+        met = min(told) >= goal.target if told else None
+        reached.append({"name": goal.name, "target": goal.target, "rows": len(rows), "met": met})
+        reached[-1] |= means
+    return reached
+
+
+def summary(found: dict[str, Any]) -> str:
+    """The goals, the geometric mean of each group, and where ours is slower or wrong; Markdown."""
+    lines = [
+        "| torch.nn / ours, geometric mean | rows | goal | forward | training | met |",
+        "|---|---:|---:|---:|---:|---|",
+    ]
+    for goal in goals(found):
+        met = {True: "yes", False: "no", None: "not measured"}[goal["met"]]
+        lines.append(
+            f"| {goal['name']} | {goal['rows']} | {goal['target']:g} | {_cell(goal['forward'])} | "
+            f"{_cell(goal['training'])} | {met} |"
+        )
+    timed = [row for row in found["rows"] if "ratio" in row]
+    below = sorted((row for row in timed if row["ratio"][1] < 1), key=lambda row: row["ratio"][1])
+    # Where only torch.nn has a time, ours failed or was wrong.
+    failed = [row for row in found["rows"] if OURS in row["failed"]]
+    met = ("no" if below or failed else "yes") if timed or failed else "not measured"
+    told = f"{len(below)} below, {len(failed)} failed"
+    lines.append(f"| nothing below 1 | {len(timed) + len(failed)} | 1 | {told} | | {met} |")
+    lines += ["", *group_table(found), ""]
+    lines += [f"- below 1: {row['name']}: {row['ratio'][1]:.2f}" for row in below[:12]]
+    lines += [f"- and {len(below) - 12} more" for _ in range(len(below) > 12)]
+    for row in found["rows"]:
+        lines += [f"- failed: {row['name']}: {who}: {why}" for who, why in row["failed"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def group_table(found: dict[str, Any]) -> list[str]:
+    """Geometric mean and lowest row by cell, precision, form and kind."""
+    groups: dict[str, list[Row]] = {}
+    for row in usual(found):
+        name = f"{row['cell']} {row['precision']} {row['form']} {row['kind']}"
+        groups.setdefault(name, []).append(row)
+    if not groups:
+        return []
+    lines = ["| rows | geometric mean | lowest | where |", "|---|---:|---:|---|"]
+    for name, rows in groups.items():
+        lowest = min(rows, key=lambda row: row["ratio"][1])
+        where = f"T{lowest['steps']} B{lowest['batch']} H{lowest['hidden']}"
+        lines.append(
+            f"| {name} ({len(rows)}) | {_cell(_mean(rows))} | {lowest['ratio'][1]:.2f} | {where} |"
+        )
+    return lines
+
+
+def heading(found: dict[str, Any]) -> str:
+    """Device, driver, versions and clocks in a line."""
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    clocks = " and ".join(
+        f"{told['clocks.sm']} {when}" for when, told in found["clocks"].items() if told
+    )
+    return (
+        f"{found['device']} (compute capability {found['capability']}, "
+        f"{found['multiprocessors']} multiprocessors), driver {found['driver']}; {versions}"
+        + (f". Clock {clocks}" if clocks else "")
+        + "."
+    )
+
+
+def line(row: Row) -> str:
+    """What is printed of a row while measuring, after its name."""
+    words = [f"{name} {us:.3f}" for name, us in row.get("us_per_step", {}).items()]
+    told = f"us/step: {'  '.join(words)}" if words else ""
+    if "ratio" in row:
+        low, median, high = row["ratio"]
+        told += f"  x {median:.2f} ({low:.2f}-{high:.2f})"
+    if "ratio" in row.get("graph", {}):
+        told += f"  graph x {row['graph']['ratio'][1]:.2f}"
+    failed = "; ".join(f"{who} failed: {why}" for who, why in row["failed"].items())
+    return "  ".join(part for part in (told, row.get("kernel", ""), failed) if part)
+
+
+def table(found: dict[str, Any]) -> str:
+    """Every row, in Markdown."""
+    lines = [
+        heading(found),
+        "",
+        "Microseconds of a call / T, medians; torch.nn / ours with its quartiles; relative errors "
+        "against float64, torch.nn and ours, of the output or the worst gradient.",
+        "",
+        "| row | torch.nn | ours | torch.nn / ours | as graphs: torch.nn, ours | errors | kernel |",
+        "|---|---:|---:|---:|---:|---|---|",
+    ]
+    for row in found["rows"]:
+        times = [_cell(row.get("us_per_step", {}).get(name), 3) for name in (PEER, OURS)]
+        low, median, high = row.get("ratio", (None,) * 3)
+        ratio = "" if median is None else f"{median:.2f} ({low:.2f}-{high:.2f})"
+        graph = row.get("graph", {}).get("us_per_step", {})
+        graphs = ", ".join(f"{graph[name]:.3f}" for name in (PEER, OURS) if name in graph)
+        errors = ", ".join(f"{max(e.values()):.1e}" for e in row["relative_error"].values())
+        # A bar would end the cell.
+        notes = [row.get("kernel", ""), *(f"{who}: {why}" for who, why in row["failed"].items())]
+        note = "; ".join(filter(None, notes)).replace("|", "/")
+        cells = [row["name"], *times, ratio, graphs, errors, note]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def micro_table(found: dict[str, Any]) -> str:
+    """What a handoff and a launch cost, in Markdown."""
+    lines = ["| what | figures |", "|---|---|"]
+    for name, figures in found["micro"].items():
+        lines.append(f"| {name} | {_told(figures)} |")
+    return "\n".join(lines) + "\n" if found["micro"] else ""
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name.replace('_', ' ')}: {_told(v)}" for name, v in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# ---- pictures ----
+
+COLORS = {PEER: "#c96f1f", OURS: "#1f5fa8"}
+
+
+def draw(found: dict[str, Any], path: Path, precision: str, forms: tuple[str, ...]) -> bool:
+    """Draw microseconds per step against H: a row for each cell and form, a column for each B.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [
+        row
+        for row in found["rows"]
+        if row["precision"] == precision and row["form"] in forms and row["steps"] > 16
+    ]
+    rows = [row for row in rows if "us_per_step" in row]
+    if not rows:
+        return False
+    names = list(dict.fromkeys((row["cell"], row["form"]) for row in rows))
+    names.sort(key=lambda name: (("GRU", "LSTM", "RNN").index(name[0]), forms.index(name[1])))
+    batches = sorted({row["batch"] for row in rows})
+    sizes = sorted({row["hidden"] for row in rows})
+    figure, axes = plt.subplots(
+        len(names),
+        len(batches),
+        figsize=(1.2 + 2.7 * len(batches), 1.1 + 2.3 * len(names)),
+        sharex=True,
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
+    )
+    for line_of_axes, (cell, form) in zip(axes, names, strict=True):
+        for axis, batch in zip(line_of_axes, batches, strict=True):
+            panel = [r for r in rows if (r["cell"], r["form"], r["batch"]) == (cell, form, batch)]
+            draw_panel(axis, panel)
+            # Every other size is named: they are close together.
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(
+                sizes, [str(s) if s in (64, 128, 256, 512, 1024, 2048) else "" for s in sizes]
+            )
+            axis.minorticks_off()
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+            axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+            axis.grid(True, which="major", color="#dddddd", linewidth=0.6)
+            axis.tick_params(labelsize=7)
+        line_of_axes[0].set_ylabel(f"{cell}, {form}\nmicroseconds per step", fontsize=8)
+    for axis, batch in zip(axes[0], batches, strict=True):
+        axis.set_title(f"B = {batch}", fontsize=9)
+    for axis in axes[-1]:
+        axis.set_xlabel("H", fontsize=8)
+    handles = [
+        plt.Line2D([], [], color=color, linestyle=style, marker="o", markersize=3.5, label=label)
+        for name, color in COLORS.items()
+        for style, label in (("-", f"{name}, forward"), ("--", f"{name}, forward and backward"))
+        if any(name in row["us_per_step"] for row in rows)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
+    figure.suptitle(f"{found['device']}, {precision}: time of a call / T", fontsize=10)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return True
+
+
+def draw_panel(axis: Any, rows: list[Row]) -> None:
+    """One cell, form and batch: both participants, forward and training, with quartiles."""
+    for name, color in COLORS.items():
+        for kind, style in (("forward", "-"), ("training", "--")):
+            of = [row for row in rows if row["kind"] == kind and name in row["us_per_step"]]
+            of.sort(key=lambda row: row["hidden"])
+            if not of:
+                continue
+            sizes = [row["hidden"] for row in of]
+            low, median, high = zip(
+                *([t / row["steps"] for t in row["microseconds"][name]] for row in of), strict=True
+            )
+            axis.plot(sizes, median, style, color=color, marker="o", markersize=3, linewidth=1.2)
+            axis.fill_between(sizes, low, high, color=color, alpha=0.15, linewidth=0)
+
+
+def stem(found: dict[str, Any]) -> str:
+    """File name of a run: the device, and what part of the list it took."""
+    part = found["part"]
+    words = f"gpu {found['device']}" + " torch.nn alone" * part["peer_only"]
+    words += " quick" * part["quick"] + " some" * bool(part["only"])
+    return "-".join("".join(c if c.isalnum() else " " for c in words).lower().split())
+
+
+def write_json(found: dict[str, Any], folder: Path) -> Path:
+    """Write what was found into a folder, named by the device; return the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{stem(found)}.json"
+    # All of it or nothing: the run may be ended while it writes.
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps(found, indent=1) + "\n")
+    draft.replace(path)
+    return path
+
+
+def write(found: dict[str, Any], folder: Path) -> None:
+    """Write JSON, tables and pictures into a folder, named by the device."""
+    path = write_json(found, folder)
+    parts = [summary(found), table(found), micro_table(found)]
+    path.with_suffix(".md").write_text("\n".join(part for part in parts if part))
+    draw(found, path.with_suffix(".png"), "bf16", ("padded",))
+    forms = path.with_name(f"{path.stem}-forms.png")
+    draw(found, forms, "bf16", ("packed", "bidirectional", "2-layer"))
+
+
+if __name__ == "__main__":
+    source, target = map(Path, sys.argv[1:])
+    again = json.loads(source.read_text())
+    write(again, target)
+    print(summary(again))
