@@ -4,7 +4,7 @@
 // tensor in some 40 ns, so that checking, allocating and running a cell costs about 2 us instead of 25. The table is a
 // stable binary interface: one build still serves every version of torch, and those without it take the long way.
 //
-// Every function here accepts or declines. It accepts only what ostinato.ops would have accepted, checked again in full:
+// Every function here accepts or declines. It accepts only what ostinato.call would have accepted, checked again in full:
 // exact type, device, dtype, shape, dense memory. It never says what is wrong: it returns None, and the caller goes the long
 // way, whose checks do.
 #pragma once

@@ -6,7 +6,7 @@ import pytest
 import torch
 from pairs import LAYERS, SIX, TORCH_WARNS, assert_same, each, flat, packed, pair, shapes, state
 
-from ostinato import nn, ops
+from ostinato import nn, short
 
 pytestmark = pytest.mark.filterwarnings(TORCH_WARNS)
 
@@ -118,7 +118,7 @@ def test_a_disabled_region_is_no_autocast():
 def test_16_bits_are_the_float32_module_rounded_once(name, dtype, way, monkeypatch):
     torch._dynamo.reset()
     if way == "long":
-        monkeypatch.setattr(ops, "_IS_SHORT", False)
+        monkeypatch.setattr(short, "_IS_SHORT", False)
     narrow = getattr(nn, name)(4, 8, dtype=dtype)
     wide = copy.deepcopy(narrow).float()
     x, h = shapes(name, dtype=dtype)

@@ -81,7 +81,7 @@ def test_the_pattern_knows_torch_s_operators():
 
 @pytest.mark.parametrize("name", CASES)
 def test_nor_where_no_profiler_looks(name, monkeypatch):
-    """Calls that nobody watches go past the dispatcher (ops.py), where a profile cannot follow."""
+    """Calls that nobody watches go past the dispatcher (short.py), and so past a profile."""
 
     def refuse(*_, **__):
         pytest.fail("an operator of torch ran")

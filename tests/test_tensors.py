@@ -1,4 +1,4 @@
-"""The short way into the engine (csrc/tensors.h, `ops.short`): what it takes, and what it declines.
+"""The short way into the engine (csrc/tensors.h, `short.run`): what it takes, and what it declines.
 
 Legend: T steps, B batch, I input, H hidden.
 """
@@ -10,10 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ostinato import nn, ops
+from ostinato import nn, short
 
 pytestmark = pytest.mark.skipif(
-    not ops._IS_SHORT, reason="this torch has no table of C functions for its tensors"
+    not short._IS_SHORT, reason="this torch has no table of C functions for its tensors"
 )
 
 CELLS = {"rnn_tanh": nn.RNNCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}
@@ -26,7 +26,7 @@ def same(actual, expected):
 
 
 def call(cell="lstm", weight=None, **changes):
-    """Call `ops.short` for two rows of I 3 and H 4; `weight` is (index, another weight)."""
+    """Call `short.run` for two rows of I 3 and H 4; `weight` is (index, another weight)."""
     gates = {"rnn_tanh": 1, "gru": 3, "lstm": 4}.get(cell, 1)
     arguments = {
         "cell": cell,
@@ -42,7 +42,7 @@ def call(cell="lstm", weight=None, **changes):
         index, other = weight
         before = arguments["weights"]
         arguments["weights"] = (*before[:index], other, *before[index + 1 :])
-    return ops.short(**{**arguments, **changes})
+    return short.run(**{**arguments, **changes})
 
 
 def test_it_takes_what_is_plain():
@@ -146,7 +146,7 @@ def test_it_steps_aside_where_somebody_looks_on(monkeypatch):
     def refuse(*_):
         pytest.fail("the short way was taken")
 
-    monkeypatch.setattr(ops._core, "tensors_forward", refuse)
+    monkeypatch.setattr(short._core, "tensors_forward", refuse)
     with pytest.raises(pytest.fail.Exception):
         call()
     with Mode():
@@ -173,7 +173,7 @@ def test_without_it_the_bits_are_the_same(kind, monkeypatch):
     results = sample.run()
     seeds = [torch.randn_like(result) for result in results]
     expected = [*results, *gradients(results, sample.leaves(), seeds)]
-    monkeypatch.setattr(ops, "_IS_SHORT", False)
+    monkeypatch.setattr(short, "_IS_SHORT", False)
     results = sample.run()
     same([*results, *gradients(results, sample.leaves(), seeds)], expected)
 
@@ -196,7 +196,7 @@ def test_without_it_a_cell_gives_the_same_bits(kind, batch, monkeypatch):
     leaves = [x, *outputs(hx), *cell.parameters()]
     found = []
     for is_short in (True, False):
-        monkeypatch.setattr(ops, "_IS_SHORT", is_short)
+        monkeypatch.setattr(short, "_IS_SHORT", is_short)
         results = outputs(cell(x, hx))
         seeds = [torch.ones_like(result) for result in results]
         found.append([*results, *torch.autograd.grad(results, leaves, seeds)])
@@ -268,7 +268,7 @@ def test_batched_gradients_of_a_cell(kind):
 @pytest.mark.parametrize("way", ["short", "operator"])
 @pytest.mark.parametrize("kind", ["rnn_tanh", "gru", "lstm", "packed both ways", "projected"])
 def test_batched_gradients_of_a_layer(kind, way, monkeypatch):
-    monkeypatch.setattr(ops, "_IS_SHORT", way == "short")
+    monkeypatch.setattr(short, "_IS_SHORT", way == "short")
     sample = draw(**SAMPLES[kind], dtype=torch.float64).training()
     output = sample.run()[0]
     seeds = torch.randn(3, *output.shape, dtype=torch.float64)
@@ -282,7 +282,7 @@ def test_batched_gradients_of_a_layer(kind, way, monkeypatch):
 
 @pytest.mark.parametrize("way", ["short", "operator"])
 def test_second_derivatives_where_there_are_no_steps(way, monkeypatch):
-    monkeypatch.setattr(ops, "_IS_SHORT", way == "short")
+    monkeypatch.setattr(short, "_IS_SHORT", way == "short")
     for h_0 in (None, torch.randn(1, 2, 4, requires_grad=True)):
         layer, x = nn.GRU(3, 4), torch.randn(0, 2, 3, requires_grad=True)
         output, h_n = layer(x, h_0)
@@ -299,7 +299,7 @@ def test_second_derivatives_where_there_are_no_steps(way, monkeypatch):
 
 @pytest.mark.parametrize("way", ["short", "operator"])
 def test_the_last_derivative_asks_for_no_further_one(way, monkeypatch):
-    monkeypatch.setattr(ops, "_IS_SHORT", way == "short")
+    monkeypatch.setattr(short, "_IS_SHORT", way == "short")
     sample = draw("gru").training()
     first = torch.autograd.grad(sample.run()[0].square().sum(), sample.input, create_graph=True)
     (second,) = torch.autograd.grad(first[0].square().sum(), sample.input)
@@ -309,7 +309,7 @@ def test_the_last_derivative_asks_for_no_further_one(way, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["rnn_tanh", "gru", "packed both ways", "projected"])
 def test_gradgradcheck_through_the_operator(kind, monkeypatch):
-    monkeypatch.setattr(ops, "_IS_SHORT", False)
+    monkeypatch.setattr(short, "_IS_SHORT", False)
     sample = draw(**SAMPLES[kind], dtype=torch.float64).training()
 
     def function(*leaves):
@@ -334,7 +334,7 @@ def test_only_an_lstm_is_projected():
     for cell, gates, expected in (("lstm", 4, True), ("gru", 3, False), ("rnn_tanh", 1, False)):
         rows = gates * 4
         weights = *(torch.randn(rows, n) for n in (3, 2)), *torch.randn(2, rows), torch.randn(2, 4)
-        found = ops.short(
+        found = short.run(
             cell, (3, 4, 2, 1), torch.randn(5, 2, 3), None, None, None, weights, has_biases=True
         )
         assert (found is not None) == expected, cell

@@ -94,6 +94,19 @@ def require_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
 
 
+def batch_of(
+    input: Tensor, batch_sizes: Tensor | None, h_0: Tensor | None, c_0: Tensor | None
+) -> int:
+    """Return B as the arguments of a layer say it; a wrong form is left to `check`."""
+    if batch_sizes is None:
+        return input.shape[1] if input.dim() == 3 else 0
+    _check_batch_sizes_form(batch_sizes)
+    state = h_0 if h_0 is not None else c_0
+    if state is not None:
+        return state.shape[1] if state.dim() == 3 else 0
+    return int(batch_sizes[0]) if len(batch_sizes) else 0
+
+
 def check(call: Call, values: bool = True) -> Sizes:
     """Check shapes, dtypes and devices of everything; return the sizes.
 
@@ -153,7 +166,7 @@ def check(call: Call, values: bool = True) -> Sizes:
     if batch_sizes is None:
         steps, rows = input.shape[0], input.shape[0] * batch
     else:
-        check_batch_sizes_form(batch_sizes)
+        _check_batch_sizes_form(batch_sizes)
         steps, rows = len(batch_sizes), input.shape[0]
         if values:
             _check_batch_sizes(batch_sizes.tolist(), batch, rows)
@@ -235,7 +248,7 @@ def _refuse(name: str, tensor: Tensor, shape: tuple[int, ...], input: Tensor) ->
     raise RuntimeError(f"{name}: expected a strided tensor, got layout {tensor.layout}")
 
 
-def check_batch_sizes_form(batch_sizes: Tensor) -> None:
+def _check_batch_sizes_form(batch_sizes: Tensor) -> None:
     """Refuse batch_sizes of another type than a packed batch has."""
     require_tensor("batch_sizes", batch_sizes)
     if (

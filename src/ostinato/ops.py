@@ -1,14 +1,14 @@
-"""The operators: schemas, every check, fake kernels, autograd, and one registration per backend.
+"""The operators: schemas, fake kernels, autograd, and one registration per backend.
 
 `layer` is what the modules call. It runs one recurrent layer, in one or two directions:
 
 - float32, float64, bfloat16 and float16 on the CPU: the compiled engine, by the short way where
-  nobody looks on and all tensors are plain (`short`), otherwise by the operator `ostinato::layer`;
+  nobody looks on and all tensors are plain (`ostinato.short`), by `ostinato.transforms` where
+  torch.func is at work, otherwise by the operator `ostinato::layer`;
 - CUDA: torch's cuDNN operator where that can serve (`ostinato.cuda.cudnn`);
 - anything else: the reference, which torch's autograd differentiates.
 
-Every way but the short one starts at `check`, which says what is wrong. The short way asks the
-same in C++ (csrc/tensors.h) and, where the answer is no, declines and says nothing.
+Every way but the short one starts at `ostinato.call.check`, which says what is wrong.
 
 Legend: T steps, B batch, N packed rows, I input, H hidden, O output of a step (proj_size, or H),
 D directions.
@@ -24,24 +24,23 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ostinato import _core, transforms
+from ostinato import _core, short, transforms
 from ostinato.call import (
     CELLS,
     DTYPES,
-    GATES,
     PAD,
     SAVED,
     Call,
     Sizes,
     address,
+    batch_of,
     check,
     check_backward,
-    check_batch_sizes_form,
     require_tensor,
     thread_count,
 )
 from ostinato.cuda import cudnn
-from ostinato.transforms import reference_results
+from ostinato.gradients import is_beyond_engine, reference_gradients, reference_results
 
 _log = logging.getLogger("ostinato")
 
@@ -110,14 +109,14 @@ def layer(
     is_traced = torch.compiler.is_compiling()  # a compiler pays for each line, in each layer
     if not is_traced:
         _require_tensors(input, h_0, c_0, weights)
-    batch = _batch(input, batch_sizes, h_0, c_0)
+    batch = batch_of(input, batch_sizes, h_0, c_0)
     call = Call(
         input, batch_sizes, batch, h_0, c_0, weights, cell, has_biases, bidirectional, recompute
     )
     if is_traced:
         return _run(call)[:3]
-    if _has_engine(call) and (shape := _shape(call)) is not None:
-        found = short(
+    if _has_engine(call) and (shape := short.shape_of(call)) is not None:
+        found = short.run(
             cell, shape, input, batch_sizes, h_0, c_0, tuple(weights), has_biases, recompute
         )
         if found is not None:
@@ -190,7 +189,7 @@ def cut_layer(
     ):
         if tensor is not None:
             require_tensor(name, tensor)
-    batch = _batch(input, batch_sizes, h_0, c_0)
+    batch = batch_of(input, batch_sizes, h_0, c_0)
     cuts = (lengths, resets, reset_h, reset_c)
     call = Call(
         input,
@@ -211,7 +210,7 @@ def cut_layer(
 def _run(call: Call, all_c: bool = False) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Run a layer on the engine, on torch's operator or on the reference."""
     input, batch_sizes, cell = call.input, call.batch_sizes, call.cell
-    if _has_engine(call) and not _is_transformed():
+    if _has_engine(call) and not transforms.is_active():
         keep = torch.is_grad_enabled() and any(
             tensor is not None and tensor.requires_grad for tensor in call.tensors()
         )
@@ -232,7 +231,7 @@ def _run(call: Call, all_c: bool = False) -> tuple[Tensor, Tensor, Tensor | None
             _tell_reference(device, input.dtype)
         return reference_results(call, all_c)
 
-    if call.recompute and torch.is_grad_enabled() and not _is_transformed():
+    if call.recompute and torch.is_grad_enabled() and not transforms.is_active():
         return checkpoint(run, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
     return run()
 
@@ -247,19 +246,6 @@ def _require_tensors(input: object, h_0: object, c_0: object, weights: Sequence[
         require_tensor("weights", weight)
 
 
-def _batch(
-    input: Tensor, batch_sizes: Tensor | None, h_0: Tensor | None, c_0: Tensor | None
-) -> int:
-    """Return B; what does not have the right form is left to `check`."""
-    if batch_sizes is None:
-        return input.shape[1] if input.dim() == 3 else 0
-    check_batch_sizes_form(batch_sizes)
-    state = h_0 if h_0 is not None else c_0
-    if state is not None:
-        return state.shape[1] if state.dim() == 3 else 0
-    return int(batch_sizes[0]) if len(batch_sizes) else 0
-
-
 def _has_engine(call: Call) -> bool:
     """Whether an engine serves device and dtype. A layer without units is left to the reference."""
     input = call.input
@@ -271,23 +257,6 @@ def _has_engine(call: Call) -> bool:
     )
 
 
-def _is_transformed() -> bool:
-    """Whether vmap, torch.func or forward-mode differentiation is at work."""
-    if torch.compiler.is_compiling():
-        return False
-    return _interpreter() is not None or _forward_ad._current_level >= 0
-
-
-# Looked up once: a cell's whole call takes a few microseconds.
-_functorch = torch._C._functorch
-_interpreter = _functorch.peek_interpreter_stack
-_forward_ad = torch.autograd.forward_ad
-_is_autocast = torch._C._is_any_autocast_enabled
-_tracing_state = torch._C._get_tracing_state
-_modes = torch._C._len_torch_dispatch_stack
-_is_profiled = torch._C._autograd._profiler_enabled
-
-
 _told: set[tuple[str, torch.dtype]] = set()
 
 
@@ -297,130 +266,6 @@ def _tell_reference(device: str, dtype: torch.dtype) -> None:
         return
     _told.add((device, dtype))
     _log.warning("no engine for %s on %s: the reference runs, correctly and slowly", dtype, device)
-
-
-# ---- the short way ----
-
-# input_size, hidden_size, proj_size, directions
-Shape = tuple[int, int, int, int]
-# cell, is_cell, shape, has_biases, recompute
-_Config = tuple[str, bool, Shape, bool, bool]
-
-
-def _connect() -> bool:
-    """Open the short way if this torch has DLPack's table of C functions (2.10 and later)."""
-    table = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    return table is not None and _core.connect(table, Tensor, torch.nn.Parameter, torch.empty_like)
-
-
-_IS_SHORT = _connect()
-
-
-class _DeclinedError(Exception):
-    """The short way does not serve these tensors."""
-
-
-def short(
-    cell: str,
-    shape: Shape,
-    input: Any,
-    batch_sizes: Any,
-    h_0: Any,
-    c_0: Any,
-    weights: tuple[Any, ...],
-    has_biases: bool,
-    recompute: bool = False,
-    is_cell: bool = False,
-) -> tuple[Any, Any, Any] | None:
-    """Run a layer, or one step of a cell, past the dispatcher: a tenth of its cost per call.
-
-    Everything is checked in C++ against `shape`, the sizes that the module was made with.
-
-    Args:
-        cell: as in `layer`.
-        shape: input_size, hidden_size, proj_size, directions.
-        input: as in `layer`, or (B, I) or (I,) with `is_cell`.
-        batch_sizes: as in `layer`.
-        h_0: as in `layer`, or (B, H) or (H,) with `is_cell`.
-        c_0: likewise.
-        weights: as in `layer`.
-        has_biases: as in `layer`.
-        recompute: as in `layer`.
-        is_cell: whether input and states have no dimensions for steps and directions.
-
-    Returns:
-        output, h_n and c_n, where h_n is None with `is_cell` and c_n but for LSTM; or None instead
-        of the three where somebody looks on, or where anything is not as expected.
-    """
-    if not _IS_SHORT or not _is_alone():
-        return None
-    config = cell, is_cell, shape, has_biases, recompute
-    arguments = batch_sizes, input, h_0, c_0, *weights
-    if torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in arguments):
-        try:
-            found: Any = _Short.apply(config, *arguments)  # type: ignore[no-untyped-call]
-        except _DeclinedError:
-            return None
-        if is_cell:
-            return (found[0], None, found[1]) if cell == "lstm" else (found, None, None)
-        return found if cell == "lstm" else (*found, None)
-    found = _run_short(config, False, *arguments)
-    return None if found is None else found[:3]
-
-
-def _run_short(
-    config: _Config,
-    keep: bool,
-    batch_sizes: Any,
-    input: Any,
-    h_0: Any,
-    c_0: Any,
-    *weights: Any,
-) -> Any:
-    """Return output, h_n, c_n and what is kept for backward, or None if these are declined."""
-    cell, is_cell, shape, has_biases, recompute = config
-    return _core.tensors_forward(
-        CELLS.get(cell, -1),
-        is_cell,
-        shape,
-        input,
-        batch_sizes,
-        h_0,
-        c_0,
-        weights,
-        has_biases,
-        keep,
-        recompute,
-        thread_count(),
-    )
-
-
-def _is_alone() -> bool:
-    """Whether no compiler, tracer, mode, profiler, autocast or transform is to see the operator."""
-    return not (
-        torch.compiler.is_compiling()
-        or _is_autocast()
-        or _tracing_state() is not None
-        or _modes()
-        or _is_profiled()
-        or _interpreter() is not None
-        or _forward_ad._current_level >= 0
-    )
-
-
-def _shape(call: Call) -> Shape | None:
-    """Return the sizes that the weights say, or None if they make no sense."""
-    directions = 2 if call.bidirectional else 1
-    weights, gates = call.weights, GATES.get(call.cell)
-    count = len(weights) // directions
-    if gates is None or count < 2 or not call.input.dim() or not weights[0].dim():
-        return None
-    projection = 0
-    if call.cell == "lstm" and count == (5 if call.has_biases else 3):
-        if not weights[count - 1].dim():
-            return None
-        projection = weights[count - 1].shape[0]
-    return call.input.shape[-1], weights[0].shape[0] // gates, projection, directions
 
 
 # ---- the CPU engine ----
@@ -616,8 +461,8 @@ def _layer_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     # What was not asked for has no elements, and nor has its gradient.
     grads = (*grads[:3], grads[3] if ctx.all_c else None)
     found: Sequence[Tensor | None]
-    if _is_beyond_engine(grads):
-        found = _reference_gradients(call, grads, wanted)
+    if is_beyond_engine(grads):
+        found = reference_gradients(call, grads, wanted)
     elif any(grad is not None for grad in grads):
         # A state that is absent has no gradient, but a place in the list.
         wanted = [bool(want) for want in wanted]
@@ -628,160 +473,6 @@ def _layer_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     dx, dh_0, dc_0, dreset_h, dreset_c, *dw = found
     nothing = [None] * 4
     return dx, None, None, dh_0, dc_0, dw, *nothing, None, None, dreset_h, dreset_c, None, None
-
-
-class _Short(torch.autograd.Function):
-    """The short way with its gradient. Raises _DeclinedError."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        config: _Config,
-        batch_sizes: Any,
-        input: Any,
-        h_0: Any,
-        c_0: Any,
-        *weights: Any,
-    ) -> Any:
-        cell, is_cell, *_ = config
-        found = _run_short(config, True, batch_sizes, input, h_0, c_0, *weights)
-        if found is None:
-            raise _DeclinedError
-        output, h_n, c_n, reserve = found
-        # One step of a GRU or an LSTM is differentiated without its output, which the caller may
-        # then change in place, as with torch's cells.
-        reads_output = GATES[cell] == 1 or not is_cell
-        ctx.save_for_backward(
-            output if reads_output else None, reserve, batch_sizes, input, h_0, c_0, *weights
-        )
-        ctx.config = config
-        ctx.set_materialize_grads(False)
-        if is_cell:
-            return output if c_n is None else (output, c_n)
-        return (output, h_n) if c_n is None else (output, h_n, c_n)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        cell, is_cell, shape, has_biases, recompute = ctx.config
-        wanted = ctx.needs_input_grad[2:]
-        dy, dh_n, dc_n = (grads[0], None, *grads[1:], None)[:3] if is_cell else (*grads, None)[:3]
-        if dy is None and dh_n is None and dc_n is None:
-            return (None, None, *[None] * len(wanted))
-        # read once: a checkpoint recomputes at every reading
-        output, reserve, batch_sizes, input, h_0, c_0, *weights = ctx.saved_tensors
-        found: Any = None
-        if not _is_beyond_engine((dy, dh_n, dc_n)):
-            found = _core.tensors_backward(
-                CELLS[cell],
-                is_cell,
-                shape,
-                input,
-                batch_sizes,
-                h_0,
-                c_0,
-                tuple(weights),
-                has_biases,
-                output,
-                reserve,
-                dy,
-                dh_n,
-                dc_n,
-                wanted,
-                recompute,
-                thread_count(),
-            )
-        if found is None:
-            call = Call(
-                input,
-                batch_sizes,
-                0 if is_cell else _batch(input, batch_sizes, h_0, c_0),
-                h_0,
-                c_0,
-                weights,
-                cell,
-                has_biases,
-                shape[3] == 2,
-            )
-            places = [*wanted[:3], False, False, *wanted[3:]]
-            grads = dy, dh_n, dc_n, None
-            dx, dh_0, dc_0, _, _, *dw = _reference_gradients(call, grads, places, is_cell)
-            found = dx, dh_0, dc_0, *dw
-        return (None, None, *found)
-
-
-def _is_beyond_engine(grads: Sequence[Tensor | None]) -> bool:
-    """Whether gradients are to be differentiated themselves, or are many at once (vmap)."""
-    return torch.is_grad_enabled() or any(
-        # torch.autograd.grad makes them of the one kind, torch.vmap of the other.
-        grad is not None
-        and (_functorch.is_legacy_batchedtensor(grad) or _functorch.is_batchedtensor(grad))
-        for grad in grads
-    )
-
-
-def _reference_gradients(
-    call: Call,
-    grads: Sequence[Tensor | None],
-    wanted: Sequence[bool],
-    is_cell: bool = False,
-) -> list[Tensor | None]:
-    """Differentiate the reference: gradients of any order, and of batches of gradients.
-
-    Args:
-        call: of a layer, or with `is_cell` of a cell.
-        grads: of output, h_n, c_n and c at every step.
-        wanted: whether each of `call.tensors()` needs a gradient.
-        is_cell: whether input and states have no dimensions for steps and directions.
-
-    Returns:
-        The gradients, None where not wanted or zero.
-    """
-    higher = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Aliases: these derivatives stop at this call's arguments, higher ones go on.
-        primals: list[Any] = [None if t is None else t.view_as(t) for t in call.tensors()]
-        input, h_0, c_0, reset_h, reset_c, *weights = primals
-        arguments = call._replace(
-            input=input, h_0=h_0, c_0=c_0, weights=weights, reset_h=reset_h, reset_c=reset_c
-        )
-        results: Sequence[Tensor | None]
-        if is_cell:
-            results = _reference_cell(arguments)
-        else:
-            check(arguments)  # what hooks of saved tensors return need not be what was saved
-            results = reference_results(arguments, grads[3] is not None)
-        pairs = [
-            (result, grad)
-            for result, grad in zip(results, grads, strict=True)
-            if result is not None and grad is not None and result.requires_grad
-        ]
-        asked = [p for p, want in zip(primals, wanted, strict=True) if want and p is not None]
-        found: Sequence[Tensor | None] = [None] * len(asked)
-        if pairs and asked:
-            found = torch.autograd.grad(
-                [result for result, _ in pairs],
-                asked,
-                [grad for _, grad in pairs],
-                create_graph=higher,
-                allow_unused=True,
-            )
-    remaining = iter(found)
-    return [
-        next(remaining) if want and primal is not None else None
-        for primal, want in zip(primals, wanted, strict=True)
-    ]
-
-
-def _reference_cell(call: Call) -> tuple[Tensor, None, Tensor | None, None]:
-    """Run the reference on (B, I) or (I,) and (B, H) or (H,)."""
-    lead = (1, 1) if call.input.dim() == 1 else (1,)
-    h_0, c_0 = (None if t is None else t.reshape(*lead, *t.shape) for t in (call.h_0, call.c_0))
-    input = call.input.reshape(*lead, *call.input.shape)
-    layer_call = call._replace(input=input, batch=input.shape[1], h_0=h_0, c_0=c_0)
-    check(layer_call)
-    output, _, c_n, _ = reference_results(layer_call)
-    shape = (*call.input.shape[:-1], output.shape[-1])
-    return output.reshape(shape), None, None if c_n is None else c_n.reshape(shape), None
 
 
 # ---- registration: one line per backend ----

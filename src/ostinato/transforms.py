@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
 
-from ostinato import _core, reference
+from ostinato import _core
 from ostinato.call import (
     CELLS,
     DTYPES,
@@ -38,11 +38,10 @@ from ostinato.call import (
     is_wrapped,
     thread_count,
 )
+from ostinato.gradients import Results, reference_results
 
 _functorch = torch._C._functorch
 
-# output, h_n, c_n (LSTM only) and c at every step (if asked for)
-Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 _Maybe = Sequence[Tensor | None]
 
 # A call's tensors as the rules take them: batch_sizes, lengths and resets, which have no gradient,
@@ -53,37 +52,14 @@ _FLAGS, _WEIGHTS = 3, 8
 _FRONT = 6
 
 
-def reference_results(call: Call, all_c: bool = False) -> Results:
-    """Run the reference on a call.
-
-    Args:
-        call: of a layer.
-        all_c: whether c is to be returned at every step.
-
-    Returns:
-        output, h_n, c_n or None, c at every step or None, as `ostinato.ops.cut_layer`.
-
-    Example:
-        >>> weights = list(torch.nn.GRUCell(3, 4).parameters())
-        >>> call = Call(torch.zeros(5, 2, 3), None, 2, None, None, weights, "gru", True, False)
-        >>> reference_results(call)[0].shape
-        torch.Size([5, 2, 4])
-    """
-    found = reference.states(
-        call.cell,
-        call.input,
-        call.batch_sizes,
-        call.h_0,
-        call.c_0,
-        call.weights,
-        has_biases=call.has_biases,
-        bidirectional=call.bidirectional,
-        lengths=call.lengths,
-        resets=call.resets,
-        reset_h=call.reset_h,
-        reset_c=call.reset_c,
+def is_active() -> bool:
+    """Whether vmap, torch.func or forward-mode differentiation is at work."""
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        _functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
     )
-    return found if all_c else (*found[:3], None)
 
 
 def serves(call: Call) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor
 
-from ostinato import ops
+from ostinato import ops, short
 from ostinato.nn._arguments import (
     attribute,
     cast,
@@ -35,7 +35,7 @@ class _Cell(torch.nn.modules.rnn.RNNCellBase):
     def _short(
         self, cell: str, input: Any, h: Any, c: Any
     ) -> tuple[Tensor, None, Tensor | None] | None:
-        """Take the short way of `ostinato.ops`, if it serves these arguments."""
+        """Take the short way (`ostinato.short`), if it serves these arguments."""
         plain = self._parameters
         bias = bool(self.bias)
         try:
@@ -48,7 +48,7 @@ class _Cell(torch.nn.modules.rnn.RNNCellBase):
         elif biases[0] is not None or biases[1] is not None:
             return None
         sizes = (self.input_size, self.hidden_size, 0, 1)
-        return ops.short(cell, sizes, input, None, h, c, weights, bias, is_cell=True)
+        return short.run(cell, sizes, input, None, h, c, weights, bias, is_cell=True)
 
     def _step(
         self, cell: str, input: Any, h: Tensor | None, c: Tensor | None

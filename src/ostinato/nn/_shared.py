@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ostinato import ops
+from ostinato import ops, short
 from ostinato.nn._arguments import (
     attribute,
     cast,
@@ -197,7 +197,7 @@ class Layers(torch.nn.RNNBase):
         """
         weights = self._weights()
         if cuts is None and self.num_layers == 1 and (sorted_indices is None or h_0 is None):
-            found = ops.short(
+            found = short.run(
                 self.mode.lower(),
                 self._shape(),
                 input,
@@ -230,7 +230,7 @@ class Layers(torch.nn.RNNBase):
         with without_autocast(input):
             return self._walk(input, batch_sizes, h_0, c_0, weights, cuts)
 
-    def _shape(self) -> ops.Shape:
+    def _shape(self) -> short.Shape:
         directions = 2 if self.bidirectional else 1
         return self.input_size, self.hidden_size, self.proj_size, directions
 
