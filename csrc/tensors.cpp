@@ -259,7 +259,7 @@ struct Layer {
         return reader.accepts;
     }
 
-    // The checks of ostinato.call._check_batch_sizes. Rows without a step are left to the long way.
+    // The checks of ostinato.engine.check_batch_sizes. Rows without a step are left to the long way.
     bool read_packed(int64_t rows, const std::array<int64_t, 4>& expected) {
         int64_t steps = 0, sum = 0;
         const int64_t* counts = reader.read_counts(batch_sizes, steps);

@@ -1,4 +1,4 @@
-"""One call of a layer: its arguments, its sizes, and every check in front of a kernel.
+"""One call of a layer: its arguments, and every check in front of a kernel.
 
 Legend: T steps, B batch, N packed rows, I input, H hidden, O output of a step (proj_size, or H),
 D directions.
@@ -6,23 +6,16 @@ D directions.
 
 from __future__ import annotations
 
-import itertools
 from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from ostinato import _core
+from ostinato.engine import CELLS, GATES, Sizes, check_batch_sizes
 
-# The engine's number of each cell (csrc/cpu/engine.h) and its gates.
-CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}
-GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
-# The engine's number of each dtype, likewise. The last two are computed in float32.
+# The engine's number of each dtype (csrc/cpu/engine.h). The last two are computed in float32.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-# What the engine keeps for backward: values per unit and row, units padded to a multiple
-# (csrc/cpu/engine.h, saved_of and padded). The fake kernel cannot ask it, since sizes are symbols.
-SAVED = {"rnn_tanh": 0, "rnn_relu": 0, "gru": 4, "lstm": 5}
-PAD = 16
 
 
 class Call(NamedTuple):
@@ -51,23 +44,6 @@ class Call(NamedTuple):
     def is_cut(self) -> bool:
         """Whether rows end early or begin anew."""
         return self.lengths is not None or self.resets is not None
-
-
-class Sizes(NamedTuple):
-    """Sizes of one layer, in the engine's order."""
-
-    steps: int
-    rows: int
-    batch: int
-    input: int
-    hidden: int
-    projection: int  # 0 where there is none
-    directions: int
-
-    @property
-    def output(self) -> int:
-        """O, the size of a step's output."""
-        return self.projection or self.hidden
 
 
 def thread_count() -> int:
@@ -169,7 +145,7 @@ def check(call: Call, values: bool = True) -> Sizes:
         _check_batch_sizes_form(batch_sizes)
         steps, rows = len(batch_sizes), input.shape[0]
         if values:
-            _check_batch_sizes(batch_sizes.tolist(), batch, rows)
+            check_batch_sizes(batch_sizes.tolist(), batch, rows)
     _check_cuts(call, (directions, batch, output), (directions, batch, hidden), values)
     return Sizes(
         steps, rows, batch, input.shape[-1], hidden, output if projected else 0, directions
@@ -259,18 +235,6 @@ def _check_batch_sizes_form(batch_sizes: Tensor) -> None:
         raise RuntimeError(
             "batch_sizes: expected a 1D int64 tensor on the CPU, "
             f"got {batch_sizes.dim()}D {batch_sizes.dtype} on {batch_sizes.device}"
-        )
-
-
-def _check_batch_sizes(sizes: list[int], batch: int, rows: int) -> None:
-    """Refuse what would make the engine leave its arrays."""
-    if any(a < b for a, b in itertools.pairwise([batch, *sizes, 0])):
-        raise ValueError(
-            f"batch_sizes: expected sizes that fall from at most {batch} to at least 0, got {sizes}"
-        )
-    if sum(sizes) != rows:
-        raise ValueError(
-            f"batch_sizes: expected a sum of {rows}, the rows of input, got {sum(sizes)}"
         )
 
 

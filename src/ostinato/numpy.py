@@ -16,13 +16,13 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from ostinato import _core, reference
+from ostinato.engine import CELLS, GATES, Sizes, check_batch_sizes, five_per_direction
 
 __all__ = ["gru", "layer", "lstm", "rnn"]
 
@@ -30,10 +30,7 @@ Array: TypeAlias = npt.NDArray[Any]
 
 _log = logging.getLogger("ostinato")
 
-# The engine's number of each cell (csrc/cpu/engine.h), and its gates.
-_CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}
-_GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
-# The engine's number of each dtype, likewise. float16 is computed in float32.
+# The engine's number of each dtype (csrc/cpu/engine.h). float16 is computed in float32.
 _DTYPES = {np.dtype(np.float32): 0, np.dtype(np.float64): 1, np.dtype(np.float16): 3}
 
 # In torch's order; a projected LSTM ends in weight_hr.
@@ -283,22 +280,6 @@ class _Call(NamedTuple):
     batch_sizes: Sequence[int] | Array | None = None
 
 
-class _Sizes(NamedTuple):
-    """Sizes of one layer, in the engine's order."""
-
-    steps: int
-    rows: int
-    batch: int
-    input: int
-    hidden: int
-    projection: int  # 0 where there is none
-    directions: int
-
-    @property
-    def output(self) -> int:
-        return self.projection or self.hidden
-
-
 def _named(
     kind: str,
     cell: str,
@@ -355,11 +336,11 @@ def _reject_type(kind: str, argument: str, expected: str, got: object) -> NoRetu
 # ---- checks ----
 
 
-def _check(call: _Call) -> tuple[_Sizes, Array | None]:
+def _check(call: _Call) -> tuple[Sizes, Array | None]:
     """Check everything; return the sizes of the first layer, and batch_sizes as dense int64."""
-    gates = _GATES.get(call.cell)
+    gates = GATES.get(call.cell)
     if gates is None:
-        raise ValueError(f"cell: expected one of {', '.join(_GATES)}, got {call.cell!r}")
+        raise ValueError(f"cell: expected one of {', '.join(GATES)}, got {call.cell!r}")
     input = call.input
     _check_array(call.kind, "input", input)
     _check_dims(call)
@@ -392,7 +373,7 @@ def _check(call: _Call) -> tuple[_Sizes, Array | None]:
             raise RuntimeError(f"Expected {word} size {expected}, got {list(shape)}")
         _check_dtype(call.kind, name, state, dtype)
     projection = output if _projected(call) else 0
-    return _Sizes(steps, rows, batch, size, hidden, projection, call.directions), batch_sizes
+    return Sizes(steps, rows, batch, size, hidden, projection, call.directions), batch_sizes
 
 
 def _states(call: _Call) -> tuple[str, str]:
@@ -496,14 +477,7 @@ def _check_batch_sizes(call: _Call) -> tuple[Array, int]:
     sizes, rows = given.tolist(), call.input.shape[0]
     state = call.h_0 if call.h_0 is not None else call.c_0
     batch = max(0, *sizes[:1], 0) if state is None else state.shape[1]
-    if any(a < b for a, b in pairwise([batch, *sizes, 0])):
-        raise ValueError(
-            f"batch_sizes: expected sizes that fall from at most {batch} to at least 0, got {sizes}"
-        )
-    if sum(sizes) != rows:
-        raise ValueError(
-            f"batch_sizes: expected a sum of {rows}, the rows of input, got {sum(sizes)}"
-        )
+    check_batch_sizes(sizes, batch, rows)
     return np.array(sizes, np.int64), batch
 
 
@@ -546,7 +520,7 @@ def _run(call: _Call) -> tuple[Array, Array, Array | None]:
 
 def _layer(
     call: _Call,
-    sizes: _Sizes,
+    sizes: Sizes,
     input: Array,
     batch_sizes: Array | None,
     states: tuple[Array | None, Array | None],
@@ -566,21 +540,15 @@ def _layer(
     c_n = None
     if call.cell == "lstm":
         c_n = np.empty((sizes.directions, sizes.batch, sizes.hidden), input.dtype)
-    addresses: list[int] = []
-    per_direction = len(dense) // sizes.directions
-    for d in range(0, len(dense), per_direction):
-        ih, hh, *others = map(_address, dense[d : d + per_direction])
-        biases = others[:2] if call.has_biases else [0, 0]
-        addresses += [ih, hh, *biases, others[-1] if sizes.projection else 0]
     _core.layer_forward(
-        _CELLS[call.cell],
+        CELLS[call.cell],
         _DTYPES[input.dtype],
         sizes,
         _address(batch_sizes),
         _address(x),
         _address(h),
         _address(c),
-        addresses,
+        five_per_direction(list(map(_address, dense)), sizes, call.has_biases, 0),
         _address(output),
         _address(h_n),
         _address(c_n),

@@ -26,12 +26,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ostinato import _core, short, transforms
 from ostinato.call import (
-    CELLS,
     DTYPES,
-    PAD,
-    SAVED,
     Call,
-    Sizes,
     address,
     batch_of,
     check,
@@ -40,6 +36,7 @@ from ostinato.call import (
     thread_count,
 )
 from ostinato.cuda import cudnn
+from ostinato.engine import CELLS, PAD, SAVED, Sizes, five_per_direction
 from ostinato.gradients import is_beyond_engine, reference_gradients, reference_results
 
 _log = logging.getLogger("ostinato")
@@ -273,13 +270,7 @@ def _tell_reference(device: str, dtype: torch.dtype) -> None:
 
 def _addresses(weights: Sequence[Tensor | None], sizes: Sizes, has_biases: bool) -> list[int]:
     """Five addresses per direction, 0 where a weight is absent."""
-    addresses = []
-    count = len(weights) // sizes.directions
-    for first in range(0, len(weights), count):
-        ih, hh, *others = map(address, weights[first : first + count])
-        biases = others[:2] if has_biases else (0, 0)
-        addresses += [ih, hh, *biases, others[-1] if sizes.projection else 0]
-    return addresses
+    return five_per_direction(list(map(address, weights)), sizes, has_biases, 0)
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ostinato import _core
-from ostinato.call import CELLS, GATES, Call, batch_of, thread_count
+from ostinato.call import Call, batch_of, thread_count
+from ostinato.engine import CELLS, GATES
 from ostinato.gradients import is_beyond_engine, reference_gradients
 
 # Looked up once: a cell's whole call takes a few microseconds.

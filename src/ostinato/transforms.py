@@ -27,10 +27,8 @@ from torch._C._functorch import TransformType
 
 from ostinato import _core
 from ostinato.call import (
-    CELLS,
     DTYPES,
     Call,
-    Sizes,
     address,
     check,
     check_backward,
@@ -38,6 +36,7 @@ from ostinato.call import (
     is_wrapped,
     thread_count,
 )
+from ostinato.engine import CELLS, Sizes, five_per_direction
 from ostinato.gradients import Results, reference_results
 
 _functorch = torch._C._functorch
@@ -408,15 +407,10 @@ class _Arrays:
         dense = 0 if tensor is None or not is_stacked else tensor[0].numel() * tensor.element_size()
         self.strides.append(dense)
 
-    def add_weights(self, call: Call, size: Sizes, pairs: Sequence[_Pair]) -> None:
+    def add_weights(self, call: Call, sizes: Sizes, pairs: Sequence[_Pair]) -> None:
         """Add five arrays per direction, of which some are absent."""
-        absent: _Pair = (None, False)
-        count = len(pairs) // size.directions
-        for start in range(0, len(pairs), count):
-            ih, hh, *others = pairs[start : start + count]
-            biases = others[:2] if call.has_biases else [absent, absent]
-            for pair in (ih, hh, *biases, others[-1] if size.projection else absent):
-                self.add(*pair)
+        for pair in five_per_direction(pairs, sizes, call.has_biases, (None, False)):
+            self.add(*pair)
 
 
 def _first_call(plan: _Plan, tensors: _Maybe, stacked: Sequence[bool]) -> tuple[Call, Sizes]:
