@@ -216,9 +216,8 @@ NB_MODULE(_core, m) {
           "Gradients of one layer. 0 for a gradient that is zero (in) or not wanted (out).");
     m.def("layers_forward", &layers_forward, nb::arg("cell"), nb::arg("dtype"), nb::arg("sizes"), nb::arg("batch_sizes"),
           nb::arg("models"), nb::arg("first"), nb::arg("strides"), nb::arg("threads"), nb::arg("recompute") = false,
-          "Several layers of one size forward: for each array its address in the first and how many bytes lie between two. x, "
-          "h_0, "
-          "c_0, lengths, resets, h and c at a reset, weights, y, h_n, c_n, cells, reserve.");
+          "Several layers of one size forward: for each array its address in the first and how many bytes lie between two. "
+          "x, h_0, c_0, lengths, resets, h and c at a reset, weights, y, h_n, c_n, cells, reserve.");
     m.def("layers_backward", &layers_backward, nb::arg("cell"), nb::arg("dtype"), nb::arg("sizes"), nb::arg("batch_sizes"),
           nb::arg("models"), nb::arg("first"), nb::arg("strides"), nb::arg("threads"), nb::arg("recompute") = false,
           "Gradients of several layers likewise: dy, dh_n, dc_n, dcells, y, reserve, x to weights as forward, dx, dh_0, dc_0, "

@@ -182,7 +182,6 @@ def _check_cuts(
 def _check_form(
     name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
-    require_tensor(name, tensor)
     if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
         raise RuntimeError(
             f"{name}: expected shape {shape} of {dtype} on {device}, "
