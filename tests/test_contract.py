@@ -29,6 +29,15 @@ def outcome(call):
     return result, error, [(w.category, str(w.message)) for w in caught]
 
 
+def assert_constructed_alike(name, args, kwargs):
+    """Compare the modules, the errors and the warnings of both libraries."""
+    ours, our_error, our_warnings = outcome(lambda: getattr(nn, name)(*args, **kwargs))
+    theirs, their_error, their_warnings = outcome(lambda: getattr(torch.nn, name)(*args, **kwargs))
+    assert our_error == their_error
+    assert our_warnings == their_warnings
+    assert repr(ours) == repr(theirs)
+
+
 # ---- bases and signatures ----
 
 
@@ -95,11 +104,7 @@ LAYER_CONSTRUCTIONS = [
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize(("args", "kwargs"), LAYER_CONSTRUCTIONS)
 def test_layer_constructors_accept_refuse_and_warn_alike(name, args, kwargs):
-    ours, our_error, our_warnings = outcome(lambda: getattr(nn, name)(*args, **kwargs))
-    theirs, their_error, their_warnings = outcome(lambda: getattr(torch.nn, name)(*args, **kwargs))
-    assert our_error == their_error
-    assert our_warnings == their_warnings
-    assert repr(ours) == repr(theirs)
+    assert_constructed_alike(name, args, kwargs)
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -117,11 +122,7 @@ def test_layer_constructors_accept_refuse_and_warn_alike(name, args, kwargs):
     ],
 )
 def test_cell_constructors_accept_and_refuse_alike(name, args, kwargs):
-    ours, our_error, our_warnings = outcome(lambda: getattr(nn, name)(*args, **kwargs))
-    theirs, their_error, their_warnings = outcome(lambda: getattr(torch.nn, name)(*args, **kwargs))
-    assert our_error == their_error
-    assert our_warnings == their_warnings
-    assert repr(ours) == repr(theirs)
+    assert_constructed_alike(name, args, kwargs)
 
 
 @pytest.mark.parametrize("name", CELLS)

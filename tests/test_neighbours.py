@@ -128,12 +128,17 @@ class Masked(torch.nn.Module):
         return torch.nn.functional.dropout(weight, 0.5, self.training)
 
 
+def masked_module(name):
+    """A module of ours whose hidden weight is masked, and the mask; its runs count from now on."""
+    module, masked = pair(name, 4, 8)[0], Masked()
+    parametrize.register_parametrization(module, hidden(name), masked)
+    masked.runs = 0
+    return module, masked
+
+
 @pytest.mark.parametrize("name", SIX)
 def test_a_parametrization_runs_once_per_call(name):
-    ours, _ = pair(name, 4, 8)
-    masked = Masked()
-    parametrize.register_parametrization(ours, hidden(name), masked)
-    masked.runs = 0
+    ours, masked = masked_module(name)
     given = shapes(name)
     torch.manual_seed(5)
     result = ours(*given)
@@ -159,10 +164,7 @@ def test_spectral_norm_makes_one_iteration_per_call(name):
 
 @pytest.mark.parametrize("name", SIX)
 def test_a_cached_parametrization_is_computed_once(name):
-    ours, _ = pair(name, 4, 8)
-    masked = Masked()
-    parametrize.register_parametrization(ours, hidden(name), masked)
-    masked.runs = 0
+    ours, masked = masked_module(name)
     given = shapes(name)
     with parametrize.cached():
         assert_same(ours(*given), ours(*given), rtol=0, atol=0)
