@@ -1,4 +1,4 @@
-"""The GPU engine's kernels on host fibers (csrc/cuda/emulation.h): built by g++, called with CPU tensors."""
+"""The GPU engine's kernels on host fibers (csrc/cuda/emulation.h), called with CPU tensors."""
 
 import atexit
 import concurrent.futures
@@ -13,7 +13,7 @@ import torch
 
 from ostinato.call import Call, check
 from ostinato.cuda import sequence
-from ostinato.cuda.config import GATES
+from ostinato.engine import GATES
 
 SOURCES = pathlib.Path(__file__).parents[1] / "csrc"
 DTYPES = {
@@ -51,7 +51,7 @@ def build_all(configs):
 
 
 def launcher(schedule=0):
-    """Return what launches kernels; fibers take turns ascending (0), descending (1), at random (2)."""
+    """Return what launches kernels; fibers go upward (0), downward (1) or at random (2)."""
 
     def launch(config, tiles, directions, arguments):
         values = (ctypes.c_int64 * len(arguments))(*arguments)
@@ -99,7 +99,9 @@ def draw(
     weights = []
     for _ in range(directions):
         weights += [some(gates * hidden, size, scale=0.3)]
-        weights += [some(gates * hidden, hidden, scale=1.5 * hidden**-0.5)]
+        # Where nothing saturates, a state must not grow from step to step.
+        scale = 0.7 if cell == "rnn_relu" else 1.5
+        weights += [some(gates * hidden, hidden, scale=scale * hidden**-0.5)]
         weights += [some(gates * hidden, scale=0.3), some(gates * hidden, scale=0.3)] * bias
     input = some(*rows, size, scale=1.0)
     return Call(

@@ -4,8 +4,6 @@ Fibers find wrong indices, wrong phases of barriers and deadlocks; what they do 
 is said in csrc/cuda/emulation.h.
 """
 
-import itertools
-
 import emulation
 import pytest
 import torch
@@ -20,8 +18,8 @@ CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
 MATHS = ("bf16", "fp16", "tf32", "fp32")
 KINDS = ("padded", "packed", "lengths", "resets", "resets packed", "resets lengths")
 
-# hidden, blocks, units, warps, groups, resident, exchange: rows that a tile does not fill, units that
-# do not exist, fragments in registers and in shared memory, sums that warps share.
+# hidden, blocks, units, warps, groups, resident, exchange: rows that a tile does not fill, units
+# that do not exist, fragments in registers and in shared memory, sums that warps share.
 SHAPES = {
     "block": (64, 1, 64, 4, 1, 99, "block"),
     "block, odd": (61, 1, 64, 8, 1, 3, "block"),
@@ -51,12 +49,14 @@ def pair(cell, math, shape):
     return found
 
 
-# Every cell in every precision and shape, and in each a kind of rows and an order of fibers; fp32
-# has no grid.
+# Every shape with every cell and half of the precisions, in each a kind of rows and an order of
+# fibers; fp32 has no grid.
 CASES = [
-    (cell, math, shape, KINDS[i % len(KINDS)], i % 3)
-    for i, (shape, cell, math) in enumerate(itertools.product(SHAPES, CELLS, MATHS))
-    if not (math == "fp32" and "grid" in shape) and (cell != "rnn_relu" or "groups" in shape)
+    (cell, math, shape, KINDS[(i + j + k) % len(KINDS)], (i + k) % 3)
+    for i, shape in enumerate(SHAPES)
+    for j, cell in enumerate(CELLS)
+    for k, math in enumerate(MATHS)
+    if (i + j + k) % 2 == 0 and not (math == "fp32" and "grid" in shape)
 ]
 
 

@@ -30,13 +30,13 @@ class Config:
     entry: str = "walk"
     threads: int = 256
     shared_bytes: int = 1000
-    ctas: int = 4
+    blocks: int = 4
     exchange: str = "cluster"
     needs: str = "sm_90"
 
     @property
     def defines(self):
-        return {"CTAS": self.ctas}
+        return {"BLOCKS": self.blocks}
 
 
 class Refusal(Exception):
@@ -196,11 +196,11 @@ def test_threads_that_load_at_once_get_one_kernel(machine, monkeypatch):
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (Config(shared_bytes=48 * 1024, ctas=8), []),
-        (Config(shared_bytes=48 * 1024 + 1, ctas=8), [("shared", 48 * 1024 + 1)]),
-        (Config(shared_bytes=200_000, ctas=16), [("shared", 200_000), ("cluster", 1)]),
+        (Config(shared_bytes=48 * 1024, blocks=8), []),
+        (Config(shared_bytes=48 * 1024 + 1, blocks=8), [("shared", 48 * 1024 + 1)]),
+        (Config(shared_bytes=200_000, blocks=16), [("shared", 200_000), ("cluster", 1)]),
         # Blocks of a cooperative grid are no cluster.
-        (Config(ctas=32, exchange="grid"), []),
+        (Config(blocks=32, exchange="grid"), []),
     ],
 )
 def test_what_a_kernel_is_allowed(machine, config, expected):
@@ -298,8 +298,8 @@ def test_streams(machine):
 
 
 def test_a_cluster_of_one_is_none_and_a_grid_is_cooperative(machine):
-    launch.launch(launch.load(Config(ctas=1), 0), 3, 1, [])
-    launch.launch(launch.load(Config(ctas=32, exchange="grid"), 0), 64, 1, [])
+    launch.launch(launch.load(Config(blocks=1), 0), 3, 1, [])
+    launch.launch(launch.load(Config(blocks=32, exchange="grid"), 0), 64, 1, [])
     first, second = (entry[1] for entry in machine.of("launch"))
     assert (first["grid"], first["cluster"], first["is_cooperative"]) == (3, None, False)
     assert (second["grid"], second["cluster"], second["is_cooperative"]) == (64, None, True)
@@ -458,11 +458,11 @@ def text(tmp_path, monkeypatch):
 
 
 KINDS = {
-    "blocks": Config(needs="sm_80", ctas=1),
-    "much shared memory": Config(needs="sm_80", ctas=1, shared_bytes=90_000),
-    "cooperative grid": Config(needs="sm_80", ctas=8, exchange="grid"),
-    "clusters": Config(ctas=4),
-    "large clusters": Config(ctas=16, shared_bytes=150_000),
+    "blocks": Config(needs="sm_80", blocks=1),
+    "much shared memory": Config(needs="sm_80", blocks=1, shared_bytes=90_000),
+    "cooperative grid": Config(needs="sm_80", blocks=8, exchange="grid"),
+    "clusters": Config(blocks=4),
+    "large clusters": Config(blocks=16, shared_bytes=150_000),
 }
 
 
@@ -474,7 +474,7 @@ def on_gpu(config, index=0):
 
 
 def run_on_gpu(loaded, y, x):
-    cluster = 1 if loaded.config.exchange == "grid" else loaded.config.ctas
+    cluster = 1 if loaded.config.exchange == "grid" else loaded.config.blocks
     arguments = [y.data_ptr(), x.data_ptr(), x.numel(), 3 << 33]
     launch.launch(loaded, 16 // cluster, cluster, arguments)
 
@@ -484,7 +484,7 @@ def run_on_gpu(loaded, y, x):
 def test_a_kernel_runs(text, kind):
     config = KINDS[kind]
     loaded = on_gpu(config)
-    cluster = 1 if config.exchange == "grid" else config.ctas
+    cluster = 1 if config.exchange == "grid" else config.blocks
     assert launch.active_clusters(loaded, cluster) > 0
     x = torch.randn(4000, device="cuda")
     y = torch.zeros_like(x)

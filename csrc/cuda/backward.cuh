@@ -115,6 +115,7 @@ struct BackwardProduct<Cell, Math, false> {
     OSTINATO_DEVICE void multiply(const Fragment*, const float (&grads)[kGroupRows][kDepth + kRowPad<Math>], Emit emit) const {
         OSTINATO_UNROLL
         for (int row = 0; row < kGroupRows; row += 2) {
+            schedule_barrier();  // all rows at once would take more registers than there are
             float sum[2] = {};
             OSTINATO_UNROLL
             for (int i = 0; i < kSteps; i += 4) OSTINATO_UNROLL

@@ -104,6 +104,7 @@ struct ForwardProduct<Cell, Math, false> {
                                   float (&sums)[kSlices][Cell::kGates][kGroupRows][kUnits + 4]) const {
         OSTINATO_UNROLL
         for (int row = 0; row < kGroupRows; row++) {
+            schedule_barrier();  // all rows at once would take more registers than there are
             float sum[Cell::kGates] = {};
             OSTINATO_UNROLL
             for (int i = 0; i < kSteps; i += 4) {

@@ -237,6 +237,11 @@ def _check_batch_sizes_form(batch_sizes: Tensor) -> None:
         )
 
 
+def reserve_bytes(call: Call, sizes: Sizes) -> int:
+    """Return how much the CPU engine keeps for backward."""
+    return _core.reserve_bytes(CELLS[call.cell], DTYPES[call.input.dtype], sizes, call.recompute)
+
+
 def check_backward(
     call: Call,
     sizes: Sizes,
@@ -244,8 +249,9 @@ def check_backward(
     output: Tensor,
     reserve: Tensor,
     wanted: list[bool],
+    needed: int,
 ) -> None:
-    """Check what backward takes beyond forward's arguments."""
+    """Check what backward takes beyond forward's arguments; `needed`: bytes of the reserve."""
     input = call.input
     shape = (*input.shape[:-1], sizes.directions * sizes.output)
     state = (sizes.directions, sizes.batch, sizes.output)
@@ -260,8 +266,6 @@ def check_backward(
     ):
         if tensor is not None and not _fits(tensor, expected, input):
             _refuse(name, tensor, expected, input)
-    dtype = DTYPES[input.dtype]
-    needed = _core.reserve_bytes(CELLS[call.cell], dtype, sizes, call.recompute)
     if reserve.dtype != torch.uint8 or reserve.numel() != needed or not reserve.is_contiguous():
         raise RuntimeError(
             f"reserve: expected the {needed} bytes of ostinato::layer with keep=True, "

@@ -5,7 +5,8 @@
 - float32, float64, bfloat16 and float16 on the CPU: the compiled engine, by the short way where
   nobody looks on and all tensors are plain (`ostinato.short`), by `ostinato.transforms` where
   torch.func is at work, otherwise by the operator `ostinato::layer`;
-- CUDA: torch's cuDNN operator where that can serve (`ostinato.cuda.cudnn`);
+- CUDA: the GPU engine (`ostinato.cuda`) by the same operator, where it was measured to be faster;
+  otherwise torch's cuDNN operator where that can serve;
 - anything else: the reference, which torch's autograd differentiates.
 
 Every way but the short one starts at `ostinato.call.check`, which says what is wrong.
@@ -33,11 +34,14 @@ from ostinato.call import (
     check,
     check_backward,
     require_tensor,
+    reserve_bytes,
     thread_count,
 )
 from ostinato.cuda import cudnn
+from ostinato.cuda import layer as gpu
+from ostinato.cuda.sequence import reserve_bytes as gpu_reserve_bytes
 from ostinato.engine import CELLS, PAD, SAVED, Sizes, five_per_direction
-from ostinato.gradients import is_beyond_engine, reference_gradients, reference_results
+from ostinato.gradients import Results, is_beyond_engine, reference_gradients, reference_results
 
 _log = logging.getLogger("ostinato")
 
@@ -140,8 +144,9 @@ def cut_layer(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Run one recurrent layer whose rows end early or begin anew on the way.
 
-    A row is cut before each reset. Every piece is a sequence of its own, in both directions: one
-    that a reset begins starts from reset_h and reset_c, any other from h_0 and c_0.
+    A row is cut before each reset. Every piece is a sequence of its own, in both directions: where
+    the walk of a direction enters a piece over a cut, it starts from reset_h and reset_c, otherwise
+    from h_0 and c_0.
 
     Args:
         cell: as in `layer`, like all others up to `recompute`.
@@ -205,20 +210,21 @@ def cut_layer(
 
 
 def _run(call: Call, all_c: bool = False) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Run a layer on the engine, on torch's operator or on the reference."""
+    """Run a layer on an engine, on torch's operator or on the reference."""
     input, batch_sizes, cell = call.input, call.batch_sizes, call.cell
-    if _has_engine(call) and not transforms.is_active():
-        keep = torch.is_grad_enabled() and any(
-            tensor is not None and tensor.requires_grad for tensor in call.tensors()
-        )
-        output, h_n, c_n, cells, _ = torch.ops.ostinato.layer(*call, all_c, keep)
-        if cell != "lstm":
-            return output, h_n, None, None
-        return output, h_n, c_n, cells if all_c else None
-    sizes = check(call)
-    if _has_engine(call) and transforms.serves(call):
-        return transforms.run(call, all_c)
     device = input.device.type
+    keep = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in call.tensors()
+    )
+    is_engines = _has_engine(call)
+    if not transforms.is_active():
+        if is_engines:
+            return _run_operator(call, all_c, keep)
+        if device == "cuda" and gpu.decide(call, is_training=keep, all_c=all_c).is_ours:
+            return _run_gpu(call, all_c, keep)
+    sizes = check(call)
+    if is_engines and transforms.serves(call):
+        return transforms.run(call, all_c)
 
     def run() -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         if device == "cuda" and not (call.is_cut or all_c) and cudnn.serves(input):
@@ -231,6 +237,23 @@ def _run(call: Call, all_c: bool = False) -> tuple[Tensor, Tensor, Tensor | None
     if call.recompute and torch.is_grad_enabled() and not transforms.is_active():
         return checkpoint(run, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
     return run()
+
+
+def _run_operator(call: Call, all_c: bool, keep: bool) -> Results:
+    output, h_n, c_n, cells, _ = torch.ops.ostinato.layer(*call, all_c, keep)
+    if call.cell != "lstm":
+        return output, h_n, None, None
+    return output, h_n, c_n, cells if all_c else None
+
+
+def _run_gpu(call: Call, all_c: bool, keep: bool) -> Results:
+    """Run the GPU engine, which keeps all that backward reads, or nothing."""
+    if not (call.recompute and keep):
+        return _run_operator(call, all_c, keep)
+    plain = call._replace(recompute=False)
+    return checkpoint(  # type: ignore[no-any-return]
+        _run_operator, plain, all_c, keep, use_reentrant=False, preserve_rng_state=False
+    )
 
 
 def _require_tensors(input: object, h_0: object, c_0: object, weights: Sequence[object]) -> None:
@@ -263,6 +286,33 @@ def _tell_reference(device: str, dtype: torch.dtype) -> None:
         return
     _told.add((device, dtype))
     _log.warning("no engine for %s on %s: the reference runs, correctly and slowly", dtype, device)
+
+
+# ---- the GPU engine ----
+
+
+def _layer_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *fields, all_c, keep = arguments
+    return gpu.forward(Call(*fields), all_c, keep)
+
+
+def _layer_backward_cuda(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    grad_cells: Tensor | None,
+    output: Tensor,
+    reserve: Tensor,
+    wanted: list[bool],
+    *arguments: Any,
+) -> list[Tensor]:
+    call = Call(*arguments)
+    sizes = check(call)
+    is_lstm = call.cell == "lstm"
+    arrived = (grad_output, grad_h_n, grad_c_n, grad_cells)
+    check_backward(call, sizes, arrived, output, reserve, wanted, gpu_reserve_bytes(call, sizes))
+    arrived = arrived if is_lstm else (grad_output, grad_h_n, None, None)
+    return gpu.backward(call, sizes, arrived, output, reserve, wanted)
 
 
 # ---- the CPU engine ----
@@ -335,9 +385,12 @@ def _layer_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor
     call = Call(*fields)
     input, sizes = call.input, check(call, values=False)
     state = (sizes.directions, sizes.batch)
-    padded = (sizes.hidden + PAD - 1) // PAD * PAD
-    values = int(call.cell == "lstm") if call.recompute else SAVED[call.cell]
-    kept = sizes.directions * sizes.rows * values * padded * max(4, input.element_size())
+    if input.device.type == "cuda":
+        kept = gpu_reserve_bytes(call, sizes)
+    else:
+        padded = (sizes.hidden + PAD - 1) // PAD * PAD
+        values = int(call.cell == "lstm") if call.recompute else SAVED[call.cell]
+        kept = sizes.directions * sizes.rows * values * padded * max(4, input.element_size())
     has_cell = call.cell == "lstm"
     return (
         input.new_empty((*input.shape[:-1], sizes.directions * sizes.output)),
@@ -363,7 +416,7 @@ def _layer_backward_cpu(
     call = Call(*arguments)
     sizes = check(call)
     arrived = (grad_output, grad_h_n, grad_c_n, grad_cells)
-    check_backward(call, sizes, arrived, output, reserve, wanted)
+    check_backward(call, sizes, arrived, output, reserve, wanted, reserve_bytes(call, sizes))
     x, steps, h, c = call.input.contiguous(), *map(_dense, (call.batch_sizes, call.h_0, call.c_0))
     weights, y = [weight.contiguous() for weight in call.weights], output.contiguous()
     held, cuts = _cut_addresses(call)
@@ -470,6 +523,8 @@ def _layer_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 
 _library.impl("layer", _layer_cpu, "CPU")  # type: ignore[no-untyped-call]
 _library.impl("layer_backward", _layer_backward_cpu, "CPU")  # type: ignore[no-untyped-call]
+_library.impl("layer", _layer_cuda, "CUDA")  # type: ignore[no-untyped-call]
+_library.impl("layer_backward", _layer_backward_cuda, "CUDA")  # type: ignore[no-untyped-call]
 torch.library.register_fake("ostinato::layer", _layer_fake, lib=_library)
 torch.library.register_fake("ostinato::layer_backward", _layer_backward_fake, lib=_library)
 torch.library.register_autograd(

@@ -34,6 +34,7 @@ from ostinato.call import (
     check_backward,
     check_lengths,
     is_wrapped,
+    reserve_bytes,
     thread_count,
 )
 from ostinato.engine import CELLS, Sizes, five_per_direction
@@ -489,7 +490,9 @@ def _run_stack_backward(plan: _Plan, values: _Maybe) -> tuple[Tensor, ...]:
     assert reserve is not None
     kept = reserve.contiguous().view(-1)
     wanted = list(plan.wanted[_FLAGS:])
-    check_backward(call, sizes, (dy, dh_n, dc_n, dcells), output, kept, wanted)
+    check_backward(
+        call, sizes, (dy, dh_n, dc_n, dcells), output, kept, wanted, reserve_bytes(call, sizes)
+    )
     arrays = _Arrays()
     for index, pair in enumerate(front):
         # c has no gradient where there is none.

@@ -7,11 +7,11 @@ Legend: H hidden, G gates, k the index that a product sums over.
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
-GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
-# Values per unit that forward keeps for backward, and gate gradients per unit (csrc/cells.h).
-SAVED = {"rnn_tanh": 0, "rnn_relu": 0, "gru": 4, "lstm": 5}
+from ostinato.engine import GATES
+
+# Gate gradients per unit (csrc/cells.h).
 GRADS = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 4, "lstm": 4}
 _TYPES = {"rnn_tanh": "Rnn<false>", "rnn_relu": "Rnn<true>", "gru": "Gru", "lstm": "Lstm"}
 
@@ -49,7 +49,10 @@ class Config(NamedTuple):
     exchange: str  # "block", "cluster" or "grid"
     is_backward: bool
 
-    source: ClassVar[str] = "sequence.cu"
+    @property
+    def source(self) -> str:
+        """The main file's name, in csrc/cuda."""
+        return "sequence.cu"
 
     @property
     def entry(self) -> str:
@@ -147,7 +150,9 @@ class Config(NamedTuple):
             size = _align(size, 16) + weights
             size += states + (states if is_lstm else self.units * 4)
         else:
-            size += (1 if is_grid else buffers * self.groups) * GROUP_ROWS * (self.padded + pad) * item
+            size += (
+                (1 if is_grid else buffers * self.groups) * GROUP_ROWS * (self.padded + pad) * item
+            )
             size += halves * self.slices * gates * sums
             size = _align(size, 16) + weights
             size += (gates + 1) * self.units * 4

@@ -45,7 +45,7 @@ class Launchable(Instantiation, Protocol):
         """Dynamic shared memory of a block."""
 
     @property
-    def ctas(self) -> int:
+    def blocks(self) -> int:
         """Blocks that work on one batch tile."""
 
     @property
@@ -165,7 +165,7 @@ def _load(config: Launchable, device_index: int) -> Loaded:
         if config.shared_bytes > _SHARED_BYTES:
             name = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             asked.append((name, config.shared_bytes))
-        if config.ctas > _PORTABLE_CLUSTER and config.exchange != "grid":
+        if config.blocks > _PORTABLE_CLUSTER and config.exchange != "grid":
             asked.append((attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1))
         for name, value in asked:
             result = driver.cuKernelSetAttribute(name, value, kernel.handle, device)
@@ -194,7 +194,7 @@ def _outside_capture(driver: Any) -> Iterator[None]:
 
 def launch(
     loaded: Loaded,
-    grid: int,
+    grid: int | tuple[int, int],
     cluster: int,
     arguments: Sequence[int],
     stream: int | None = None,
@@ -206,7 +206,7 @@ def launch(
 
     Args:
         loaded: the kernel.
-        grid: clusters, of `cluster` blocks each.
+        grid: clusters, of `cluster` blocks each, in one dimension or two.
         cluster: blocks of a cluster; with 1 there are none, and `grid` counts blocks.
         arguments: addresses and sizes, no bool among them.
         stream: the handle of a stream of the kernel's device, or None for torch's current one.
@@ -225,7 +225,8 @@ def launch(
             core.launch(_stream(index, stream), config, loaded.kernel, *arguments)
         except compiler.cuda_error() as error:
             raise RuntimeError(
-                f"cuda:{index} cannot launch {grid} x {cluster} blocks of {loaded.config}: {error}"
+                f"cuda:{index} cannot launch {grid} x {cluster} blocks of {loaded.config}: "
+                f"{error}"
             ) from error
 
 
@@ -256,7 +257,7 @@ def active_clusters(loaded: Loaded, cluster: int) -> int:
 # Making one asks the driver about the device. Each thread has its own, because cuda-core writes
 # into it at a launch, and reads from there without the interpreter's lock.
 @functools.lru_cache(maxsize=1024)
-def _launch_config(thread: int, loaded: Loaded, grid: int, cluster: int) -> Any:
+def _launch_config(thread: int, loaded: Loaded, grid: int | tuple[int, int], cluster: int) -> Any:
     config = loaded.config
     return _core().LaunchConfig(
         grid=grid,

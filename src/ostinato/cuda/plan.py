@@ -11,7 +11,8 @@ import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ostinato.cuda.config import GATES, GROUP_ROWS, MATHS, Config
+from ostinato.cuda.config import GROUP_ROWS, MATHS, Config
+from ostinato.engine import GATES
 
 
 class Device(NamedTuple):
@@ -26,6 +27,8 @@ H200 = Device(132, 232_448, True)
 A100 = Device(108, 166_912, False)
 
 _REGISTERS = 65_536  # of a multiprocessor
+# Registers for weights that are on their way from shared memory.
+_READ_AHEAD = 24
 _WARPS = (1, 2, 3, 4, 6, 8, 12, 16)
 _GROUPS = (1, 2, 4, 8)
 # Clusters that a device of 132 multiprocessors runs at once: they do not cross its eight parts.
@@ -81,11 +84,14 @@ def configs(
                 )
                 if not config.is_even:
                     continue
-                room = (_limit(config) - overhead(config)) // 4
-                if config.fragments:
-                    config = config._replace(resident=min(max(room, 0), config.fragments))
-                elif _held(config) > room * 4:
-                    continue
+                room = _limit(config) - overhead(config)
+                if not config.fragments:
+                    if _held(config) > room:
+                        continue
+                elif config.fragments * 4 > room:
+                    room -= _READ_AHEAD
+                resident = min(max(room // 4, 0), config.fragments)
+                config = config._replace(resident=resident)
                 if room >= 0 and config.shared_bytes <= device.shared_bytes:
                     yield config
 
@@ -124,13 +130,13 @@ def _held(config: Config) -> int:
 
 def overhead(config: Config) -> int:
     """Registers beside the weights; tests/test_cuda_report.py holds that nothing spills."""
-    gates, pairs = GATES[config.cell], _pairs(config)
+    gates, pairs, words = GATES[config.cell], _pairs(config), MATHS[config.math].bytes // 2
+    if not MATHS[config.math].depth:
+        return 130
     if config.is_backward:
-        tiles = 1
-        if MATHS[config.math].depth:
-            tiles = config.padded // 16 * config.slices // config.warps
-        return 84 + 4 * tiles + 20 * (pairs - 1)
-    return 72 + 4 * gates + 8 * (pairs - 1)
+        tiles = config.padded // 16 * config.slices // config.warps
+        return 88 + 4 * tiles + 8 * words + 20 * words * (pairs - 1)
+    return 72 + 8 * words + 4 * gates * words + 8 * words * (pairs - 1)
 
 
 def cycles(config: Config, batch: int, directions: int, device: Device) -> float | None:

@@ -18,15 +18,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ostinato.call import Call, Sizes
-from ostinato.cuda.config import GATES, GRADS, SAVED, Config
+from ostinato.call import Call
+from ostinato.cuda.config import GRADS, Config
+from ostinato.engine import GATES, SAVED, Sizes
 
 # (config, tiles, directions, arguments) -> None
 Launch = Callable[[Config, int, int, Sequence[int]], None]
 
 
 class Rows(NamedTuple):
-    """Where the rows of a batch begin, end and begin anew, on the device; None where all is plain."""
+    """Where rows begin, end and begin anew, on the device; None where all is plain."""
 
     offsets: Tensor | None  # (T,), int64: the row of input where a step begins
     lengths: Tensor | None  # (B,), int32
@@ -78,6 +79,7 @@ def forward(
     gates_x = x.new_empty(directions, sizes.rows, gates * hidden)
     with products_in(config.math):
         for d, (weight_ih, *_) in enumerate(weights):
+            assert weight_ih is not None
             torch.mm(flat, weight_ih.t(), out=gates_x[d])
     # Past the end of a row nothing is written.
     make = x.new_zeros if call.lengths is not None else x.new_empty
@@ -85,7 +87,7 @@ def forward(
     h_n = x.new_empty(directions, sizes.batch, hidden)
     c_n = x.new_empty((directions, sizes.batch, hidden) if is_lstm else (0,))
     cells = make((*x.shape[:-1], directions * hidden) if is_lstm and all_c else (0,))
-    reserve = x.new_empty(reserve_elements(call.cell, sizes) if keep else 0)
+    reserve = x.new_empty(reserve_bytes(call, sizes) if keep else 0, dtype=torch.uint8)
     states = [_dense(t) for t in (call.h_0, call.c_0, call.reset_h, call.reset_c)]
     exchange = x.new_zeros(config.exchange_words(sizes.batch, directions), dtype=torch.int32)
     held = [_pair([w[i] for w in weights]) for i in (1, 2, 3)]
@@ -97,7 +99,7 @@ def forward(
         *(map(address, (output, h_n, c_n, reserve, cells, exchange))),
     ]
     launch(config, config.tiles(sizes.batch), directions, arguments)
-    return output, h_n, c_n, cells, reserve.view(torch.uint8)
+    return output, h_n, c_n, cells, reserve
 
 
 def backward(
@@ -143,11 +145,10 @@ def backward(
     arrived = [_dense(t) for t in grads]
     dy, dh_n, dc_n, dcells = arrived
     exchange = x.new_zeros(config.exchange_words(sizes.batch, directions), dtype=torch.int32)
-    kept = reserve.view(x.dtype)
     held = _pair([w[1] for w in weights])
     arguments = [
         *_batch(sizes, rows),
-        *map(address, (*held, *states, y, kept, dy, dcells, dh_n, dc_n)),
+        *map(address, (*held, *states, y, reserve, dy, dcells, dh_n, dc_n)),
         *map(address, (dgates, dh_0, dc_0, dreset_h, dreset_c, exchange)),
     ]
     launch(config, config.tiles(sizes.batch), directions, arguments)
@@ -246,12 +247,13 @@ def _previous(call: Call, sizes: Sizes, rows: Rows, y: Tensor, direction: int) -
     return torch.cat([y, *states]).index_select(0, found)
 
 
-def reserve_elements(cell: str, sizes: Sizes) -> int:
-    """Return how many numbers forward keeps for backward."""
-    return sizes.rows * sizes.directions * SAVED[cell] * sizes.hidden
+def reserve_bytes(call: Call, sizes: Sizes) -> int:
+    """Return how much forward keeps for backward: values of each unit and row, in its dtype."""
+    values = sizes.rows * sizes.directions * SAVED[call.cell] * sizes.hidden
+    return values * call.input.element_size()
 
 
-def _directions(call: Call, sizes: Sizes) -> list[list[Tensor]]:
+def _directions(call: Call, sizes: Sizes) -> list[list[Tensor | None]]:
     """Return weight_ih, weight_hh and biases (None where absent) of each direction."""
     count = len(call.weights) // sizes.directions
     found = []

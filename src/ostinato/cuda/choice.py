@@ -1,0 +1,127 @@
+"""Whether our kernels or cuDNN run a layer: what was measured on that kind of device says so.
+
+measured.json holds, for each device's name, the rows of `make bench-gpu`: by how much ours was
+faster than torch.nn. Ours runs where it was faster at every measured size around the asked one. A
+device or a kind of call that nobody measured runs torch's operator, so nobody is slower than with
+torch.nn. `benchmarks/gpu_report.py --choose` writes the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import json
+from collections.abc import Iterator
+from importlib import resources
+from typing import Any, NamedTuple
+
+
+class Question(NamedTuple):
+    """What a choice depends on, in the words of a row of the benchmark."""
+
+    cell: str  # "rnn_tanh", "rnn_relu", "gru" or "lstm"
+    math: str  # "bf16", "fp16", "tf32" or "fp32"
+    hidden: int
+    batch: int
+    form: str  # "padded", "packed" or "bidirectional"
+    is_training: bool
+
+
+# None: as measured. Tests ask for one or the other, and so does the benchmark, which measures.
+_forced: contextvars.ContextVar[bool | None] = contextvars.ContextVar("forced", default=None)
+
+
+@contextlib.contextmanager
+def forced(ours: bool) -> Iterator[None]:
+    """Run our kernels wherever they fit, or nowhere.
+
+    Args:
+        ours: which.
+
+    Yields:
+        Nothing.
+    """
+    token = _forced.set(ours)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def is_ours(device: str, question: Question) -> tuple[bool, str]:
+    """Say whether our kernels are to run, and why.
+
+    Args:
+        device: its name, as the driver has it.
+        question: the layer.
+
+    Returns:
+        The answer, and its reason in words.
+    """
+    demand = _forced.get()
+    if demand is not None:
+        return demand, "asked for by ostinato.cuda.choice.forced"
+    rows = _measured().get(device)
+    if rows is None:
+        return False, f"nothing was measured on {device}"
+    return answer(rows, question)
+
+
+def is_known(device: str) -> bool:
+    """Whether our kernels were run on such a device, or are asked for.
+
+    Args:
+        device: its name.
+
+    Returns:
+        The answer.
+    """
+    demand = _forced.get()
+    return device in _measured() if demand is None else demand
+
+
+def answer(rows: list[dict[str, Any]], question: Question) -> tuple[bool, str]:
+    """Answer from a device's rows.
+
+    Args:
+        rows: each with the fields of a question and `ratio`, the lower quartile of torch.nn / ours.
+        question: the layer.
+
+    Returns:
+        The answer, and its reason in words.
+    """
+    cell = "rnn_tanh" if question.cell == "rnn_relu" else question.cell
+    alike = (cell, question.math, question.form, question.is_training)
+    ratios = {
+        (row["hidden"], row["batch"]): row["ratio"]
+        for row in rows
+        if (row["cell"], row["math"], row["form"], row["is_training"]) == alike
+    }
+    if not ratios:
+        return False, "no such layer was measured on this device"
+    around = [
+        (hidden, batch)
+        for hidden in _around(question.hidden, {hidden for hidden, _ in ratios})
+        for batch in _around(question.batch, {batch for _, batch in ratios})
+    ]
+    missing = [place for place in around if place not in ratios]
+    if missing:
+        return False, "H {} at B {} was not measured on this device".format(*missing[0])
+    worst = min(around, key=lambda place: ratios[place])
+    text = f"{ratios[worst]:.2f} times as fast as torch.nn at H {worst[0]}, B {worst[1]}"
+    return ratios[worst] > 1, f"measured {text}"
+
+
+def _around(value: int, known: set[int]) -> set[int]:
+    """Return the nearest known numbers on both sides; past the last, that one."""
+    below = [k for k in known if k <= value]
+    above = [k for k in known if k >= value]
+    return {max(below, default=min(known)), min(above, default=max(known))}
+
+
+@functools.cache
+def _measured() -> dict[str, list[dict[str, Any]]]:
+    text = resources.files("ostinato.cuda").joinpath("measured.json").read_text("utf-8")
+    found: dict[str, list[dict[str, Any]]] = json.loads(text)
+    return found

@@ -1,0 +1,298 @@
+"""One layer on a GPU: who runs it, and our kernels' run of it.
+
+`serves` says whether the operator `ostinato::layer` is to be called for CUDA tensors. If not,
+torch's own operator (cuDNN) runs, and where that cannot serve either, the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ostinato.call import Call, check
+from ostinato.cuda import choice, cudnn, launch, sequence
+from ostinato.cuda.config import Config
+from ostinato.cuda.plan import Device, plan
+from ostinato.engine import Sizes
+
+_MATHS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+# A compiled graph keeps its choice for every batch.
+_COMPILED_BATCH = 16
+
+
+class Decision(NamedTuple):
+    """Who runs a layer, and why."""
+
+    is_ours: bool
+    reason: str
+
+
+def math_of(dtype: torch.dtype) -> str | None:
+    """Name the precision of a dtype's products, by torch's own switch for recurrent layers.
+
+    Args:
+        dtype: of input and weights.
+
+    Returns:
+        "bf16", "fp16", "tf32" or "fp32", or None where there is no kernel.
+    """
+    if dtype is not torch.float32:
+        return _MATHS.get(dtype)
+    switch = getattr(torch.backends.cudnn, "rnn", None)
+    precision = getattr(switch, "fp32_precision", None)
+    # Before torch 2.9 there is one switch for all of cuDNN. Once the new ones differ from each
+    # other, it can no longer be read.
+    is_tf32 = torch.backends.cudnn.allow_tf32 if precision is None else precision == "tf32"
+    return "tf32" if is_tf32 else "fp32"
+
+
+def decide(call: Call, *, is_training: bool, all_c: bool = False) -> Decision:
+    """Decide who runs a layer on CUDA tensors.
+
+    Args:
+        call: not necessarily checked yet.
+        is_training: whether backward is to follow.
+        all_c: whether c is wanted at every step.
+
+    Returns:
+        The decision.
+    """
+    input, weights = call.input, call.weights
+    math = math_of(input.dtype)
+    if math is None:
+        return Decision(False, f"no kernel computes in {input.dtype}")
+    if len(weights) % (1 + call.bidirectional) or len(weights) < 2 or weights[1].dim() != 2:
+        return Decision(False, "the weights are not those of a layer")
+    count = len(weights) // (1 + call.bidirectional)
+    if count != (4 if call.has_biases else 2):
+        return Decision(False, "no kernel projects h (proj_size)")
+    if not (input.numel() and weights[0].numel() and weights[1].numel()):
+        return Decision(False, "there is nothing to compute")
+    if not all(t is None or t.layout is torch.strided for t in call.tensors()):
+        return Decision(False, "not all tensors are strided")
+    hidden = weights[1].shape[1]
+    batch = _COMPILED_BATCH if torch.compiler.is_compiling() else call.batch
+    decision: Decision = _decide(
+        call.cell,
+        math,
+        hidden,
+        batch,
+        call.bidirectional,
+        _form(call),
+        is_training,
+        call.is_cut or all_c,
+        input.device.index or 0,
+    )
+    return decision
+
+
+def _form(call: Call) -> str:
+    if call.batch_sizes is not None or call.lengths is not None:
+        return "packed"
+    return "bidirectional" if call.bidirectional else "padded"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _decide(
+    cell: str,
+    math: str,
+    hidden: int,
+    batch: int,
+    bidirectional: bool,
+    form: str,
+    is_training: bool,
+    is_beyond_cudnn: bool,
+    index: int,
+) -> Decision:
+    if not launch.available():
+        return Decision(False, "cuda-core, NVRTC or a driver new enough for it is missing")
+    device = device_of(index)
+    for is_backward in (False, True)[: 1 + is_training]:
+        if plan(cell, math, hidden, batch, 1 + bidirectional, is_backward, device) is None:
+            walk = "backward" if is_backward else "forward"
+            return Decision(False, f"no {walk} kernel of this size fits the device")
+    question = choice.Question(cell, math, hidden, batch, form, is_training)
+    name = torch.cuda.get_device_name(index)
+    found, reason = choice.is_ours(name, question)
+    if found or not is_beyond_cudnn:
+        return Decision(found, reason)
+    # What cuDNN does not have is not compared with it, but was anything run on this device at all?
+    return Decision(choice.is_known(name), f"cuDNN has no such layer; {reason}")
+
+
+_devices: dict[int, Device] = {}
+
+
+def device_of(index: int) -> Device:
+    """Describe a device.
+
+    Args:
+        index: torch's.
+
+    Returns:
+        What plans need to know of it.
+    """
+    found = _devices.get(index)
+    if found is None:
+        properties = torch.cuda.get_device_properties(index)
+        shared = getattr(properties, "shared_memory_per_block_optin", 48 * 1024)
+        has_clusters = (properties.major, properties.minor) == (9, 0)
+        found = Device(properties.multi_processor_count, shared, has_clusters)
+        if properties.major < 8:
+            found = Device(0, 0, False)
+        _devices[index] = found
+    return found
+
+
+def forward(call: Call, all_c: bool, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run the operator `ostinato::layer` on CUDA tensors.
+
+    Args:
+        call: the arguments.
+        all_c: whether c is wanted at every step.
+        keep: whether backward is to follow.
+
+    Returns:
+        As the operator.
+
+    Raises:
+        RuntimeError: no kernel fits this layer or this device.
+    """
+    sizes = check(call)
+    config = _config(call, sizes, is_backward=False)
+    return sequence.forward(call, sizes, config, _launcher(call), all_c, keep)
+
+
+def backward(
+    call: Call,
+    sizes: Sizes,
+    grads: Sequence[Tensor | None],
+    output: Tensor,
+    reserve: Tensor,
+    wanted: list[bool],
+) -> list[Tensor]:
+    """Run the operator `ostinato::layer_backward` on CUDA tensors, all checked.
+
+    Args:
+        call: forward's arguments.
+        sizes: of the call.
+        grads: of output, h_n, c_n and c at every step.
+        output: of forward.
+        reserve: of forward.
+        wanted: whether each of `call.tensors()` needs a gradient.
+
+    Returns:
+        The gradients; one that is not wanted is empty.
+
+    Raises:
+        RuntimeError: no kernel fits this layer or this device.
+    """
+    config = _config(call, sizes, is_backward=True)
+    launcher = _launcher(call)
+    found = sequence.backward(call, sizes, config, launcher, grads, output, reserve, wanted)
+    return [call.input.new_empty(0) if grad is None else grad for grad in found]
+
+
+def _config(call: Call, sizes: Sizes, is_backward: bool) -> Config:
+    math = math_of(call.input.dtype)
+    found = None
+    if math is not None and not sizes.projection and launch.available():
+        device = device_of(call.input.device.index or 0)
+        directions, batch = sizes.directions, sizes.batch
+        found = plan(call.cell, math, sizes.hidden, batch, directions, is_backward, device)
+    if found is None:
+        raise RuntimeError(
+            f"ostinato::layer: no kernel on {call.input.device} for {call.cell} of "
+            f"{call.input.dtype}, hidden_size {sizes.hidden}, proj_size {sizes.projection}"
+        )
+    return found
+
+
+def _launcher(call: Call) -> sequence.Launch:
+    index = call.input.device.index or 0
+
+    def run(config: Config, tiles: int, directions: int, arguments: Sequence[int]) -> None:
+        loaded = launch.load(config, index)
+        if config.exchange == "cluster":
+            launch.launch(loaded, (tiles, directions), config.blocks, arguments)
+        else:
+            launch.launch(loaded, (tiles * config.blocks, directions), 1, arguments)
+
+    return run
+
+
+def explain(layer: Any, x: Any, hx: Any = None, **options: Any) -> str:
+    """Say which kernel a layer's call would run, and why.
+
+    Args:
+        layer: one of the six modules.
+        x: its input, a tensor or a PackedSequence.
+        hx: as in the module's call.
+        **options: likewise: lengths, resets.
+
+    Returns:
+        A line for each layer that differs from the one before.
+
+    Example:
+        >>> from ostinato import nn
+        >>> explain(nn.GRU(3, 4), torch.zeros(5, 2, 3))
+        'the CPU engine'
+    """
+    data = x if isinstance(x, Tensor) else x.data
+    if data.device.type != "cuda":
+        return "the CPU engine" if data.device.type == "cpu" else "the reference"
+    weights = [p for p in layer.parameters() if p.dim() > 0]
+    if not isinstance(layer, torch.nn.RNNBase):
+        return "cuDNN's per-step kernels, by torch: cells have no kernels of ours"
+    is_training = torch.is_grad_enabled() and (
+        data.requires_grad or any(weight.requires_grad for weight in weights)
+    )
+    batch = data.shape[0 if layer.batch_first else 1] if data is x and x.dim() == 3 else 1
+    sizes = None if data is x else x.batch_sizes
+    if sizes is not None:
+        batch = int(sizes[0])
+    cell = layer.mode.lower()
+    lines: list[str] = []
+    per_layer = len(layer.all_weights[0]) * (1 + layer.bidirectional)
+    flat: list[Tensor] = [weight for group in layer.all_weights for weight in group]
+    for k in range(layer.num_layers):
+        call = Call(
+            data,
+            sizes,
+            batch,
+            None,
+            None,
+            flat[k * per_layer : (k + 1) * per_layer],
+            cell,
+            layer.bias,
+            layer.bidirectional,
+            False,
+            options.get("lengths"),
+            options.get("resets"),
+        )
+        decision = decide(call, is_training=is_training)
+        line = f"{_name(call, decision, is_training)}: {decision.reason}"
+        if not lines or lines[-1] != line:
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def _name(call: Call, decision: Decision, is_training: bool) -> str:
+    if not decision.is_ours:
+        has_cudnn = not call.is_cut and cudnn.serves(call.input)
+        return "torch's operator (cuDNN)" if has_cudnn else "the reference"
+    math, names = math_of(call.input.dtype), []
+    hidden, device = call.weights[1].shape[1], device_of(call.input.device.index or 0)
+    for is_backward in (False, True)[: 1 + is_training]:
+        directions = 1 + call.bidirectional
+        assert math is not None
+        config = plan(call.cell, math, hidden, call.batch, directions, is_backward, device)
+        assert config is not None
+        names.append(
+            f"{config.entry} in {math}, {config.exchange} of {config.blocks} x {config.units} "
+            f"units, {config.warps} warps, {config.rows} rows to a tile"
+        )
+    return "; ".join(names)
