@@ -62,8 +62,12 @@ bench-gpu: $(BUILD)/gpu.stamp
 	PYTHONPATH=$(BUILD)/gpu $(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
 
 test-gpu: $(BUILD)/gpu.stamp
-	PYTHONPATH=$(BUILD)/gpu $(GPU_PYTHON) -m pytest $(wildcard tests/test_gpu*.py) tests/test_cuda.py \
+	PYTHONPATH=$(BUILD)/gpu $(GPU_PYTHON) -m pytest tests/test_gpu.py tests/test_cudnn.py tests/test_cuda_launch.py \
 		tests/test_bench_gpu.py $(ARGS)
+	PYTHONPATH=$(BUILD)/gpu compute-sanitizer --tool memcheck --error-exitcode 3 \
+		$(GPU_PYTHON) -m pytest tests/test_gpu.py -k sanitized
+	PYTHONPATH=$(BUILD)/gpu compute-sanitizer --tool racecheck --error-exitcode 3 \
+		$(GPU_PYTHON) -m pytest tests/test_gpu.py -k sanitized
 
 gpu-ready: $(BUILD)/gpu.stamp
 	$(GPU_PYTHON) tools/gpu_ready.py

@@ -72,6 +72,7 @@ struct BackwardProduct {
         OSTINATO_UNROLL
         for (int k = 0; k < kSteps; k++) {
             u32 b0, b1;
+            if (k % kStepsAhead == 0) schedule_barrier();
             read_rows<Math>(grads[0], kDepth + kRowPad<Math>, (slice * kSteps + k) * Math::kDepth, b0, b1);
             OSTINATO_UNROLL
             for (int i = 0; i < kTilesEach; i++) fragments.multiply(shared, k * kTilesEach + i, sum[i], b0, b1);
@@ -79,11 +80,13 @@ struct BackwardProduct {
         // A thread has one unit of two rows, and changes one of them for its neighbour's unit of the other.
         const int lane = thread_index() % 32, is_odd = lane / 4 % 2;
         OSTINATO_UNROLL
-        for (int i = 0; i < kTilesEach; i++) OSTINATO_UNROLL
-        for (int half = 0; half < 2; half++) {
-            const float a = sum[i][2 * half], b = sum[i][2 * half + 1], other = shuffle_xor(is_odd ? a : b, 4);
-            const int unit = (first_tile + i) * 16 + half * 8 + lane / 4 - is_odd;
-            emit(slice, unit, lane % 4 * 2 + is_odd, is_odd ? Pair{other, b} : Pair{a, other});
+        for (int i = 0; i < kTilesEach; i++) {
+            OSTINATO_UNROLL
+            for (int half = 0; half < 2; half++) {
+                const float a = sum[i][2 * half], b = sum[i][2 * half + 1], other = shuffle_xor(is_odd ? a : b, 4);
+                const int unit = (first_tile + i) * 16 + half * 8 + lane / 4 - is_odd;
+                emit(slice, unit, lane % 4 * 2 + is_odd, is_odd ? Pair{other, b} : Pair{a, other});
+            }
         }
     }
 };

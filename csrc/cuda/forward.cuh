@@ -64,6 +64,7 @@ struct ForwardProduct {
         OSTINATO_UNROLL
         for (int k = 0; k < kSteps; k++) {
             u32 b0, b1;
+            if (k % kStepsAhead == 0) schedule_barrier();
             read_rows<Math>(state[0], kPadded + kRowPad<Math>, (slice * kSteps + k) * Math::kDepth, b0, b1);
             OSTINATO_UNROLL
             for (int g = 0; g < Cell::kGates; g++) fragments.multiply(shared, k * Cell::kGates + g, sum[g], b0, b1);

@@ -181,6 +181,7 @@ struct Fragments {
         if (i < kHeld) {
             ostinato::multiply(typename Math::Operand(), sums, held[i < kHeld ? i : 0], b0, b1);
         } else {
+            if ((i - kHeld) % 4 == 0) schedule_barrier();  // four on their way, or they would take all registers
             const Fragment fragment = shared[(i - kHeld) * kThreads + thread_index()];
             ostinato::multiply(typename Math::Operand(), sums, fragment.words, b0, b1);
         }
@@ -195,6 +196,9 @@ OSTINATO_DEVICE void read_rows(const typename Math::Operand* rows, int stride, i
     b0 = *reinterpret_cast<const u32*>(from);
     b1 = *reinterpret_cast<const u32*>(from + 4 * width);
 }
+
+// For how many steps in k the right operand is on its way at once: for all of them it would take all registers.
+constexpr int kStepsAhead = 8;
 
 // Operands after a row that keep the reads above free of bank conflicts.
 template <class Math>

@@ -225,8 +225,7 @@ def launch(
             core.launch(_stream(index, stream), config, loaded.kernel, *arguments)
         except compiler.cuda_error() as error:
             raise RuntimeError(
-                f"cuda:{index} cannot launch {grid} x {cluster} blocks of {loaded.config}: "
-                f"{error}"
+                f"cuda:{index} cannot launch {grid} x {cluster} blocks of {loaded.config}: {error}"
             ) from error
 
 

@@ -73,6 +73,8 @@ def decide(call: Call, *, is_training: bool, all_c: bool = False) -> Decision:
         return Decision(False, "there is nothing to compute")
     if not all(t is None or t.layout is torch.strided for t in call.tensors()):
         return Decision(False, "not all tensors are strided")
+    if _form(call) == "packed" and _is_capturing():
+        return Decision(False, "a graph cannot capture how lengths come to the device")
     hidden = weights[1].shape[1]
     batch = _COMPILED_BATCH if torch.compiler.is_compiling() else call.batch
     decision: Decision = _decide(
@@ -87,6 +89,10 @@ def decide(call: Call, *, is_training: bool, all_c: bool = False) -> Decision:
         input.device.index or 0,
     )
     return decision
+
+
+def _is_capturing() -> bool:
+    return not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
 def _form(call: Call) -> str:
@@ -242,7 +248,7 @@ def explain(layer: Any, x: Any, hx: Any = None, **options: Any) -> str:
         'the CPU engine'
     """
     data = x if isinstance(x, Tensor) else x.data
-    if data.device.type != "cuda":
+    if not _is_cuda(data):
         return "the CPU engine" if data.device.type == "cpu" else "the reference"
     weights = [p for p in layer.parameters() if p.dim() > 0]
     if not isinstance(layer, torch.nn.RNNBase):
@@ -278,6 +284,10 @@ def explain(layer: Any, x: Any, hx: Any = None, **options: Any) -> str:
         if not lines or lines[-1] != line:
             lines.append(line)
     return "\n".join(lines)
+
+
+def _is_cuda(data: Tensor) -> bool:
+    return data.device.type == "cuda"
 
 
 def _name(call: Call, decision: Decision, is_training: bool) -> str:

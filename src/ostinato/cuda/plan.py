@@ -28,7 +28,7 @@ A100 = Device(108, 166_912, False)
 
 _REGISTERS = 65_536  # of a multiprocessor
 # Registers for weights that are on their way from shared memory.
-_READ_AHEAD = 24
+_READ_AHEAD = 32
 _WARPS = (1, 2, 3, 4, 6, 8, 12, 16)
 _GROUPS = (1, 2, 4, 8)
 # Clusters that a device of 132 multiprocessors runs at once: they do not cross its eight parts.
@@ -133,10 +133,11 @@ def overhead(config: Config) -> int:
     gates, pairs, words = GATES[config.cell], _pairs(config), MATHS[config.math].bytes // 2
     if not MATHS[config.math].depth:
         return 130
+    gather = 20 if config.exchange == "grid" else 0
     if config.is_backward:
         tiles = config.padded // 16 * config.slices // config.warps
-        return 88 + 4 * tiles + 8 * words + 20 * words * (pairs - 1)
-    return 72 + 8 * words + 4 * gates * words + 8 * words * (pairs - 1)
+        return 80 + gather + 5 * tiles + 8 * gates + 8 * words + 20 * words * (pairs - 1)
+    return 72 + gather + 8 * words + 6 * gates * words + 8 * words * (pairs - 1)
 
 
 def cycles(config: Config, batch: int, directions: int, device: Device) -> float | None:

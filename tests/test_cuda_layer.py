@@ -1,0 +1,218 @@
+"""The operators' CUDA side and who runs a layer, on CPU tensors and stand-ins for the device."""
+
+import emulation
+import pytest
+import torch
+
+from ostinato import cuda, nn, ops
+from ostinato.call import check
+from ostinato.cuda import choice, launch, layer, sequence
+from ostinato.cuda.plan import A100, H200, Device, configs, cycles, plan
+
+ROW = {"cell": "gru", "math": "bf16", "form": "padded", "is_training": False}
+ROWS = [
+    {**ROW, "hidden": hidden, "batch": batch, "ratio": ratio}
+    for hidden, batch, ratio in [
+        (128, 1, 2.0),
+        (128, 16, 1.5),
+        (256, 1, 1.2),
+        (256, 16, 0.9),
+        (512, 1, 3.0),
+    ]
+]
+
+
+def question(hidden, batch, **changes):
+    found = choice.Question("gru", "bf16", hidden, batch, "padded", False)
+    return found._replace(**changes)
+
+
+@pytest.mark.parametrize(
+    ("asked", "is_ours", "reason"),
+    [
+        (question(128, 1), True, "2.00 times as fast as torch.nn at H 128, B 1"),
+        (question(64, 1), True, "2.00 times"),
+        (question(160, 1), True, "1.20 times as fast as torch.nn at H 256, B 1"),
+        (question(128, 300), True, "1.50 times"),
+        (question(160, 7), False, "0.90 times as fast as torch.nn at H 256, B 16"),
+        (question(256, 16), False, "0.90 times"),
+        (question(512, 16), False, "H 512 at B 16 was not measured"),
+        (question(128, 1, is_training=True), False, "no such layer was measured"),
+        (question(128, 1, form="packed"), False, "no such layer was measured"),
+        (question(128, 1, cell="lstm"), False, "no such layer was measured"),
+        (question(128, 1, math="tf32"), False, "no such layer was measured"),
+    ],
+)
+def test_ours_runs_where_it_was_faster_at_every_size_around(asked, is_ours, reason):
+    found, why = choice.answer(ROWS, asked)
+    assert found is is_ours
+    assert reason in why
+
+
+def test_the_measured_file_has_what_a_choice_reads():
+    for device, rows in choice._measured().items():
+        assert isinstance(device, str)
+        for row in rows:
+            assert set(row) == {*choice.Question._fields, "ratio"}
+
+
+def test_an_unmeasured_device_runs_cudnn_unless_asked():
+    found, why = choice.is_ours("a device that nobody has", question(128, 1))
+    assert not found
+    assert "nothing was measured" in why
+    assert not choice.is_known("a device that nobody has")
+    with choice.forced(True):
+        assert choice.is_ours("a device that nobody has", question(128, 1))[0]
+        assert choice.is_known("a device that nobody has")
+        with choice.forced(False):
+            assert not choice.is_ours("a device that nobody has", question(128, 1))[0]
+
+
+# ---- plans ----
+
+
+@pytest.mark.parametrize("is_backward", [False, True])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
+@pytest.mark.parametrize("math", ["bf16", "fp16", "tf32", "fp32"])
+@pytest.mark.parametrize("device", [H200, A100, Device(84, 101_376, False)])
+def test_every_plan_fits_its_device(device, math, cell, is_backward):
+    for hidden in (1, 16, 100, 128, 257):
+        for config in configs(cell, math, hidden, is_backward, device):
+            assert config.is_even
+            assert config.shared_bytes <= device.shared_bytes
+            assert config.padded >= hidden
+            assert config.threads <= 1024
+            assert config.exchange != "cluster" or device.has_clusters
+            cost = cycles(config, 64, 2, device)
+            needed = config.tiles(64) * 2 * config.blocks
+            assert (cost is None) == (config.exchange == "grid" and needed > device.processors)
+
+
+def test_sizes_that_a_plan_serves():
+    for hidden in (64, 128, 160, 192, 256, 512, 768, 1024, 2048):
+        for cell in ("rnn_tanh", "gru", "lstm"):
+            for is_backward in (False, True):
+                assert plan(cell, "bf16", hidden, 16, 1, is_backward, H200) is not None
+    assert plan("gru", "bf16", 4096, 16, 1, False, H200) is None
+    assert plan("gru", "bf16", 2048, 4096, 1, False, H200) is None
+    assert plan("gru", "bf16", 64, 16, 1, False, Device(0, 0, False)) is None
+
+
+# ---- the operators on CUDA tensors, with the kernels on host fibers ----
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Let CPU tensors take the way of CUDA tensors."""
+    monkeypatch.setattr(launch, "available", lambda: True)
+    monkeypatch.setattr(layer, "device_of", lambda index: H200)
+    monkeypatch.setattr(layer, "_launcher", lambda call: emulation.launcher())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a stand-in")
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("kind", ["padded", "resets packed"])
+def test_the_operators_of_cuda_tensors(kind):
+    call = emulation.draw("lstm", 16, kind, math="fp32", batch=3)
+    leaves = [t.requires_grad_() for t in call.tensors() if t is not None]
+    with torch.no_grad():
+        output, h_n, c_n, cells, reserve = ops._layer_cuda(*call, True, True)
+    fake = ops._layer_fake(*call, True, True)
+    for mine, theirs in zip((output, h_n, c_n, cells), fake[:4], strict=True):
+        assert mine.shape == theirs.shape
+    assert reserve.numel() == sequence.reserve_bytes(call, check(call))
+    grads = [torch.randn_like(t) for t in (output, h_n, c_n, cells)]
+    wanted = [t is not None for t in call.tensors()]
+    with torch.no_grad():
+        found = ops._layer_backward_cuda(*grads, output, reserve, wanted, *call)
+    results = ops.cut_layer(
+        call.cell,
+        call.input,
+        call.batch_sizes,
+        call.h_0,
+        call.c_0,
+        call.weights,
+        has_biases=True,
+        bidirectional=True,
+        resets=call.resets,
+        reset_h=call.reset_h,
+        reset_c=call.reset_c,
+        all_c=True,
+    )
+    torch.testing.assert_close((output, h_n, c_n, cells), results, rtol=1e-4, atol=1e-5)
+    expected = torch.autograd.grad(results, leaves, grads)
+    mine = [grad for grad, want in zip(found, wanted, strict=True) if want]
+    torch.testing.assert_close(tuple(mine), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_an_operator_without_a_kernel_says_so():
+    call = emulation.draw("gru", 16, math="fp32")
+    wide = call._replace(
+        input=call.input.double(),
+        h_0=call.h_0.double(),
+        weights=[w.double() for w in call.weights],
+    )
+    with pytest.raises(RuntimeError, match=r"no kernel on cpu for gru of torch\.float64"):
+        ops._layer_cuda(*wide, False, False)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_who_runs_a_layer():
+    call = emulation.draw("gru", 16, math="bf16")
+    assert not layer.decide(call, is_training=True).is_ours
+    with choice.forced(True):
+        decision = layer.decide(call, is_training=True)
+        assert decision.is_ours
+        wide = call._replace(input=call.input.double())
+        assert "no kernel computes in torch.float64" in layer.decide(wide, is_training=True).reason
+        empty = call._replace(input=call.input[:0])
+        assert "nothing to compute" in layer.decide(empty, is_training=False).reason
+        more = call._replace(weights=[*call.weights[:4], call.weights[1]], bidirectional=False)
+        assert "proj_size" in layer.decide(more, is_training=False).reason
+        large = torch.zeros(3 * 4096, 4096, dtype=torch.bfloat16)
+        huge = call._replace(weights=[large, large], bidirectional=False, has_biases=False)
+        assert "no forward kernel of this size" in layer.decide(huge, is_training=True).reason
+    assert not layer.decide(call._replace(lengths=torch.ones(5)), is_training=False).is_ours
+
+
+def test_tf32_follows_torchs_switch_for_recurrent_layers():
+    assert layer.math_of(torch.bfloat16) == "bf16"
+    assert layer.math_of(torch.float16) == "fp16"
+    assert layer.math_of(torch.float64) is None
+    before = torch.backends.cudnn.rnn.fp32_precision
+    try:
+        torch.backends.cudnn.rnn.fp32_precision = "ieee"
+        assert layer.math_of(torch.float32) == "fp32"
+        torch.backends.cudnn.rnn.fp32_precision = "tf32"
+        assert layer.math_of(torch.float32) == "tf32"
+    finally:
+        torch.backends.cudnn.rnn.fp32_precision = before
+
+
+def test_products_have_the_walks_precision_and_leave_torchs_switch():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    for math, wanted in (("tf32", True), ("fp32", False), ("bf16", before)):
+        with sequence.products_in(math):
+            assert matmul.allow_tf32 == wanted
+        assert matmul.allow_tf32 == before
+
+
+def test_explain_names_the_cpu_engine():
+    assert cuda.explain(nn.GRU(3, 4), torch.zeros(5, 2, 3)) == "the CPU engine"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_explain_names_kernels(monkeypatch):
+    monkeypatch.setattr(layer, "_is_cuda", lambda data: True)
+    gru, x = nn.GRU(32, 64, 2).bfloat16(), torch.zeros(5, 2, 32, dtype=torch.bfloat16)
+    assert cuda.explain(gru, x).startswith("torch's operator (cuDNN): nothing was measured")
+    with choice.forced(True):
+        text = cuda.explain(gru, x)
+        assert "ostinato_forward in bf16" in text
+        assert "ostinato_backward in bf16" in text
+        with torch.no_grad():
+            assert "ostinato_backward" not in cuda.explain(gru, x)
+        assert "cells have no kernels" in cuda.explain(nn.GRUCell(32, 64), x[0])

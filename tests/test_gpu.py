@@ -1,0 +1,235 @@
+"""The GPU engine on a GPU (`make test-gpu`): numbers, graphs, streams, compilation, equal bits.
+
+Every test runs our kernels, measured or not (`choice.forced`). The judge is the float64 reference
+on the same rounded numbers; torch.nn runs beside it.
+"""
+
+import random
+
+import emulation
+import pytest
+import torch
+from samples import SAMPLES, draw, gradients
+from test_cuda_kernels import EPS, KINDS, errors, widened
+
+from ostinato import cuda, nn, ops
+from ostinato.cuda import choice, layer
+from ostinato.gradients import reference_results
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+
+
+@pytest.fixture(autouse=True)
+def ours():
+    with choice.forced(True):
+        yield
+
+
+@pytest.fixture(params=["tf32", "ieee"])
+def precision(request):
+    """How float32 is multiplied, by torch's switch for recurrent layers."""
+    switch = getattr(torch.backends.cudnn, "rnn", None)
+    if switch is None or not hasattr(switch, "fp32_precision"):
+        pytest.skip("this torch has no switch for recurrent layers alone")
+    before = switch.fp32_precision
+    switch.fp32_precision = request.param
+    yield {"tf32": "tf32", "ieee": "fp32"}[request.param]
+    switch.fp32_precision = before
+
+
+def on_gpu(call):
+    def move(tensor):
+        return None if tensor is None else tensor.cuda().requires_grad_()
+
+    names = ("input", "h_0", "c_0", "reset_h", "reset_c")
+    states = {name: move(getattr(call, name)) for name in names}
+    resets = None if call.resets is None else call.resets.cuda()
+    return call._replace(weights=[move(w) for w in call.weights], resets=resets, **states)
+
+
+def run(call):
+    return [
+        result
+        for result in ops.cut_layer(
+            call.cell,
+            call.input,
+            call.batch_sizes,
+            call.h_0,
+            call.c_0,
+            call.weights,
+            has_biases=call.has_biases,
+            bidirectional=call.bidirectional,
+            lengths=call.lengths,
+            resets=call.resets,
+            reset_h=call.reset_h,
+            reset_c=call.reset_c,
+            all_c=call.cell == "lstm",
+        )
+        if result is not None
+    ]
+
+
+def compare(call, math):
+    """Hold every result and gradient of a call on the GPU to the reference."""
+    eps = EPS[math]
+    mine = on_gpu(call)
+    assert layer.decide(mine, is_training=True).is_ours
+    results = run(mine)
+    wide = widened(call)
+    expected = [r for r in reference_results(wide, call.cell == "lstm") if r is not None]
+    seeds = [torch.randn(r.shape).to(call.input.dtype) for r in expected]
+    leaves = [t for t in mine.tensors() if t is not None]
+    wide_leaves = [t for t in wide.tensors() if t is not None]
+    found = gradients(results, leaves, [s.cuda() for s in seeds], allow_unused=True)
+    options = {"allow_unused": True}
+    other = gradients(expected, wide_leaves, [s.double() for s in seeds], **options)
+    steps = call.input.shape[0] if call.batch_sizes is None else len(call.batch_sizes)
+    bound = 8 * eps * max(1.0, steps / 16)
+    for a, b in zip(results, expected, strict=True):
+        assert errors(a.cpu(), b) <= bound
+    for a, b in zip(found, other, strict=True):
+        assert errors(a.cpu(), b) <= 2 * bound
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "gru", "lstm"])
+@pytest.mark.parametrize("math", ["bf16", "fp16"])
+def test_sanitized_small_layers(cell, math, kind):
+    """Small enough for compute-sanitizer, which `make test-gpu` runs on these."""
+    for hidden in (16, 61, 128):
+        compare(emulation.draw(cell, hidden, kind, math=math), math)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
+def test_float32(cell, kind, precision):
+    for hidden in (16, 61, 128):
+        compare(emulation.draw(cell, hidden, kind, math=precision), precision)
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+@pytest.mark.parametrize("hidden", [256, 512, 768, 1024, 2048])
+@pytest.mark.parametrize("batch", [1, 16, 64])
+def test_large_layers(cell, hidden, batch):
+    call = emulation.draw(cell, hidden, math="bf16", batch=batch, directions=1, steps=9)
+    if layer.decide(on_gpu(call), is_training=True).is_ours:
+        compare(call, "bf16")
+    else:
+        pytest.skip("no kernel of this size fits this device")
+
+
+def test_a_thousand_random_shapes():
+    chance = random.Random(0)
+    for _ in range(1000):
+        math = chance.choice(["bf16", "fp16"])
+        hidden = chance.choice([chance.randint(1, 70), chance.randint(71, 400)])
+        options = {
+            "steps": chance.randint(1, 12),
+            "batch": chance.randint(1, 40),
+            "size": chance.randint(1, 40),
+            "directions": chance.randint(1, 2),
+            "bias": chance.random() < 0.8,
+            "states": chance.random() < 0.8,
+        }
+        cell = chance.choice(["rnn_tanh", "gru", "lstm"])
+        torch.manual_seed(chance.randrange(2**31))
+        compare(emulation.draw(cell, hidden, chance.choice(KINDS), math=math, **options), math)
+
+
+@pytest.mark.parametrize("kind", [k for k, o in SAMPLES.items() if not o.get("recompute")])
+def test_what_the_cpu_engine_is_tested_with(kind):
+    """The samples of tests/test_ops.py, whichever way they go on a GPU."""
+    sample = draw(**SAMPLES[kind], dtype=torch.float32)
+    on_device = sample.each(lambda t: t.cuda().requires_grad_())
+    wide = sample.each(lambda t: t.double().requires_grad_())
+    results, expected = on_device.run(), wide.reference()
+    seeds = [torch.randn_like(r) for r in expected]
+    found = gradients(results, on_device.leaves(), [s.float().cuda() for s in seeds])
+    other = gradients(expected, wide.leaves(), seeds)
+    for a, b in zip([*results, *found], [*expected, *other], strict=True):
+        assert errors(a.cpu(), b) <= 64 * EPS["tf32"]
+
+
+@pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
+@pytest.mark.parametrize("hidden", [128, 256, 512])
+def test_errors_are_no_larger_than_cudnns(cell, hidden):
+    torch.manual_seed(0)
+    theirs = getattr(torch.nn, cell)(hidden, hidden).cuda().bfloat16()
+    mine = getattr(nn, cell)(hidden, hidden).cuda().bfloat16()
+    mine.load_state_dict(theirs.state_dict())
+    exact = getattr(torch.nn, cell)(hidden, hidden).cuda().double()
+    exact.load_state_dict(theirs.state_dict())
+    x = torch.randn(64, 16, hidden, device="cuda").bfloat16()
+    expected = exact(x.double())[0].detach()
+    found = [(net(x)[0].double() - expected).norm().item() for net in (mine, theirs)]
+    print(f"\n{cell} H{hidden}: ours {found[0]:.3e}, cuDNN {found[1]:.3e}", end="")
+    assert found[0] <= 1.1 * found[1]
+
+
+@pytest.mark.parametrize("hidden", [64, 256, 1024])
+def test_the_same_bits_at_every_run(hidden):
+    gru = nn.GRU(32, hidden).cuda().bfloat16()
+    x = torch.randn(50, 24, 32, device="cuda").bfloat16()
+    runs = []
+    for _ in range(20):
+        gru.zero_grad()
+        output = gru(x)[0]
+        output.sum().backward()
+        runs.append([output, *(p.grad.clone() for p in gru.parameters())])
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("hidden", [64, 256, 1024])
+def test_a_graph_captures_a_layer(hidden):
+    gru = nn.GRU(32, hidden).cuda().bfloat16()
+    x = torch.randn(20, 8, 32, device="cuda").bfloat16()
+    with torch.no_grad():
+        expected = gru(x)[0]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = gru(x)[0]
+        for _ in range(5):
+            x.copy_(torch.randn_like(x))
+            graph.replay()
+            assert torch.equal(found, gru(x)[0])
+    assert expected.shape == found.shape
+
+
+@pytest.mark.parametrize("hidden", [64, 256])
+def test_two_streams(hidden):
+    gru = nn.GRU(32, hidden).cuda().bfloat16()
+    inputs = [torch.randn(200, 8, 32, device="cuda").bfloat16() for _ in range(2)]
+    with torch.no_grad():
+        expected = [gru(x)[0] for x in inputs]
+        torch.cuda.synchronize()
+        streams = [torch.cuda.Stream() for _ in inputs]
+        for _ in range(10):
+            found = []
+            for stream, x in zip(streams, inputs, strict=True):
+                with torch.cuda.stream(stream):
+                    found.append(gru(x)[0])
+            torch.cuda.synchronize()
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("cell", ["GRU", "LSTM"])
+def test_compiled(cell, mode):
+    net = getattr(nn, cell)(32, 64, 2).cuda().bfloat16()
+    compiled = torch.compile(net, fullgraph=True, mode=mode)
+    for batch in (4, 4, 9):
+        x = torch.randn(12, batch, 32, device="cuda").bfloat16()
+        torch.testing.assert_close(compiled(x)[0], net(x)[0], rtol=2**-6, atol=2**-7)
+
+
+def test_what_the_operator_checks():
+    call = on_gpu(emulation.draw("gru", 16, math="bf16"))
+    arguments = (*call, False, False)
+    torch.library.opcheck(torch.ops.ostinato.layer, arguments)
+
+
+def test_explain_names_a_kernel():
+    gru = nn.GRU(32, 64).cuda().bfloat16()
+    text = cuda.explain(gru, torch.zeros(5, 2, 32, device="cuda").bfloat16())
+    assert "ostinato_forward in bf16" in text
