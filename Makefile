@@ -16,7 +16,7 @@ SOURCES := $(shell find csrc src -type f -not -name '*.so' -not -path '*/__pycac
 PACKAGE := $(SOURCES) CMakeLists.txt pyproject.toml README.md LICENSE
 CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 # What runs without torch: the engine by itself and the NumPy face of it.
-ENGINE_TESTS := tests/test_core.py tests/test_narrow.py tests/test_numpy.py tests/test_segments.py
+ENGINE_TESTS := tests/test_core.py tests/test_narrow.py tests/test_numpy.py tests/test_lengths.py
 
 .PHONY: help demo test lint bench bench-quick bench-gpu test-gpu gpu-ready docs features wheel sanitize clean
 .DELETE_ON_ERROR:

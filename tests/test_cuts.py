@@ -130,6 +130,46 @@ def test_a_piece_has_the_bits_that_it_has_alone(cell, bidirectional):
         assert not output[int(lengths[b]) :, b].any()
 
 
+# Few rows of many units are walked by all threads together.
+@pytest.mark.parametrize(("batch", "hidden"), [(12, 40), (2, 160)])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradients_of_a_piece_have_the_bits_that_they_have_alone(
+    isa, cell, bidirectional, recompute, batch, hidden
+):
+    sample = draw(cell, 9, batch, 6, hidden, bidirectional=bidirectional, recompute=recompute)
+    cuts = cut_of(sample, None, 0.3)
+    resets, anew = cuts["resets"], {"h_0": cuts["reset_h"], "c_0": cuts["reset_c"]}
+    whole = sample.training()
+    output, h_n, *_ = run(ops.cut_layer, whole, cuts, recompute=recompute)
+    cotangents = [torch.randn_like(output), torch.randn_like(h_n)]
+    states = [state for state in (whole.h_0, whole.c_0) if state is not None]
+    dx, *dstates = gradients([output, h_n], [whole.input, *states], cotangents)
+    for b in range(batch):
+        starts = [t for t in range(9) if t == 0 or resets[t, b]]
+        for start, end in itertools.pairwise([*starts, 9]):
+            at_cut, is_last = (bool(resets[start, b]), end < 9), (end == 9, start == 0)
+            begin = {}
+            for name, state in anew.items():
+                first = getattr(sample, name)
+                if state is not None:
+                    rows = [(state if at_cut[d] else first)[d, b] for d in range(len(first))]
+                    begin[name] = torch.stack(rows).unsqueeze(1)
+            piece = sample._replace(input=sample.input[start:end, b : b + 1], **begin).training()
+            alone, h_end, *_ = piece.run()
+            dh_n = torch.stack([g[b] * is_last[d] for d, g in enumerate(cotangents[1])])
+            leaves = [t for t in (piece.input, piece.h_0, piece.c_0) if t is not None]
+            arrived = [cotangents[0][start:end, b : b + 1], dh_n.unsqueeze(1)]
+            found = gradients([alone, h_end], leaves, arrived)
+            assert torch.equal(alone[:, 0], output[start:end, b])
+            assert torch.equal(found[0][:, 0], dx[start:end, b])
+            for mine, other in zip(dstates, found[1:], strict=True):
+                for d in range(len(other)):
+                    if not at_cut[d]:
+                        assert torch.equal(mine[d, b], other[d, 0])
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_the_gradient_ends_at_a_reset(cell):
     sample = draw(cell, 6, 2, 3, 5).training()

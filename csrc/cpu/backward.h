@@ -25,7 +25,7 @@ public:
         : f_(call),
           size_(call.sizes),
           arena_(scratch),
-          steps_(call.sizes, arena_),
+          steps_(call.sizes, call.cuts, arena_),
           shares_(call.sizes, members, work(), work() * sizeof(T), max_tile_rows<1>()),
           relay_(ceil_div(ceil_div(call.sizes.output(), L), kGroup), arena_) {
         const int64_t D = size_.directions, B = size_.batch, O = size_.output(), H = size_.hidden;
@@ -63,6 +63,9 @@ public:
         steps_.fill();
         for (int64_t i = 0; i < op_; i++) zeros_[i] = 0;
         for (int64_t d = 0; d < size_.directions; d++) prepare(d, team);
+        const int64_t states = size_.directions * size_.batch;
+        if (f_.dcut_h) fill_zero(static_cast<T*>(f_.dcut_h), states * size_.output());
+        if (f_.dcut_c) fill_zero(static_cast<T*>(f_.dcut_c), states * size_.hidden);
         if (f_.dx && size_.directions == 2) fill_zero(static_cast<T*>(f_.dx), size_.rows * size_.input);
         int64_t s1[2] = {size_.steps, size_.steps};
         bool first = true;
@@ -161,15 +164,14 @@ private:
         const int64_t n = s1 > s0 ? steps_.rows_between(d, s0, s1) : 0, O = size_.output(), H = size_.hidden;
         if (!n) return;
         team.run(s1 - s0, [&](int64_t i, int) {
-            const int64_t s = s0 + i, first = steps_.first_row(d, s), continuing = steps_.rows(d, s - 1);
+            const int64_t s = s0 + i, first = steps_.first_row(d, s);
+            const CutRows cut = steps_.cut(d, s);
             for (int64_t b = 0; b < steps_.rows(d, s); b++) {
-                copy(previous_row(d, s, b), O, again_.h_0 + (first - row0 + b) * O);
+                copy(previous_row(d, s, b, cut.has(b)), O, again_.h_0 + (first - row0 + b) * O);
                 if constexpr (C::kHasCell) {
                     T* c_0 = again_.c_0 + (first - row0 + b) * H;
-                    if (b < continuing)
-                        copy(cell_row(d, steps_.first_row(d, s - 1) + b), H, c_0);
-                    else if (f_.c_0)
-                        copy(in(f_.c_0) + (d * size_.batch + b) * H, H, c_0);
+                    if (const T* c = previous_cell(d, s, b, cut.has(b)))
+                        copy(c, H, c_0);
                     else
                         fill_zero(c_0, H);
                 }
@@ -209,10 +211,19 @@ private:
     }
 
     // Row b of h_{t-1} at step s.
-    const T* previous_row(int64_t d, int64_t s, int64_t b) const {
+    const T* previous_row(int64_t d, int64_t s, int64_t b, bool is_cut) const {
         const int64_t O = size_.output();
-        if (b < steps_.rows(d, s - 1)) return in(f_.y) + (steps_.first_row(d, s - 1) + b) * size_.directions * O + d * O;
-        return f_.h_0 ? in(f_.h_0) + (d * size_.batch + b) * O : zeros_;
+        if (b < steps_.rows(d, s - 1) && !is_cut)
+            return in(f_.y) + (steps_.first_row(d, s - 1) + b) * size_.directions * O + d * O;
+        const T* start = in(is_cut ? f_.cuts.h : f_.h_0);
+        return start ? start + (d * size_.batch + b) * O : zeros_;
+    }
+
+    // Row b of c_{t-1} at step s, of H values at least; null for zeros.
+    const T* previous_cell(int64_t d, int64_t s, int64_t b, bool is_cut) const {
+        if (b < steps_.rows(d, s - 1) && !is_cut) return cell_row(d, steps_.first_row(d, s - 1) + b);
+        const T* start = in(is_cut ? f_.cuts.c : f_.c_0);
+        return start ? start + (d * size_.batch + b) * size_.hidden : nullptr;
     }
 
     // One step of one direction; s == -1 stands before the first.
@@ -221,12 +232,14 @@ private:
         const Sizes& z;
         int64_t d, s, n, n_next;  // rows active at this step and at the next
         int64_t row0;  // first packed row
+        CutRows cut, cut_next;  // before this step and before the next
         T *grads, *grads_next, *dh, *unprojected;
         const T** rows;
 
         Step(const BackwardWalk& walk, int64_t direction, int64_t step, int member)
             : w(walk), z(walk.size_), d(direction), s(step), n(w.steps_.rows(d, s)), n_next(w.steps_.rows(d, s + 1)) {
             row0 = n ? w.steps_.first_row(d, s) : 0;
+            cut = w.steps_.cut(d, s), cut_next = w.steps_.cut(d, s + 1);
             grads = n ? w.grads_of(d, s) : nullptr;
             grads_next = n_next ? w.grads_of(d, s + 1) : nullptr;
             const int64_t in_chunk = d * w.chunk_rows_ + row0 - w.chunk_[d].first_row;
@@ -237,9 +250,9 @@ private:
 
         void run(int64_t b0, int64_t b1, int64_t u0, int64_t u1) const {
             for (int64_t b = b0; b < min(b1, n_next); b++) rows[b] = grads_next + b * w.row_;
-            // Rows that go on at step s + 1, and rows that began there: their gradient is that of h_0.
+            // Rows that were active at step s + 1 too, and rows that began there: their gradient is that of h_0.
             walk_tiles<1>(Carried{*this}, b0, min(min(b1, n), n_next), u0, u1);
-            if (w.f_.dh_0) walk_tiles<1>(Begun{*this}, max(b0, n), min(b1, n_next), u0, u1);
+            if (w.f_.dh_0 || w.f_.dcut_h) walk_tiles<1>(Begun{*this}, max(b0, n), min(b1, n_next), u0, u1);
             // Rows that end here start from the gradient of h_n.
             const T* dh_n = w.f_.dh_n ? in(w.f_.dh_n) + d * z.batch * z.output() : nullptr;
             for (int64_t b = max(b0, min(n, n_next)); b < min(b1, n); b++)
@@ -277,12 +290,23 @@ private:
                         acc[j][r][0] = acc[j][r][0] + Vec<T>::load(w.direct_ + (d * z.batch + b + r) * w.op_ + (u + j) * L);
         }
 
+        // Ends it in the rows that were cut before step s + 1.
+        template <int MR, int NJ>
+        OSTINATO_INLINE void end_at_cuts(Vec<T> (&acc)[NJ][MR][1], int64_t b, int64_t u) const {
+            for (int r = 0; r < MR; r++) {
+                if (!cut_next.has(b + r)) continue;
+                for (int j = 0; j < NJ; j++)
+                    acc[j][r][0] = end_at_cut(acc[j][r][0], w.f_.dcut_h, b + r, (u + j) * L, z.output());
+            }
+        }
+
         struct Carried {
             const Step& step;
             template <int MR, int NJ>
             void tile(int64_t b, int64_t u) const {
                 Vec<T> acc[NJ][MR][1];
                 step.carry<MR, NJ>(acc, b, u);
+                step.end_at_cuts<MR, NJ>(acc, b, u);
                 for (int j = 0; j < NJ; j++) step.arrive(acc[j][0], MR, b, (u + j) * L);
             }
         };
@@ -292,12 +316,15 @@ private:
             template <int MR, int NJ>
             void tile(int64_t b, int64_t u) const {
                 const Sizes& z = step.z;
-                T* dh_0 = static_cast<T*>(step.w.f_.dh_0) + step.d * z.batch * z.output();
+                T* dh_0 = static_cast<T*>(step.w.f_.dh_0);
                 Vec<T> acc[NJ][MR][1];
                 step.carry<MR, NJ>(acc, b, u);
+                step.end_at_cuts<MR, NJ>(acc, b, u);
+                if (!dh_0) return;
                 for (int j = 0; j < NJ; j++)
                     for (int r = 0; r < MR; r++)
-                        store_n(acc[j][r][0], dh_0 + (b + r) * z.output() + (u + j) * L, min(L, z.output() - (u + j) * L));
+                        store_n(acc[j][r][0], dh_0 + (step.d * z.batch + b + r) * z.output() + (u + j) * L,
+                                min(L, z.output() - (u + j) * L));
             }
         };
 
@@ -338,7 +365,8 @@ private:
                 const T* row = w.saved_row(d, row0 + b) + unit;
                 for (int i = 0; i < C::kSaved; i++) saved[i] = Vec<T>::load(row + i * hp);
             }
-            if constexpr (C::kUsesPrevious) h_previous = load_n(w.previous_row(d, s, b) + unit, lanes);
+            const bool is_cut = cut.has(b);
+            if constexpr (C::kUsesPrevious) h_previous = load_n(w.previous_row(d, s, b, is_cut) + unit, lanes);
             if constexpr (C::kUsesOutput)
                 h = load_n(in(w.f_.y) + (row0 + b) * z.directions * z.hidden + d * z.hidden + unit, lanes);
             T* dc_row = nullptr;
@@ -346,10 +374,7 @@ private:
                 dc_row = w.dc_ + (d * z.batch + b) * hp + unit;
                 dc = Vec<T>::load(dc_row);
                 if (w.f_.dcells) dc = dc + load_n(in(w.f_.dcells) + ((row0 + b) * z.directions + d) * z.hidden + unit, lanes);
-                if (b < w.steps_.rows(d, s - 1))
-                    c_previous = Vec<T>::load(w.cell_row(d, w.steps_.first_row(d, s - 1) + b) + unit);
-                else if (w.f_.c_0)
-                    c_previous = load_n(in(w.f_.c_0) + (d * z.batch + b) * z.hidden + unit, lanes);
+                if (const T* c = w.previous_cell(d, s, b, is_cut)) c_previous = load_n(c + unit, lanes);
             }
             if constexpr (C::kProjects) {
                 if (unprojected) C::output(saved).store(unprojected + b * hp + unit);
@@ -357,7 +382,21 @@ private:
             const Vec<T> direct = C::backward(dh_t, dc, saved, h_previous, c_previous, h, da);
             for (int i = 0; i < R; i++) da[i].store(grads + b * w.row_ + i * hp + unit);
             if constexpr (C::kUsesPrevious) direct.store(w.direct_ + (d * z.batch + b) * w.op_ + unit);
-            if constexpr (C::kHasCell) dc.store(dc_row);
+            if constexpr (C::kHasCell) {
+                if (is_cut) dc = end_at_cut(dc, w.f_.dcut_c, b, unit, z.hidden);
+                dc.store(dc_row);
+            }
+        }
+
+        // What a row sends back where it was cut is added to the gradient of the state there, dcut [D, B, width] or null, and
+        // goes no further: returns the zero that does.
+        Vec<T> end_at_cut(Vec<T> sent, void* dcut, int64_t b, int64_t unit, int64_t width) const {
+            if (dcut) {
+                T* sum = static_cast<T*>(dcut) + (d * z.batch + b) * width + unit;
+                const int64_t lanes = min(L, width - unit);
+                store_n(load_n(sum, lanes) + sent, sum, lanes);
+            }
+            return Vec<T>(0);
         }
     };
 
@@ -383,9 +422,11 @@ private:
         }
         if (dw.ih) weight_gradient(grads, true, {in(f_.x) + row0 * I, I, I, nullptr}, n, dw.ih, first, team);
         if (dw.hh) {
-            for (int64_t s = s0; s < s1; s++)
+            for (int64_t s = s0; s < s1; s++) {
+                const CutRows cut = steps_.cut(d, s);
                 for (int64_t b = 0; b < steps_.rows(d, s); b++)
-                    table_[steps_.first_row(d, s) - row0 + b] = previous_row(d, s, b);
+                    table_[steps_.first_row(d, s) - row0 + b] = previous_row(d, s, b, cut.has(b));
+            }
             weight_gradient(grads, false, {nullptr, 0, O, table_}, n, dw.hh, first, team);
         }
         bias_gradients(grads, n, dw, first, team);

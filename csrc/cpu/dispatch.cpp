@@ -5,7 +5,7 @@
 #include <new>
 
 #include "engine.h"
-#include "segments.h"
+#include "lengths.h"
 #include "threads.h"
 
 namespace ostinato {
@@ -136,7 +136,7 @@ const Kernel& kernel_of(Cell cell, Dtype dtype) {
     return active().table->kernels[static_cast<int>(cell)][static_cast<int>(dtype)];
 }
 
-// Runs a call that has no cuts.
+// Runs a call that has no lengths.
 void run(Cell cell, Dtype dtype, const Forward& call, int threads) {
     const Kernel& kernel = kernel_of(cell, dtype);
     Team team(members_for(cell, call.sizes, threads), has_long_tasks(cell, call.sizes, threads));
@@ -152,18 +152,14 @@ void run(Cell cell, Dtype dtype, const Backward& call, int threads) {
 }
 
 template <class Call>
-void run_segments(Cell cell, Dtype dtype, const Call& call, int threads) {
-    const Segments segments(dtype, call.sizes, call.cuts);
-    const Scratch<1> scratch(segments.packed(call, nullptr).bytes);
-    const Call packed = segments.packed(call, scratch.get()).call;
-    segments.gather(call, packed, threads);
-    run(cell, dtype, packed, threads);
-    segments.scatter(call, packed, threads);
-}
-
-template <class Call>
 void run_any(Cell cell, Dtype dtype, const Call& call, int threads) {
-    call.cuts.any() ? run_segments(cell, dtype, call, threads) : run(cell, dtype, call, threads);
+    if (!call.cuts.lengths) return run(cell, dtype, call, threads);
+    const ByLength rows(dtype, call.sizes, call.cuts.lengths);
+    const Scratch<1> scratch(rows.packed(call, nullptr).bytes);
+    Call packed = rows.packed(call, scratch.get()).call;
+    rows.gather(call, packed, threads);
+    run(cell, dtype, packed, threads);
+    rows.scatter(call, packed, threads);
 }
 
 template <class Call>

@@ -47,8 +47,6 @@ struct Cuts {
     const int64_t* lengths = nullptr;  // [B] steps of each row of a padded batch; null: T
     const uint8_t* resets = nullptr;  // [N], as x: whether a row begins anew before this step; null: never
     const void *h = nullptr, *c = nullptr;  // [D, B, O], [D, B, H]
-
-    bool any() const { return lengths || resets; }
 };
 
 // Arrays belong to the caller and are of one type. `reserve` is opaque: forward fills reserve_bytes() of it if it

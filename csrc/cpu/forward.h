@@ -22,7 +22,7 @@ public:
         : f_(call),
           size_(call.sizes),
           arena_(scratch),
-          steps_(call.sizes, arena_),
+          steps_(call.sizes, call.cuts, arena_),
           shares_(call.sizes, members, work(), work() * sizeof(T), max_tile_rows<G>()),
           relay_(ceil_div(ceil_div(call.sizes.hidden, L), kGroup), arena_) {
         const int64_t D = size_.directions, B = size_.batch, O = size_.output(), H = size_.hidden;
@@ -284,6 +284,7 @@ private:
     struct Step {
         const ForwardWalk& w;
         int64_t d, s, row0;
+        CutRows cut;
         T* gx;               // [rows, G * Hp] of this step, from row gx_first on
         int64_t gx_first;
         T *y, *c, *reserve;  // y: [rows, ld_y]; c: [B, Hp]; reserve: [rows, values * Hp] or null
@@ -295,7 +296,13 @@ private:
         int64_t first_block = 0;
 
         Step(const ForwardWalk& walk, int64_t direction, int64_t step, T* gates_x, int64_t first, int member)
-            : w(walk), d(direction), s(step), row0(walk.steps_.first_row(d, s)), gx(gates_x), gx_first(first) {
+            : w(walk),
+              d(direction),
+              s(step),
+              row0(walk.steps_.first_row(d, s)),
+              cut(walk.steps_.cut(d, s)),
+              gx(gates_x),
+              gx_first(first) {
             const Sizes& z = w.size_;
             ld_y = z.directions * z.output();
             y = static_cast<T*>(w.f_.y) + row0 * ld_y + d * z.output();
@@ -307,15 +314,20 @@ private:
             panels = w.panels_ + d * w.blocks_ * w.panel_;
         }
 
-        // Finds the previous state of the rows [b0, b1): a row of y, of h_0, or zeros.
+        // Finds the previous state of the rows [b0, b1): a row of y, of h_0, of cuts.h, or zeros.
         void begin(int64_t b0, int64_t b1) const {
             const Sizes& z = w.size_;
             const int64_t continuing = w.steps_.rows(d, s - 1);
             const T* y_before =
                 continuing ? static_cast<const T*>(w.f_.y) + w.steps_.first_row(d, s - 1) * ld_y + d * z.output() : nullptr;
-            const T* h_0 = static_cast<const T*>(w.f_.h_0);
-            for (int64_t b = b0; b < b1; b++)
-                previous[b] = b < continuing ? y_before + b * ld_y : h_0 ? h_0 + (d * z.batch + b) * z.output() : w.zeros_;
+            for (int64_t b = b0; b < b1; b++) {
+                const bool is_cut = cut.has(b);
+                const T* start = w.weight(is_cut ? w.f_.cuts.h : w.f_.h_0);
+                if (b < continuing && !is_cut)
+                    previous[b] = y_before + b * ld_y;
+                else
+                    previous[b] = start ? start + (d * z.batch + b) * z.output() : w.zeros_;
+            }
         }
 
         void units(int64_t b0, int64_t b1, int64_t u0, int64_t u1) const { walk_tiles<G>(*this, b0, b1, u0, u1); }
@@ -408,7 +420,7 @@ private:
                 for (int g = 0; g < G; g++) gates[g] = sums[g] + Vec<T>::load(g < C::kJoint ? in + g * hp : apart);
                 if constexpr (C::kJoint < G) x = Vec<T>::load(in + C::kJoint * hp);
                 if constexpr (C::kUsesPrevious) h = load_n(previous[b + r] + unit, n);
-                if constexpr (C::kHasCell) cell = Vec<T>::load(c + (b + r) * hp + unit);
+                if constexpr (C::kHasCell) cell = previous_cell(b + r, unit, n);
                 h = C::forward(gates, x, h, cell, gates_too ? saved : nullptr);
                 if constexpr (C::kHasCell) {
                     cell.store(c + (b + r) * hp + unit);
@@ -427,6 +439,12 @@ private:
             if (kept && unit + L >= w.size_.hidden)
                 for (int64_t i = 0; i < rows * values; i++)
                     for (int64_t j = unit + L; j < hp; j += L) Vec<T>(0).store(reserve + (b * values + i) * hp + j);
+        }
+
+        OSTINATO_INLINE Vec<T> previous_cell(int64_t b, int64_t unit, int64_t lanes) const {
+            if (!cut.has(b)) return Vec<T>::load(c + b * w.hp_ + unit);
+            const int64_t H = w.size_.hidden;
+            return w.f_.cuts.c ? load_n(w.weight(w.f_.cuts.c) + (d * w.size_.batch + b) * H + unit, lanes) : Vec<T>(0);
         }
 
         void project(int64_t b0, int64_t b1) const {

@@ -48,7 +48,7 @@ private:
         float* wide;
         int64_t count;
     };
-    static constexpr int kMost = 18;  // x, y, h_0, c_0, dy, dh_n, dc_n, dcells and two directions of five weights
+    static constexpr int kMost = 20;  // x, y, h_0, c_0, h and c of cuts, four gradients and two directions of five weights
     static constexpr int64_t kTask = 1 << 14;
 
     float* add(Copy (&copies)[kMost], int& used, void* narrow, int64_t count) {
@@ -124,8 +124,10 @@ public:
         wide.has_bfloat16_weights = S::kIsUpperHalf;
         wide.x = this->in(call.x, z.rows * z.input), wide.y = this->out(call.y, z.rows * z.directions * z.output());
         wide.h_0 = this->in(call.h_0, states * z.output()), wide.h_n = this->out(call.h_n, states * z.output());
+        wide.cuts.h = this->in(call.cuts.h, states * z.output());
         if (C::kHasCell) {
             wide.c_0 = this->in(call.c_0, states * z.hidden), wide.c_n = this->out(call.c_n, states * z.hidden);
+            wide.cuts.c = this->in(call.cuts.c, states * z.hidden);
             wide.cells = this->out(call.cells, z.rows * z.directions * z.hidden);
         }
         copy_weights(z, C::kGates, call.weights, wide.weights, [&](const void* p, int64_t n) { return this->in(p, n); });
@@ -145,9 +147,11 @@ public:
         wide.y = this->in(call.y, z.rows * width), wide.dy = this->in(call.dy, z.rows * width);
         wide.h_0 = this->in(call.h_0, states * z.output()), wide.dh_0 = this->out(call.dh_0, states * z.output());
         wide.dh_n = this->in(call.dh_n, states * z.output());
+        wide.cuts.h = this->in(call.cuts.h, states * z.output()), wide.dcut_h = this->out(call.dcut_h, states * z.output());
         if (C::kHasCell) {
             wide.c_0 = this->in(call.c_0, states * z.hidden), wide.dc_0 = this->out(call.dc_0, states * z.hidden);
             wide.dc_n = this->in(call.dc_n, states * z.hidden);
+            wide.cuts.c = this->in(call.cuts.c, states * z.hidden), wide.dcut_c = this->out(call.dcut_c, states * z.hidden);
             wide.dcells = this->in(call.dcells, z.rows * z.directions * z.hidden);
         }
         copy_weights(z, C::kGates, call.weights, wide.weights, [&](const void* p, int64_t n) { return this->in(p, n); });

@@ -3,7 +3,8 @@
 // A direction visits its steps in walk order s = 0..T-1; step s is time t(s), T-1-s for the reverse direction. At time t
 // the first rows_at(t) rows of the batch are active. Of these, the rows that were active at step s-1 continue from there;
 // the others begin at h_0. That one rule covers both directions of a packed batch: forward, rows only ever end; reverse,
-// rows only ever begin, each at its own last step.
+// rows only ever begin, each at its own last step. A row that is cut before step s (Cuts::resets) begins there at the state of
+// cuts, whether it was active or not.
 //
 // Who computes what. Rows are independent, so a batch is cut into row tiles and each member walks its tile through all
 // steps without a barrier. Where there are fewer rows than that is worth, the members walk together and share the unit
@@ -24,12 +25,22 @@ inline int64_t chunk_rows(const Sizes& sizes, int64_t bytes_per_row) {
     return max(sizes.batch, min(sizes.rows, kChunkBytes / bytes_per_row));
 }
 
-// The order of steps and where their rows lie. offsets: [T + 1], filled by the constructor.
+// Rows of a step that begin anew, of those that are active.
+struct CutRows {
+    const uint8_t* flags = nullptr;  // [rows]
+    int64_t rows = 0;
+
+    bool has(int64_t b) const { return b < rows && flags[b]; }
+};
+
+// The order of steps, where their rows lie and where these are cut. offsets: [T + 1], filled by fill().
 struct Steps {
     const Sizes& sizes;
+    const uint8_t* resets;
     int64_t* offsets;
 
-    Steps(const Sizes& s, Arena& arena) : sizes(s), offsets(arena.take<int64_t>(s.steps + 1)) {}
+    Steps(const Sizes& s, const Cuts& cuts, Arena& arena)
+        : sizes(s), resets(cuts.resets), offsets(arena.take<int64_t>(s.steps + 1)) {}
 
     void fill() const {
         offsets[0] = 0;
@@ -44,6 +55,11 @@ struct Steps {
     int64_t first_row(int64_t direction, int64_t s0, int64_t s1) const { return offsets[direction ? sizes.steps - s1 : s0]; }
     int64_t rows_between(int64_t direction, int64_t s0, int64_t s1) const {
         return direction ? offsets[sizes.steps - s0] - offsets[sizes.steps - s1] : offsets[s1] - offsets[s0];
+    }
+    // Which rows are cut before step s: between times t - 1 and t, where t is that of s or, in reverse, of s - 1.
+    CutRows cut(int64_t direction, int64_t s) const {
+        const int64_t t = s < 0 || s >= sizes.steps ? sizes.steps : time(direction, s) + direction;
+        return resets && t < sizes.steps ? CutRows{resets + offsets[t], at(t)} : CutRows{};
     }
 };
 

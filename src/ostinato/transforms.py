@@ -183,7 +183,7 @@ class _Layer(torch.autograd.Function):
         below = len(_transforms())
         is_stack = (
             any(dim is not None for dim in dims[_WEIGHTS:])
-            # What a call with cuts keeps is in the order of its segments.
+            # What a call with lengths keeps is in the order of these; resets go the same way.
             or (plan.keep and is_cut)
             # Each element is to have a gradient of its own, of weights as well.
             or any(plan.gradients[below + 1 :])

@@ -1,4 +1,4 @@
-"""Cuts of rows (csrc/cpu/segments.cpp) by addresses: every piece against a run of its own.
+"""Cuts of rows by addresses (csrc/cpu/lengths.cpp and both walks): every piece against one alone.
 
 tests/test_cuts.py holds the operator to the reference. Here arrays stand between guard zones, and
 the sanitizers look on.
