@@ -1,6 +1,7 @@
 """From rows of gpu.py to the goals, a table and pictures.
 
 Usage: python benchmarks/gpu_report.py FILE.json DIR    draws a report again
+       python benchmarks/gpu_report.py FILE.json --choose    lets the library choose by these rows
 """
 
 from __future__ import annotations
@@ -333,8 +334,56 @@ def write(found: dict[str, Any], folder: Path) -> None:
     draw(found, forms, "bf16", ("packed", "bidirectional", "2-layer"))
 
 
+# What the library chooses by (src/ostinato/cuda/choice.py).
+MEASURED = Path(__file__).parents[1] / "src" / "ostinato" / "cuda" / "measured.json"
+MODES = {"RNN": "rnn_tanh", "GRU": "gru", "LSTM": "lstm"}
+# Rows of fewer steps show what a call costs, not a step.
+USUAL_STEPS = 32
+
+
+def measured(found: dict[str, Any]) -> list[Row]:
+    """Turn a run's rows into what the library chooses by: the lower quartile of torch.nn / ours.
+
+    A row that failed for ours chooses torch.nn; one that failed for torch.nn says nothing.
+    """
+    rows = []
+    for row in found["rows"]:
+        if row["form"] == "2-layer" or row["steps"] < USUAL_STEPS:
+            continue
+        if "ratio" not in row and OURS not in row["failed"]:
+            continue
+        rows.append(
+            {
+                "cell": MODES[row["cell"]],
+                "math": row["precision"],
+                "hidden": row["hidden"],
+                "batch": row["batch"],
+                "form": row["form"],
+                "is_training": row["kind"] == "training",
+                "ratio": 0.0 if row["failed"] else round(row["ratio"][0], 3),
+            }
+        )
+    return rows
+
+
+def choose(found: dict[str, Any], path: Path = MEASURED) -> None:
+    """Let the library choose by a run, on devices of that name."""
+    everywhere = json.loads(path.read_text())
+    everywhere[found["device"]] = measured(found)
+    lines = ",\n".join(
+        f"  {json.dumps(device)}: [\n"
+        + ",\n".join(f"    {json.dumps(row)}" for row in rows)
+        + "\n  ]"
+        for device, rows in sorted(everywhere.items())
+    )
+    path.write_text(f"{{\n{lines}\n}}\n")
+
+
 if __name__ == "__main__":
-    source, target = map(Path, sys.argv[1:])
-    again = json.loads(source.read_text())
-    write(again, target)
-    print(summary(again))
+    source, target = sys.argv[1:]
+    again = json.loads(Path(source).read_text())
+    if target == "--choose":
+        choose(again)
+    else:
+        write(again, Path(target))
+        print(summary(again))

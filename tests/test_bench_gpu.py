@@ -358,6 +358,34 @@ def test_what_is_written_is_read_again(tmp_path):
     assert gpu_report.stem(found) == "gpu-some-gpu-9000-torch-nn-alone-quick"
 
 
+def test_the_library_chooses_by_the_rows_of_a_run(tmp_path):
+    from ostinato.cuda import choice
+
+    def row(batch, ratio=None, **changes):
+        case = GpuCase("GRU", "bf16", False, "padded", batch, 256)
+        found = case.sizes() | {"failed": {}}
+        return found | ({} if ratio is None else {"ratio": [ratio, ratio + 1, ratio + 2]}) | changes
+
+    rows = [
+        row(1, 1.5),
+        row(16, 0.9),
+        row(64, failed={gpu_report.OURS: "wrong numbers"}),
+        row(8, failed={gpu_report.PEER: "out of memory"}),
+        row(256, 3.0, form="2-layer"),
+        row(2, 3.0, steps=gpu_cases.SHORT),
+    ]
+    path = tmp_path / "measured.json"
+    path.write_text('{"another": []}')
+    gpu_report.choose({"device": "this", "rows": rows}, path)
+    found = json.loads(path.read_text())
+    assert found["another"] == []
+    assert [(r["batch"], r["ratio"]) for r in found["this"]] == [(1, 1.5), (16, 0.9), (64, 0.0)]
+    question = choice.Question("gru", "bf16", 256, 1, "padded", False)
+    assert choice.answer(found["this"], question)[0]
+    assert not choice.answer(found["this"], question._replace(batch=16))[0]
+    assert not choice.answer(found["this"], question._replace(batch=64))[0]
+
+
 def test_tables_and_pictures(tmp_path):
     pytest.importorskip("matplotlib")
     found = synthetic()

@@ -1,4 +1,4 @@
-// The entry of one instantiation. Its arguments are addresses and 64-bit numbers, in the order of src/ostinato/cuda/config.py.
+// The entry of one instantiation. Its arguments are addresses and 64-bit numbers, in the order of src/ostinato/cuda/sequence.py.
 #if OSTINATO_BACKWARD
 #include "backward.cuh"
 #else

@@ -91,6 +91,9 @@ def configs(
                 elif config.fragments * 4 > room:
                     room -= _READ_AHEAD
                 resident = min(max(room // 4, 0), config.fragments)
+                if resident < config.fragments:
+                    # Whole steps in k, which the compiler allocates better.
+                    resident -= resident % _width(config)
                 config = config._replace(resident=resident)
                 if room >= 0 and config.shared_bytes <= device.shared_bytes:
                     yield config
@@ -120,6 +123,13 @@ def _pairs(config: Config) -> int:
     return -(-GROUP_ROWS * config.units // 2 // config.threads)
 
 
+def _width(config: Config) -> int:
+    """Fragments of a warp for one step in k."""
+    if config.is_backward:
+        return config.padded // 16 * config.slices // config.warps
+    return GATES[config.cell]
+
+
 def _held(config: Config) -> int:
     """Weights that a thread keeps in registers, without tensor cores."""
     gates = GATES[config.cell]
@@ -133,11 +143,12 @@ def overhead(config: Config) -> int:
     gates, pairs, words = GATES[config.cell], _pairs(config), MATHS[config.math].bytes // 2
     if not MATHS[config.math].depth:
         return 130
-    gather = 20 if config.exchange == "grid" else 0
+    # Gathering; exact activations; a lone gate, for which the compiler reads far ahead.
+    more = (20 if config.is_backward else 10) * (config.exchange == "grid")
+    more += 16 * (config.math != "bf16") + 64 * (gates == 1 and not config.is_backward)
     if config.is_backward:
-        tiles = config.padded // 16 * config.slices // config.warps
-        return 80 + gather + 5 * tiles + 8 * gates + 8 * words + 20 * words * (pairs - 1)
-    return 72 + gather + 8 * words + 6 * gates * words + 8 * words * (pairs - 1)
+        return 80 + more + 4 * _width(config) + 8 * gates + 8 * words + 20 * words * (pairs - 1)
+    return 72 + more + 8 * words + 6 * gates * words + 8 * words * (pairs - 1)
 
 
 def cycles(config: Config, batch: int, directions: int, device: Device) -> float | None:
