@@ -60,7 +60,7 @@ def plan(
         The configuration whose modelled time is shortest.
 
     Example:
-        >>> found = plan("gru", "bf16", 128, 16, 1, False, H200)
+        >>> found = plan("gru", "bf16", 64, 16, 1, False, H200)
         >>> found.exchange, found.rows
         ('block', 8)
     """
