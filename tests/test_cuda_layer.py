@@ -192,13 +192,18 @@ def test_tf32_follows_torchs_switch_for_recurrent_layers():
         torch.backends.cudnn.rnn.fp32_precision = before
 
 
-def test_products_have_the_walks_precision_and_leave_torchs_switch():
+@pytest.mark.parametrize("outside", ["none", "tf32", "ieee"])
+def test_products_have_the_walks_precision_and_leave_torchs_switch(outside):
     matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32
-    for math, wanted in (("tf32", True), ("fp32", False), ("bf16", before)):
-        with sequence.products_in(math):
-            assert matmul.allow_tf32 == wanted
-        assert matmul.allow_tf32 == before
+    before = matmul.fp32_precision
+    matmul.fp32_precision = outside
+    try:
+        for math, wanted in (("tf32", "tf32"), ("fp32", "ieee"), ("bf16", outside)):
+            with sequence.products_in(math):
+                assert matmul.fp32_precision == wanted
+            assert matmul.fp32_precision == outside
+    finally:
+        matmul.fp32_precision = before
 
 
 def test_explain_names_the_cpu_engine():

@@ -298,14 +298,19 @@ def products_in(math: str) -> Iterator[None]:
     otherwise, and back as soon as these products are on their way.
     """
     matmul = torch.backends.cuda.matmul
-    wanted = {"tf32": True, "fp32": False}.get(math)
-    if wanted is None or matmul.allow_tf32 == wanted:
+    # From torch 2.9 on the first name is there, and reading the second fails where a program has
+    # turned the first.
+    name = "allow_tf32"
+    values: dict[str, object] = {"tf32": True, "fp32": False}
+    if hasattr(matmul, "fp32_precision"):
+        name, values = "fp32_precision", {"tf32": "tf32", "fp32": "ieee"}
+    if math not in values or getattr(matmul, name) == values[math]:
         yield
         return
     with _precision:
-        before = matmul.allow_tf32
-        matmul.allow_tf32 = wanted
+        before = getattr(matmul, name)
+        setattr(matmul, name, values[math])
         try:
             yield
         finally:
-            matmul.allow_tf32 = before
+            setattr(matmul, name, before)
