@@ -33,6 +33,14 @@ CASES = [
 ]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    """Keep the cubins out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.mark.parametrize(("cell", "math", "hidden", "batch", "arch"), CASES)
 def test_no_kernel_spills(cell, math, hidden, batch, arch):
     device = ARCHITECTURES[arch]
