@@ -11,6 +11,7 @@ import tempfile
 
 import torch
 
+from ostinato import ops
 from ostinato.call import Call, check
 from ostinato.cuda import sequence
 from ostinato.engine import GATES
@@ -133,3 +134,18 @@ def backward(config, call, grads, output, reserve, schedule=0):
     wanted = [tensor is not None for tensor in call.tensors()]
     launch = launcher(schedule)
     return sequence.backward(call, check(call), config, launch, grads, output, reserve, wanted)
+
+
+def cut_layer(call):
+    """Run a call by `ops.cut_layer`; return what there is of its results, c at every step too."""
+    results = ops.cut_layer(
+        *(call.cell, call.input, call.batch_sizes, call.h_0, call.c_0, call.weights),
+        has_biases=call.has_biases,
+        bidirectional=call.bidirectional,
+        lengths=call.lengths,
+        resets=call.resets,
+        reset_h=call.reset_h,
+        reset_c=call.reset_c,
+        all_c=call.cell == "lstm",
+    )
+    return [result for result in results if result is not None]

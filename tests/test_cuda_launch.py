@@ -67,10 +67,6 @@ class Machine:
         )
         kernel = SimpleNamespace(
             handle="handle",
-            occupancy=SimpleNamespace(
-                max_active_clusters=self.record("active clusters", 17),
-                max_active_blocks_per_multiprocessor=self.record("active blocks", 2),
-            ),
         )
         self.core = SimpleNamespace(
             Device=lambda index: SimpleNamespace(set_current=self.record(f"bind {index}", None)),
@@ -129,7 +125,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(launch, "_driver_version", lambda: (13, 0))
     monkeypatch.setattr(launch, "_loaded", {})
     monkeypatch.setattr(launch, "_threads", threading.local())
-    for name in ("_launch_config", "_stream_object", "active_clusters"):
+    for name in ("_launch_config", "_stream_object"):
         uncached = getattr(launch, name).__wrapped__
         monkeypatch.setattr(launch, name, functools.lru_cache(uncached))
     monkeypatch.setattr(compiler, "cuda_error", lambda: Refusal)
@@ -140,11 +136,6 @@ def machine(monkeypatch):
         torch.cuda,
         "current_stream",
         lambda index: SimpleNamespace(cuda_stream=machine.streams[index]),
-    )
-    monkeypatch.setattr(
-        torch.cuda,
-        "get_device_properties",
-        lambda index: SimpleNamespace(multi_processor_count=132),
     )
     return machine
 
@@ -332,17 +323,6 @@ def test_a_driver_that_refuses_a_launch(machine):
     assert machine.current == 0
 
 
-def test_active_clusters(machine):
-    loaded = launch.load(Config(), 1)
-    assert launch.active_clusters(loaded, 4) == 17
-    ((config, stream, device),) = machine.of("active clusters")
-    assert (config["grid"], config["cluster"], stream, device) == (1, 4, "stream 1", "on 1")
-    assert launch.active_clusters(loaded, 1) == 2 * 132
-    assert machine.of("active blocks") == [(256, 1000, "on 1")]
-    assert launch.active_clusters(loaded, 4) == 17
-    assert len(machine.of("active clusters")) == 1
-
-
 # ---- whether there is anything to launch with ----
 
 
@@ -411,7 +391,6 @@ def test_importing_ostinato_does_not_import_cuda_core():
 def test_cuda_core_has_what_is_asked_of_it():
     core = pytest.importorskip("cuda.core", reason="cuda-core is not installed")
     from cuda.bindings import driver
-    from cuda.core._module import KernelOccupancy
 
     config = core.LaunchConfig(grid=2, cluster=None, block=32, shmem_size=100, is_cooperative=False)
     assert (config.grid, config.cluster, config.block) == ((2, 1, 1), None, (32, 1, 1))
@@ -421,9 +400,6 @@ def test_cuda_core_has_what_is_asked_of_it():
         (core.ObjectCode, "get_kernel"),
         (core.Device, "set_current"),
         (core.Kernel, "handle"),
-        (core.Kernel, "occupancy"),
-        (KernelOccupancy, "max_active_clusters"),
-        (KernelOccupancy, "max_active_blocks_per_multiprocessor"),
         (core, "launch"),
         (driver, "cuDriverGetVersion"),
         *((driver, name) for name in vars(Machine().driver)),
@@ -484,8 +460,6 @@ def run_on_gpu(loaded, y, x):
 def test_a_kernel_runs(text, kind):
     config = KINDS[kind]
     loaded = on_gpu(config)
-    cluster = 1 if config.exchange == "grid" else config.blocks
-    assert launch.active_clusters(loaded, cluster) > 0
     x = torch.randn(4000, device="cuda")
     y = torch.zeros_like(x)
     run_on_gpu(loaded, y, x)

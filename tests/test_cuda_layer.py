@@ -127,20 +127,7 @@ def test_the_operators_of_cuda_tensors(kind):
     wanted = [t is not None for t in call.tensors()]
     with torch.no_grad():
         found = ops._layer_backward_cuda(*grads, output, reserve, wanted, *call)
-    results = ops.cut_layer(
-        call.cell,
-        call.input,
-        call.batch_sizes,
-        call.h_0,
-        call.c_0,
-        call.weights,
-        has_biases=True,
-        bidirectional=True,
-        resets=call.resets,
-        reset_h=call.reset_h,
-        reset_c=call.reset_c,
-        all_c=True,
-    )
+    results = tuple(emulation.cut_layer(call))
     torch.testing.assert_close((output, h_n, c_n, cells), results, rtol=2e-3, atol=2e-3)
     expected = torch.autograd.grad(results, leaves, grads)
     mine = [grad for grad, want in zip(found, wanted, strict=True) if want]
@@ -178,6 +165,17 @@ def test_who_runs_a_layer():
     assert not layer.decide(call._replace(lengths=torch.ones(5)), is_training=False).is_ours
 
 
+@pytest.mark.usefixtures("gpu")
+def test_one_step_runs_cudnn(monkeypatch):
+    row = {**ROW, "form": "bidirectional", "hidden": 16, "batch": 5, "ratio": 2.0}
+    monkeypatch.setattr(choice, "_measured", lambda: {"a stand-in": [row]})
+    call = emulation.draw("gru", 16, math="bf16")
+    assert layer.decide(call, is_training=False).is_ours
+    decision = layer.decide(call._replace(input=call.input[:1]), is_training=False)
+    assert not decision.is_ours
+    assert "one step" in decision.reason
+
+
 def test_tf32_follows_torchs_switch_for_recurrent_layers():
     assert layer.math_of(torch.bfloat16) == "bf16"
     assert layer.math_of(torch.float16) == "fp16"
@@ -208,6 +206,8 @@ def test_products_have_the_walks_precision_and_leave_torchs_switch(outside):
 
 def test_explain_names_the_cpu_engine():
     assert cuda.explain(nn.GRU(3, 4), torch.zeros(5, 2, 3)) == "the CPU engine"
+    wide = nn.GRU(3, 4, dtype=torch.complex64)
+    assert cuda.explain(wide, torch.zeros(5, 2, 3, dtype=torch.complex64)) == "the reference"
 
 
 @pytest.mark.usefixtures("gpu")
@@ -221,4 +221,4 @@ def test_explain_names_kernels(monkeypatch):
         assert "ostinato_backward in bf16" in text
         with torch.no_grad():
             assert "ostinato_backward" not in cuda.explain(gru, x)
-        assert "cells have no kernels" in cuda.explain(nn.GRUCell(32, 64), x[0])
+        assert "a cell is one step" in cuda.explain(nn.GRUCell(32, 64), x[0])

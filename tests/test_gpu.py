@@ -12,7 +12,7 @@ import torch
 from samples import SAMPLES, draw, gradients
 from test_cuda_kernels import EPS, KINDS, errors, widened
 
-from ostinato import cuda, nn, ops
+from ostinato import cuda, nn
 from ostinato.cuda import choice, layer
 from ostinato.gradients import reference_results
 
@@ -47,34 +47,12 @@ def on_gpu(call):
     return call._replace(weights=[move(w) for w in call.weights], resets=resets, **states)
 
 
-def run(call):
-    return [
-        result
-        for result in ops.cut_layer(
-            call.cell,
-            call.input,
-            call.batch_sizes,
-            call.h_0,
-            call.c_0,
-            call.weights,
-            has_biases=call.has_biases,
-            bidirectional=call.bidirectional,
-            lengths=call.lengths,
-            resets=call.resets,
-            reset_h=call.reset_h,
-            reset_c=call.reset_c,
-            all_c=call.cell == "lstm",
-        )
-        if result is not None
-    ]
-
-
 def compare(call, math):
     """Hold every result and gradient of a call on the GPU to the reference."""
     eps = EPS[math]
     mine = on_gpu(call)
     assert layer.decide(mine, is_training=True).is_ours
-    results = run(mine)
+    results = emulation.cut_layer(mine)
     wide = widened(call)
     expected = [r for r in reference_results(wide, call.cell == "lstm") if r is not None]
     seeds = [torch.randn(r.shape).to(call.input.dtype) for r in expected]

@@ -41,8 +41,8 @@ struct Weights {
 };
 
 // What cuts rows into segments, each a sequence of its own in both directions: a row's end, and steps before which it begins
-// anew. A segment that begins so starts from h and c (zeros where null), any other from h_0 and c_0; h_n and c_n are the states
-// at the end of a direction's last segment. A row of no steps passes its states on.
+// anew. Where a direction's walk enters a segment over such a cut, it starts from h and c (zeros where null), otherwise from h_0
+// and c_0; h_n and c_n are the states at the end of its last segment. A row of no steps passes its states on.
 struct Cuts {
     const int64_t* lengths = nullptr;  // [B] steps of each row of a padded batch; null: T
     const uint8_t* resets = nullptr;  // [N], as x: whether a row begins anew before this step; null: never

@@ -176,9 +176,6 @@ struct BackwardWalk {
         bool is_active;
     };
 
-    OSTINATO_DEVICE static int pair_of(int e) { return thread_index() + e * kThreads; }
-    OSTINATO_DEVICE static bool is_mine(int pair) { return kGroupPairs % kThreads == 0 || pair < kGroupPairs; }
-
     OSTINATO_DEVICE auto& sums_of(int n, int group) {
         if constexpr (kExchange == Exchange::kGrid) return shared.sums[0];
         return shared.sums[n % kBuffers * kGroups + group];
@@ -266,10 +263,6 @@ struct BackwardWalk {
                 sum.a += sums[source][place][unit], sum.b += sums[source][place][unit + 1];
         }
         return sum;
-    }
-
-    OSTINATO_DEVICE void keep(float (&values)[kUnits], int unit, Pair pair) {
-        values[unit] = pair.a, values[unit + 1] = pair.b;
     }
 
     // The state that begins a piece of a row gets its gradient.
@@ -430,15 +423,7 @@ struct BackwardWalk {
     }
 
     OSTINATO_DEVICE void run() {
-        walk.fill(shared.rows, tile);
-        if constexpr (kExchange == Exchange::kCluster) {
-            if (thread_index() == 0) {
-                for (int i = 0; i < 2 * kGroups; i++) transaction_init(&shared.arrived[i / kGroups][i % kGroups]);
-                transaction_publish();
-            }
-        }
-        block_barrier();  // orders the rows
-        walk.count_steps(shared.rows);
+        open(shared, walk, tile);
         Product product;
         begin();
         product.load(shared.weights, static_cast<const Element*>(call.weight_hh), rank);

@@ -158,9 +158,6 @@ struct ForwardWalk {
         bool is_active;
     };
 
-    OSTINATO_DEVICE static int pair_of(int e) { return thread_index() + e * kThreads; }
-    OSTINATO_DEVICE static bool is_mine(int pair) { return kGroupPairs % kThreads == 0 || pair < kGroupPairs; }
-
     OSTINATO_DEVICE Operand (&state_of(int s, int group)) [kGroupRows][kPadded + kRowPad<Math>] {
         if constexpr (kExchange == Exchange::kGrid) return shared.state[0];
         return shared.state[s % kBuffers * kGroups + group];
@@ -248,10 +245,6 @@ struct ForwardWalk {
         if (row.index < 0) return {0, 0};
         const auto* from = static_cast<const Element*>(by_reset ? resets : states);
         return load_pair(state_row(from, walk, row.index), rank * kUnits + unit);
-    }
-
-    OSTINATO_DEVICE void keep(float (&values)[kUnits], int unit, Pair pair) {
-        values[unit] = pair.a, values[unit + 1] = pair.b;
     }
 
     // States and biases; the own part of the first state goes to every block.
@@ -377,18 +370,12 @@ struct ForwardWalk {
     }
 
     OSTINATO_DEVICE void run() {
-        walk.fill(shared.rows, tile);
+        open(shared, walk, tile);
         if constexpr (kExchange == Exchange::kCluster) {
-            if (thread_index() == 0) {
-                for (int i = 0; i < 2 * kGroups; i++) transaction_init(&shared.arrived[i / kGroups][i % kGroups]);
-                transaction_publish();
+            if (thread_index() == 0)
                 for (int group = 0; group < kGroups; group++) expect(0, group);
-            }
+            cluster_barrier();  // every block's barriers stand before anybody pushes
         }
-        block_barrier();  // orders the rows
-        walk.count_steps(shared.rows);
-        // Every block's barriers stand before anybody pushes.
-        if constexpr (kExchange == Exchange::kCluster) cluster_barrier();
         typename Shared::Product product;
         begin();
         product.load(shared.weights, static_cast<const Element*>(call.weight_hh), rank);

@@ -71,6 +71,26 @@ struct Walk {
     }
 };
 
+// Opens a walk: the rows of the tile, its steps, and barriers that nobody has used.
+template <class Shared>
+OSTINATO_DEVICE void open(Shared& shared, Walk& walk, int tile) {
+    walk.fill(shared.rows, tile);
+    if constexpr (kExchange == Exchange::kCluster) {
+        if (thread_index() == 0) {
+            for (int i = 0; i < kBuffers * kGroups; i++) transaction_init(&shared.arrived[i / kGroups][i % kGroups]);
+            transaction_publish();
+        }
+    }
+    block_barrier();  // orders the rows
+    walk.count_steps(shared.rows);
+}
+
+// Which pairs of units of a group a thread's epilogue works on.
+OSTINATO_DEVICE int pair_of(int e) { return thread_index() + e * kThreads; }
+OSTINATO_DEVICE bool is_mine(int pair) { return kGroupPairs % kThreads == 0 || pair < kGroupPairs; }
+
+OSTINATO_DEVICE void keep(float (&values)[kUnits], int unit, Pair pair) { values[unit] = pair.a, values[unit + 1] = pair.b; }
+
 // Row `index` of [D, B, H], or null.
 template <class T>
 OSTINATO_DEVICE T* state_row(T* states, const Walk& walk, int index) {

@@ -68,6 +68,11 @@ def is_ours(device: str, question: Question) -> tuple[bool, str]:
     return answer(rows, question)
 
 
+def is_forced() -> bool:
+    """Whether one or the other is asked for, whatever was measured."""
+    return _forced.get() is not None
+
+
 def is_known(device: str) -> bool:
     """Whether our kernels were run on such a device, or are asked for.
 

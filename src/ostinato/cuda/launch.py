@@ -229,30 +229,6 @@ def launch(
             ) from error
 
 
-@functools.lru_cache(maxsize=1024)
-def active_clusters(loaded: Loaded, cluster: int) -> int:
-    """Ask how many clusters of a kernel its device runs at once.
-
-    Args:
-        loaded: the kernel.
-        cluster: blocks of a cluster; with 1 the answer counts blocks.
-
-    Returns:
-        The number; 0 if the device cannot run even one.
-    """
-    index = loaded.device_index
-    with torch.cuda.device(index):
-        _bind(index)
-        occupancy = loaded.kernel.occupancy
-        if cluster == 1:
-            threads, shared_bytes = loaded.config.threads, loaded.config.shared_bytes
-            blocks: int = occupancy.max_active_blocks_per_multiprocessor(threads, shared_bytes)
-            return blocks * torch.cuda.get_device_properties(index).multi_processor_count
-        config = _launch_config(threading.get_ident(), loaded, 1, cluster)
-        clusters: int = occupancy.max_active_clusters(config, stream=_stream(index, None))
-        return clusters
-
-
 # Making one asks the driver about the device. Each thread has its own, because cuda-core writes
 # into it at a launch, and reads from there without the interpreter's lock.
 @functools.lru_cache(maxsize=1024)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ostinato.call import Call, check
+from ostinato.call import DTYPES, Call, check
 from ostinato.cuda import choice, cudnn, launch, sequence
 from ostinato.cuda.config import Config
 from ostinato.cuda.plan import Device, plan
@@ -86,6 +86,7 @@ def decide(call: Call, *, is_training: bool, all_c: bool = False) -> Decision:
         _form(call),
         is_training,
         call.is_cut or all_c,
+        (input.shape[0] if call.batch_sizes is None else len(call.batch_sizes)) == 1,
         input.device.index or 0,
     )
     return decision
@@ -111,6 +112,7 @@ def _decide(
     form: str,
     is_training: bool,
     is_beyond_cudnn: bool,
+    is_one_step: bool,
     index: int,
 ) -> Decision:
     if not launch.available():
@@ -120,6 +122,8 @@ def _decide(
         if plan(cell, math, hidden, batch, 1 + bidirectional, is_backward, device) is None:
             walk = "backward" if is_backward else "forward"
             return Decision(False, f"no {walk} kernel of this size fits the device")
+    if is_one_step and not choice.is_forced():
+        return Decision(False, "one step reads its weights once, wherever they are kept")
     question = choice.Question(cell, math, hidden, batch, form, is_training)
     name = torch.cuda.get_device_name(index)
     found, reason = choice.is_ours(name, question)
@@ -230,14 +234,14 @@ def _launcher(call: Call) -> sequence.Launch:
     return run
 
 
-def explain(layer: Any, x: Any, hx: Any = None, **options: Any) -> str:
+def explain(layer: Any, x: Any, *, lengths: Any = None, resets: Any = None) -> str:
     """Say which kernel a layer's call would run, and why.
 
     Args:
         layer: one of the six modules.
         x: its input, a tensor or a PackedSequence.
-        hx: as in the module's call.
-        **options: likewise: lengths, resets.
+        lengths: as in the module's call.
+        resets: likewise.
 
     Returns:
         A line for each layer that differs from the one before.
@@ -249,12 +253,12 @@ def explain(layer: Any, x: Any, hx: Any = None, **options: Any) -> str:
     """
     data = x if isinstance(x, Tensor) else x.data
     if not _is_cuda(data):
-        return "the CPU engine" if data.device.type == "cpu" else "the reference"
-    weights = [p for p in layer.parameters() if p.dim() > 0]
+        has_engine = data.device.type == "cpu" and data.dtype in DTYPES
+        return "the CPU engine" if has_engine else "the reference"
     if not isinstance(layer, torch.nn.RNNBase):
-        return "cuDNN's per-step kernels, by torch: cells have no kernels of ours"
+        return "torch's operator (cuDNN): a cell is one step, which reads its weights once"
     is_training = torch.is_grad_enabled() and (
-        data.requires_grad or any(weight.requires_grad for weight in weights)
+        data.requires_grad or any(weight.requires_grad for weight in layer.parameters())
     )
     batch = data.shape[0 if layer.batch_first else 1] if data is x and x.dim() == 3 else 1
     sizes = None if data is x else x.batch_sizes
@@ -276,8 +280,8 @@ def explain(layer: Any, x: Any, hx: Any = None, **options: Any) -> str:
             layer.bias,
             layer.bidirectional,
             False,
-            options.get("lengths"),
-            options.get("resets"),
+            lengths,
+            resets,
         )
         decision = decide(call, is_training=is_training)
         line = f"{_name(call, decision, is_training)}: {decision.reason}"
