@@ -7,7 +7,7 @@ import torch
 from ostinato import cuda, nn, ops
 from ostinato.call import check
 from ostinato.cuda import choice, launch, layer, sequence
-from ostinato.cuda.plan import A100, H200, Device, configs, cycles, plan
+from ostinato.cuda.plan import A100, H200, Device, at_once, configs, cycles, plan
 
 ROW = {"cell": "gru", "math": "bf16", "form": "padded", "is_training": False}
 ROWS = [
@@ -82,20 +82,25 @@ def test_every_plan_fits_its_device(device, math, cell, is_backward):
             assert config.shared_bytes <= device.shared_bytes
             assert config.padded >= hidden
             assert config.threads <= 1024
+            assert 0 <= config.resident <= config.fragments
             assert config.exchange != "cluster" or device.has_clusters
-            cost = cycles(config, 64, 2, device)
-            needed = config.tiles(64) * 2 * config.blocks
-            assert (cost is None) == (config.exchange == "grid" and needed > device.processors)
+            if config.exchange == "grid":
+                assert at_once(config, device) * config.blocks <= device.processors
+            few, many = (cycles(config, batch, 2, device) for batch in (1, 1000))
+            assert 0 < few <= many
 
 
 def test_sizes_that_a_plan_serves():
     for hidden in (64, 128, 160, 192, 256, 512, 768, 1024, 2048):
         for cell in ("rnn_tanh", "gru", "lstm"):
             for is_backward in (False, True):
-                found = plan(cell, "bf16", hidden, 16, 1, is_backward, H200)
-                assert (found is None) == ((cell, hidden) == ("lstm", 2048))
+                for math in ("bf16", "fp16", "tf32", "fp32"):
+                    found = plan(cell, math, hidden, 16, 1, is_backward, H200)
+                    # Weights of 4 bytes are larger than all multiprocessors together can hold.
+                    too_large = hidden == 2048 and math in ("tf32", "fp32") and cell != "rnn_tanh"
+                    assert (found is None) == too_large
     assert plan("gru", "bf16", 4096, 16, 1, False, H200) is None
-    assert plan("gru", "bf16", 2048, 4096, 1, False, H200) is None
+    assert plan("gru", "bf16", 2048, 4096, 2, False, H200) is not None
     assert plan("gru", "bf16", 64, 16, 1, False, Device(0, 0, False)) is None
 
 

@@ -1,9 +1,11 @@
 """What the compiler makes of the GPU engine: registers, shared memory and spills, within a budget.
 
-Every plan of a range of layers is compiled for the architecture that it is for, and the report is
-printed (`pytest -s`). No GPU takes part. A kernel may not spill: a spilled weight would be read
-from memory at every step.
+Every plan of every layer that `make bench-gpu` measures is compiled for the architecture that it is
+for, and the report is printed (`pytest -s`). No GPU takes part. A kernel may not spill: a spilled
+weight would be read from memory at every step.
 """
+
+import concurrent.futures
 
 import pytest
 
@@ -12,25 +14,26 @@ from ostinato.cuda.plan import A100, H200, plan
 
 pytest.importorskip("cuda.core", reason="cuda-core is not installed")
 
-# Sixteen tiles of sums to a warp: three words spill however few weights are held.
-SPILLS = {("gru", "bf16", 2048, True): 16}
 ARCHITECTURES = {"sm_90a": H200, "sm_80": A100}
-# A cell and precision at sizes that take every exchange, with few rows and with many.
-LAYERS = [
-    (cell, math, hidden, batch)
-    for cell, math in (("gru", "bf16"), ("lstm", "fp16"), ("gru", "tf32"), ("rnn_tanh", "bf16"))
-    for hidden in (64, 128, 256, 512, 768, 1024, 2048)
-    for batch in (16, 256)
-] + [(cell, "fp32", hidden, 16) for cell in ("gru", "lstm") for hidden in (64, 128, 256)]
+CELLS = ("rnn_tanh", "gru", "lstm")
+MATHS = ("bf16", "fp16", "tf32", "fp32")
+# The benchmark's sizes, and one that no power of two divides.
+SIZES = (64, 112, 128, 160, 192, 256, 512, 768, 1024, 2048)
+# Rows and directions of few and of many tiles.
+WALKS = ((1, 1), (16, 2), (64, 1), (256, 2))
 
 
-# Many rows only where clusters are: the report would double.
-CASES = [
-    (*layer, arch)
-    for layer in LAYERS
-    for arch in ARCHITECTURES
-    if arch != "sm_80" or layer[3] == 16
-]
+def plans(cell, math, hidden, arch):
+    """Every kernel that some batch, direction and walk of a layer would run."""
+    # Few rows only where there are no clusters: the report would double.
+    found = {}
+    for batch, directions in WALKS if arch == "sm_90a" else WALKS[1:2]:
+        for is_backward in (False, True):
+            device = ARCHITECTURES[arch]
+            config = plan(cell, math, hidden, batch, directions, is_backward, device)
+            if config is not None:
+                found.setdefault(config, []).append(batch)
+    return found
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -41,24 +44,24 @@ def cache(tmp_path_factory):
         yield
 
 
-@pytest.mark.parametrize(("cell", "math", "hidden", "batch", "arch"), CASES)
-def test_no_kernel_spills(cell, math, hidden, batch, arch):
-    device = ARCHITECTURES[arch]
-    for is_backward in (False, True):
-        config = plan(cell, math, hidden, batch, 1, is_backward, device)
-        if config is None:
-            # What is not served is said in docs/architecture.md.
-            assert math != "bf16" or arch != "sm_90a" or (hidden == 2048 and batch == 256)
-            continue
-        found = compiler.compile(config, arch)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("hidden", SIZES)
+@pytest.mark.parametrize("math", MATHS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_no_kernel_spills(cell, math, hidden, arch):
+    # What is not served is said in docs/architecture.md, and held by test_cuda_layer.py.
+    configs = plans(cell, math, hidden, arch)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        compiled = list(pool.map(lambda config: compiler.compile(config, arch), configs))
+    for (config, batches), found in zip(configs.items(), compiled, strict=True):
         print(
-            f"\n{arch} {cell} {math} H{hidden} B{batch} {'backward' if is_backward else 'forward'}:"
-            f" {config.exchange} of {config.blocks} x {config.units} units, {config.warps} warps,"
-            f" {config.rows} rows: {found.registers} registers, {config.shared_bytes} bytes shared,"
-            f" {config.resident} of {config.fragments} fragments held, {found.spill_stores} spills",
+            f"\n{arch} {cell} {math} H{hidden} B{','.join(map(str, batches))} "
+            f"{'backward' if config.is_backward else 'forward'}: {config.exchange} of "
+            f"{config.blocks} x {config.units} units, {config.warps} warps, {config.rows} rows: "
+            f"{found.registers} registers, {config.shared_bytes} bytes shared, "
+            f"{config.resident} of {config.fragments} fragments held, {found.spill_stores} spills",
             end="",
         )
-        allowed = SPILLS.get((cell, math, hidden, is_backward), 0)
-        assert max(found.spill_stores, found.spill_loads, found.stack_bytes) <= allowed
+        assert max(found.spill_stores, found.spill_loads, found.stack_bytes) == 0
         assert found.registers * config.threads <= 65_536
-        assert config.shared_bytes <= device.shared_bytes
+        assert config.shared_bytes <= ARCHITECTURES[arch].shared_bytes

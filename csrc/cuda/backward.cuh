@@ -25,19 +25,21 @@ struct Backward {
     void* dgates;  // [D, N, kGrads * H], slots as position_of has them
     void *dh_0, *dc_0;  // [D, B, H]; where rows begin anew, a row may have no part in them: zeros beforehand
     float *dreset_h, *dreset_c;  // [D, B, H], zeros beforehand; what belongs to the states of resets is added
-    u32* exchange;  // with Exchange::kGrid [D, tiles, groups, 2, kBlocks, sources, 8, kUnits], zeros
+    void* exchange;  // with Exchange::kGrid words [walks of a launch, groups, 2, kBlocks, sources, 8, kUnits], zeros
 };
 
 // ---- gate gradients times weight_hh ----
 
-// On tensor cores: a warp computes tiles of 16 units of the previous state over a slice of k, the own units of all gates.
+// On tensor cores: a warp computes tiles of 16 units of the previous state over a slice of k, the own units of all gates. Few tiles
+// at once leave registers to the weights, and what is done with goes to others meanwhile.
 template <class Cell, class Math, bool kOnTensorCores = (Math::kDepth > 0)>
 struct BackwardProduct {
     static constexpr int kDepth = Cell::kGates * kUnits, kTiles = kPadded / 16, kSlices = largest(kWarps / kTiles, 1);
     static constexpr int kTilesEach = kTiles * kSlices / kWarps, kSteps = kDepth / largest(Math::kDepth, 1) / kSlices;
     static constexpr int kCount = kTilesEach * kSteps;
+    static constexpr int kAtOnce = divisor_within(4, kTilesEach), kChains = chains_of(kAtOnce, kSteps);
     static_assert(kTilesEach * kWarps == kTiles * kSlices && kSteps * kSlices * Math::kDepth == kDepth, "warps share evenly");
-    using Held = Fragments<Math, kCount>;
+    using Held = Fragments<kCount>;
     using Operand = typename Math::Operand;
     Held fragments;
     int first_tile, slice;
@@ -45,92 +47,95 @@ struct BackwardProduct {
     OSTINATO_DEVICE void load(Fragment* shared, const typename Math::Element* weight, int rank) {
         const int warp = thread_index() / 32;
         slice = warp % kSlices, first_tile = warp / kSlices * kTilesEach;
-        fragments.load(
-            shared,
-            [&](int i, int& row, int& k) {
-                row = (first_tile + i % kTilesEach) * 16;
-                k = (slice * kSteps + i / kTilesEach) * Math::kDepth;
-            },
-            [&](int row, int k) {
-                const auto read = [&](int unit) {
-                    const bool is_there = rank * kUnits + unit % kUnits < kHidden && row < kHidden;
-                    const int at = (unit / kUnits * kHidden + rank * kUnits + unit % kUnits) * kHidden + row;
-                    return to_operand<Math>(is_there ? widen(weight[at]) : 0.0f);
-                };
-                if constexpr (Math::kDepth == 8)
-                    return word_of(read(k));
-                else
-                    return join(word_of(read(k)), word_of(read(k + 1)));
-            });
+        const auto word = [&](int row, int k) {
+            const auto read = [&](int unit) {
+                const bool is_there = rank * kUnits + unit % kUnits < kHidden && row < kHidden;
+                const int at = (unit / kUnits * kHidden + rank * kUnits + unit % kUnits) * kHidden + row;
+                return to_operand<Math>(is_there ? widen(weight[at]) : 0.0f);
+            };
+            if constexpr (Math::kDepth == 8)
+                return word_of(read(k));
+            else
+                return join(word_of(read(k)), word_of(read(k + 1)));
+        };
+        fragments.load(shared, [&](int i, u32(&words)[4]) {
+            const int tile = first_tile + i / (kAtOnce * kSteps) * kAtOnce + i % kAtOnce;
+            read_tile<Math>(words, tile * 16, (slice * kSteps + i / kAtOnce % kSteps) * Math::kDepth, word);
+        });
     }
 
-    // emit(slice, unit, row, pair) gets the sums of units `unit` and `unit` + 1 of a row.
+    // emit(slice, tile, unit, row, pair) gets the sums of units `unit` and `unit` + 1, of 16, of a tile and a row.
     template <class Emit>
     OSTINATO_DEVICE void multiply(const Fragment* shared, const Operand (&grads)[kGroupRows][kDepth + kRowPad<Math>],
                                   Emit emit) const {
-        float sum[kTilesEach][4] = {};
-        OSTINATO_UNROLL
-        for (int k = 0; k < kSteps; k++) {
-            u32 b0, b1;
-            if (k % kStepsAhead == 0) schedule_barrier();
-            read_rows<Math>(grads[0], kDepth + kRowPad<Math>, (slice * kSteps + k) * Math::kDepth, b0, b1);
-            OSTINATO_UNROLL
-            for (int i = 0; i < kTilesEach; i++) fragments.multiply(shared, k * kTilesEach + i, sum[i], b0, b1);
-        }
         // A thread has one unit of two rows, and changes one of them for its neighbour's unit of the other.
         const int lane = thread_index() % 32, is_odd = lane / 4 % 2;
         OSTINATO_UNROLL
-        for (int i = 0; i < kTilesEach; i++) {
+        for (int first = 0; first < kTilesEach; first += kAtOnce) {
+            float sum[kAtOnce][kChains][4] = {};
             OSTINATO_UNROLL
+            for (int k = 0; k < kSteps; k++) {
+                u32 b0, b1;
+                if (k % steps_ahead(kAtOnce) == 0) schedule_barrier();
+                read_rows<Math>(grads[0], kDepth + kRowPad<Math>, (slice * kSteps + k) * Math::kDepth, b0, b1);
+                OSTINATO_UNROLL
+                for (int i = 0; i < kAtOnce; i++)
+                    ostinato::multiply<Math>(fragments, shared, first * kSteps + k * kAtOnce + i, sum[i][k % kChains], b0, b1);
+            }
+            OSTINATO_UNROLL
+            for (int i = 0; i < kAtOnce; i++) OSTINATO_UNROLL
             for (int half = 0; half < 2; half++) {
-                const float a = sum[i][2 * half], b = sum[i][2 * half + 1], other = shuffle_xor(is_odd ? a : b, 4);
-                const int unit = (first_tile + i) * 16 + half * 8 + lane / 4 - is_odd;
-                emit(slice, unit, lane % 4 * 2 + is_odd, is_odd ? Pair{other, b} : Pair{a, other});
+                const float a = total(sum[i], 2 * half), b = total(sum[i], 2 * half + 1);
+                const float other = shuffle_xor(is_odd ? a : b, 4);
+                const int unit = half * 8 + lane / 4 - is_odd;
+                emit(slice, first_tile + first + i, unit, lane % 4 * 2 + is_odd, is_odd ? Pair{other, b} : Pair{a, other});
             }
         }
     }
 };
 
-// By fused multiply-adds: a thread computes one unit of the previous state over a slice of k, in ascending k.
+// By fused multiply-adds: a thread computes every kStride-th unit of the previous state over a slice of k, in ascending k. A fragment
+// has four k of a unit.
 template <class Cell, class Math>
 struct BackwardProduct<Cell, Math, false> {
-    static constexpr int kDepth = Cell::kGates * kUnits, kSlices = kThreads / kPadded, kSteps = kDepth / largest(kSlices, 1);
-    static_assert(kExchange != Exchange::kGrid || Math::kDepth, "a float has no spare bits for a mark");
-    static_assert(kSlices * kPadded == kThreads && kSteps * kSlices == kDepth && kSteps % 4 == 0, "threads share evenly");
-    struct Held {
-        static constexpr int kShared = 0;
-    };
-    float weights[kSteps];
+    static constexpr int kDepth = Cell::kGates * kUnits, kSlices = largest(kThreads / kPadded, 1);
+    static constexpr int kUnitsEach = kPadded * kSlices / kThreads, kStride = kThreads / kSlices, kSteps = kDepth / kSlices;
+    static_assert(kSteps * kSlices == kDepth && kSteps % 4 == 0 && kUnitsEach * kThreads == kPadded * kSlices &&
+                      kStride * kSlices == kThreads && kStride % 16 == 0,
+                  "threads share the product evenly");
+    using Product = RowProduct<kUnitsEach, kSteps / 4>;
+    using Held = typename Product::Held;
+    Product product;
     int unit, slice;
 
-    OSTINATO_DEVICE void load(Fragment*, const float* weight, int rank) {
-        unit = thread_index() % kPadded, slice = thread_index() / kPadded;
-        OSTINATO_UNROLL
-        for (int i = 0; i < kSteps; i++) {
-            const int k = slice * kSteps + i, from = rank * kUnits + k % kUnits;
-            weights[i] = from < kHidden && unit < kHidden
-                             ? weight[static_cast<i64>(k / kUnits * kHidden + from) * kHidden + unit]
-                             : 0.0f;
-        }
+    OSTINATO_DEVICE void load(Fragment* shared, const float* weight, int rank) {
+        unit = thread_index() % kStride, slice = thread_index() / kStride;
+        product.fragments.load(shared, [&](int i, u32(&words)[4]) {
+            const int to = unit + i % kUnitsEach * kStride;
+            OSTINATO_UNROLL
+            for (int j = 0; j < 4; j++) {
+                const int k = slice * kSteps + i / kUnitsEach * 4 + j, from = rank * kUnits + k % kUnits;
+                const i64 at = static_cast<i64>(k / kUnits * kHidden + from) * kHidden + to;
+                words[j] = from < kHidden && to < kHidden ? bits_of(weight[at]) : 0u;
+            }
+        });
     }
 
     template <class Emit>
-    OSTINATO_DEVICE void multiply(const Fragment*, const float (&grads)[kGroupRows][kDepth + kRowPad<Math>], Emit emit) const {
-        OSTINATO_UNROLL
-        for (int row = 0; row < kGroupRows; row += 2) {
-            schedule_barrier();  // all rows at once would take more registers than there are
-            float sum[2] = {};
-            OSTINATO_UNROLL
-            for (int i = 0; i < kSteps; i += 4) OSTINATO_UNROLL
-            for (int j = 0; j < 2; j++) {
-                const Fragment four = *reinterpret_cast<const Fragment*>(&grads[row + j][slice * kSteps + i]);
+    OSTINATO_DEVICE void multiply(const Fragment* shared, const float (&grads)[kGroupRows][kDepth + kRowPad<Math>],
+                                  Emit emit) const {
+        const int is_odd = unit % 2;
+        product.multiply(
+            shared, [&](int row, int k) { return &grads[row][slice * kSteps + k]; },
+            [&](int first, const auto& sum) {
                 OSTINATO_UNROLL
-                for (int k = 0; k < 4; k++) sum[j] = fused(weights[i + k], float_of(four.words[k]), sum[j]);
-            }
-            const int is_odd = unit % 2;
-            const float other = shuffle_xor(is_odd ? sum[0] : sum[1], 1);
-            emit(slice, unit - is_odd, row + is_odd, is_odd ? Pair{other, sum[1]} : Pair{sum[0], other});
-        }
+                for (int row = 0; row < Product::kAtOnce; row += 2) OSTINATO_UNROLL
+                for (int i = 0; i < kUnitsEach; i++) {
+                    const float a = sum[row][i], b = sum[row + 1][i], other = shuffle_xor(is_odd ? a : b, 1);
+                    const int tile = unit / 16 + i * (kStride / 16);
+                    emit(slice, tile, unit % 16 - is_odd, first + row + is_odd, is_odd ? Pair{other, b} : Pair{a, other});
+                }
+            });
     }
 };
 
@@ -140,8 +145,10 @@ template <class Cell, class Math>
 struct BackwardShared {
     using Product = BackwardProduct<Cell, Math>;
     // Of dL/dh: from every block's slices, or what a thread of the gathering has added up.
-    static constexpr int kQuads = kGroupRows * kUnits / 4;
-    static constexpr int kParts = kThreads / kQuads < kBlocks ? largest(kThreads / kQuads, 1) : kBlocks;
+    using Words = Marked<float, Math::kDepth == 0>;
+    static constexpr int kReads = kGroupRows * kUnits / kPerRead<typename Words::Word>;
+    static constexpr int kParts = kThreads / kReads < kBlocks ? largest(kThreads / kReads, 1) : kBlocks;
+    static_assert(kExchange != Exchange::kGrid || kThreads >= kReads, "a thread for each read of a source");
     static constexpr int kSources = kExchange == Exchange::kGrid ? kParts : kBlocks * Product::kSlices;
     static constexpr int kSums = kExchange == Exchange::kGrid ? 1 : kBuffers * kGroups;
     typename Math::Operand grads[kHalves][kGroupRows][Product::kDepth + kRowPad<Math>];
@@ -162,12 +169,15 @@ struct BackwardWalk {
     using Value = Real<Math::kIsFast>;
     using Shared = BackwardShared<Cell, Math>;
     using Product = typename Shared::Product;
+    using Words = typename Shared::Words;
+    using Word = typename Words::Word;
     static constexpr int kGates = Cell::kGates;
 
     const Backward& call;
     Shared& shared;
     Walk walk;
-    int rank, tile;
+    int rank;
+    Task task;
 
     struct Inputs {
         Raw<Element> dy, dcells, saved[largest(Cell::kSaved, 1)], previous_h, previous_c, h;
@@ -181,19 +191,18 @@ struct BackwardWalk {
         return shared.sums[n % kBuffers * kGroups + group];
     }
     // The words for a block of what arrives before step n.
-    OSTINATO_DEVICE u32* words_of(int n, int group, int block) const {
-        const i64 tiles = (walk.batch.batch + kRows - 1) / kRows;
-        const i64 place = ((walk.direction * tiles + tile) * kGroups + group) * 2 + n % 2;
-        return call.exchange + (place * kBlocks + block) * kBlocks * Product::kSlices * kGroupRows * kUnits;
+    OSTINATO_DEVICE Word* words_of(int n, int group, int block) const {
+        const i64 at = ((static_cast<i64>(task.launched) * kGroups + group) * 2 + n % 2) * kBlocks + block;
+        return static_cast<Word*>(call.exchange) + at * kBlocks * Product::kSlices * kGroupRows * kUnits;
     }
 
-    // Hands a pair of sums to the block that owns these units, for step n.
-    OSTINATO_DEVICE void send(int n, int group, int slice, int unit, int row, Pair pair) {
-        const int to = unit / kUnits, own = unit % kUnits, source = rank * Product::kSlices + slice;
+    // Hands a pair of sums to the block that owns these units of a tile, for step n.
+    OSTINATO_DEVICE void send(int n, int group, int slice, int tile, int unit, int row, Pair pair) {
+        const int to = tile / (kUnits / 16), own = tile % (kUnits / 16) * 16 + unit, source = rank * Product::kSlices + slice;
         if constexpr (kExchange == Exchange::kGrid) {
             const u32 mark = mark_of(n);
-            u32* const words = words_of(n, group, to) + (source * kGroupRows + row) * kUnits + own;
-            store_shared_words(words, (bits_of(pair.a) & ~3u) | mark, (bits_of(pair.b) & ~3u) | mark);
+            Word* const words = words_of(n, group, to) + (source * kGroupRows + row) * kUnits + own;
+            store_shared_words(words, Words::join(pair.a, mark), Words::join(pair.b, mark));
         } else {
             auto* const place = reinterpret_cast<u64*>(&sums_of(n, group)[source][row][own]);
             const u64 both = join(bits_of(pair.a), bits_of(pair.b));
@@ -223,33 +232,29 @@ struct BackwardWalk {
         }
     }
 
-    // Adds up what all blocks have sent, each word as soon as it has its mark. A thread takes four units of every kParts-th source.
-    OSTINATO_DEVICE void gather(const u32* words, u32 mark) {
-        constexpr int kAtOnce = 4, kAll = kBlocks * Product::kSlices;
-        const int quad = thread_index() % Shared::kQuads, part = thread_index() / Shared::kQuads;
+    // Adds up what all blocks have sent, each word as soon as it has its mark. A thread takes the same units of every kParts-th
+    // source.
+    OSTINATO_DEVICE void gather(const Word* words, u32 mark) {
+        constexpr int kPer = kPerRead<Word>, kReads = Shared::kReads, kAll = kBlocks * Product::kSlices * kReads;
+        const int read = thread_index() % kReads, part = thread_index() / kReads, stride = Shared::kParts * kReads;
         if (part >= Shared::kParts) return;
-        float sum[4] = {};
-        for (int first = part; first < kAll; first += kAtOnce * Shared::kParts) {
-            u32 found[kAtOnce][4];
-            bool is_complete;
-            do {
-                is_complete = true;
-                OSTINATO_UNROLL
-                for (int i = 0; i < kAtOnce; i++) {
-                    const int source = first + i * Shared::kParts;
-                    if (source >= kAll) continue;
-                    load_shared_words(words + (source * Shared::kQuads + quad) * 4, found[i]);
-                    OSTINATO_UNROLL
-                    for (int j = 0; j < 4; j++) is_complete &= (found[i][j] & 3) == mark;
-                }
-            } while (!is_complete);
+        float sum[kPer] = {};
+        for (int first = part * kReads + read; first < kAll; first += kReadsAtOnce * stride) {
+            Word found[kReadsAtOnce][kPer];
+            await_words(words, mark, first, stride, kAll, found);
             OSTINATO_UNROLL
-            for (int i = 0; i < kAtOnce; i++) OSTINATO_UNROLL
-            for (int j = 0; j < 4; j++)
-                if (first + i * Shared::kParts < kAll) sum[j] += float_of(found[i][j] & ~3u);
+            for (int i = 0; i < kReadsAtOnce; i++) {
+                if (first + i * stride >= kAll) continue;
+                OSTINATO_UNROLL
+                for (int j = 0; j < kPer; j++) {
+                    float value;
+                    Words::split(found[i][j], value);
+                    sum[j] += value;
+                }
+            }
         }
         OSTINATO_UNROLL
-        for (int j = 0; j < 4; j++) shared.sums[0][part][quad * 4 / kUnits][quad * 4 % kUnits + j] = sum[j];
+        for (int j = 0; j < kPer; j++) shared.sums[0][part][read * kPer / kUnits][read * kPer % kUnits + j] = sum[j];
     }
 
     // dL/dh of a pair of units after step s, of what comes after it.
@@ -423,7 +428,7 @@ struct BackwardWalk {
     }
 
     OSTINATO_DEVICE void run() {
-        open(shared, walk, tile);
+        open(shared, walk, task.tile);
         Product product;
         begin();
         product.load(shared.weights, static_cast<const Element*>(call.weight_hh), rank);
@@ -441,8 +446,9 @@ struct BackwardWalk {
             for (int e = 0; e < kPairs; e++)
                 if (is_mine(pair_of(e))) step(n, group, inputs[e], pair_of(e), grads);
             block_barrier();  // orders the gate gradients
-            product.multiply(shared.weights, grads,
-                             [&](int slice, int unit, int row, Pair pair) { send(n + 1, group, slice, unit, row, pair); });
+            product.multiply(shared.weights, grads, [&](int slice, int tile, int unit, int row, Pair pair) {
+                send(n + 1, group, slice, tile, unit, row, pair);
+            });
         }
         if constexpr (kExchange == Exchange::kBlock) block_barrier();  // orders the last group's sums
         end();
@@ -452,12 +458,10 @@ struct BackwardWalk {
 };
 
 template <class Cell, class Math>
-OSTINATO_DEVICE void backward(const Backward& call) {
+OSTINATO_DEVICE void backward(const Backward& call, Task task) {
     auto& shared = shared_memory<BackwardShared<Cell, Math>>();
     static_assert(sizeof(shared) == OSTINATO_SHARED_BYTES, "shared memory as config.py has it");
-    BackwardWalk<Cell, Math>{call, shared, Walk{call.batch, direction_index(), 0}, block_index() % kBlocks,
-                             block_index() / kBlocks}
-        .run();
+    BackwardWalk<Cell, Math>{call, shared, Walk{call.batch, task.direction, 0}, block_index() % kBlocks, task}.run();
 }
 
 }  // namespace

@@ -44,7 +44,6 @@ namespace {
 
 OSTINATO_DEVICE int thread_index() { return threadIdx.x; }
 OSTINATO_DEVICE int block_index() { return blockIdx.x; }
-OSTINATO_DEVICE int direction_index() { return blockIdx.y; }
 
 template <class Shared>
 OSTINATO_DEVICE Shared& shared_memory() {
@@ -176,15 +175,21 @@ OSTINATO_DEVICE u64 load(const u64* p) {
 }
 OSTINATO_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-// Words that other blocks write and read while the kernel runs: past the first cache level, whole, in no order.
+// Words that other blocks write and read while the kernel runs: past the first cache level, each word whole, in no order.
 OSTINATO_DEVICE void load_shared_words(const u32* p, u32 (&words)[4]) {
     asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
                  : "l"(p)
                  : "memory");
 }
+OSTINATO_DEVICE void load_shared_words(const u64* p, u64 (&words)[2]) {
+    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(words[0]), "=l"(words[1]) : "l"(p) : "memory");
+}
 OSTINATO_DEVICE void store_shared_words(u32* p, u32 a, u32 b) {
     asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(a), "r"(b) : "memory");
+}
+OSTINATO_DEVICE void store_shared_words(u64* p, u64 a, u64 b) {
+    asm volatile("st.relaxed.gpu.global.v2.u64 [%0], {%1, %2};" ::"l"(p), "l"(a), "l"(b) : "memory");
 }
 
 OSTINATO_DEVICE float exponential(float x) { return expf(x); }

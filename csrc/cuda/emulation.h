@@ -46,7 +46,7 @@ struct Warp {
 };
 
 struct Gang {
-    int threads, blocks, tile, direction;
+    int threads, blocks, index;
     std::vector<Fiber> fibers;
     std::vector<std::vector<char>> shared;  // of each block
     std::vector<Meeting> block_meetings;
@@ -76,8 +76,7 @@ inline void meet(Meeting& meeting, int count, Last last) {
 }
 
 inline int thread_index() { return gang.current->thread; }
-inline int block_index() { return gang.tile * gang.blocks + gang.current->block; }
-inline int direction_index() { return gang.direction; }
+inline int block_index() { return gang.index * gang.blocks + gang.current->block; }
 
 template <class Shared>
 inline Shared& shared_memory() {
@@ -260,14 +259,21 @@ inline Word load(const Word* p) {
     return *p;
 }
 inline void prefetch(const void*) {}
-inline void load_shared_words(const u32* p, u32 (&words)[4]) {
-    if (reinterpret_cast<std::uintptr_t>(p) % 16) std::abort();
-    yield();  // so that somebody else may write
-    for (int i = 0; i < 4; i++) words[i] = p[i];
+// Others may write before words are read, and read between two that are written.
+template <class Word, size_t kCount>
+inline void load_shared_words(const Word* p, Word (&words)[kCount]) {
+    static_assert(sizeof words == 16);
+    if (reinterpret_cast<std::uintptr_t>(p) % sizeof words) std::abort();
+    yield();
+    for (size_t i = 0; i < kCount; i++) words[i] = p[i];
 }
-inline void store_shared_words(u32* p, u32 a, u32 b) {
-    if (reinterpret_cast<std::uintptr_t>(p) % 8) std::abort();
-    p[0] = a, p[1] = b;
+template <class Word>
+inline void store_shared_words(Word* p, Word a, Word b) {
+    if (reinterpret_cast<std::uintptr_t>(p) % (2 * sizeof(Word))) std::abort();
+    p[0] = a;
+    gang.progress++;
+    yield();
+    p[1] = b;
     gang.progress++;
 }
 
@@ -287,9 +293,9 @@ inline void run_fiber() {
 enum class Schedule { kAscending, kDescending, kRandom };
 
 // Runs the kernel on one gang. False if nobody can go on.
-inline bool run_gang(const std::function<void()>& kernel, int threads, int blocks, int tile, int direction, Schedule schedule) {
+inline bool run_gang(const std::function<void()>& kernel, int threads, int blocks, int index, Schedule schedule) {
     gang = Gang();
-    gang.threads = threads, gang.blocks = blocks, gang.tile = tile, gang.direction = direction, gang.kernel = kernel;
+    gang.threads = threads, gang.blocks = blocks, gang.index = index, gang.kernel = kernel;
     gang.shared.resize(static_cast<size_t>(blocks));
     gang.block_meetings.resize(static_cast<size_t>(blocks));
     gang.warps.resize(static_cast<size_t>(blocks * threads / 32));

@@ -22,7 +22,7 @@ struct Forward {
     void *h_n, *c_n;  // [D, B, H]
     void* reserve;  // [N, D, kSaved, H] for backward, or null
     void* cells;  // [N, D * H], c after every step, or null
-    u32* exchange;  // with Exchange::kGrid [D, tiles, groups, 2, 8, kPadded], zeros
+    void* exchange;  // with Exchange::kGrid words [walks of a launch, groups, 2, 8, kPadded], zeros
 };
 
 // ---- weight_hh times state ----
@@ -33,7 +33,8 @@ struct ForwardProduct {
     static constexpr int kTiles = kUnits / 16, kSlices = kWarps / kTiles, kSteps = kPadded / largest(Math::kDepth, 1) / kSlices;
     static constexpr int kCount = kSteps * Cell::kGates;
     static_assert(kTiles * kSlices == kWarps && kSteps * kSlices * Math::kDepth == kPadded, "warps share the product evenly");
-    using Held = Fragments<Math, kCount>;
+    static constexpr int kChains = chains_of(Cell::kGates, kSteps);
+    using Held = Fragments<kCount>;
     using Operand = typename Math::Operand;
     Held fragments;
     int tile, slice;
@@ -41,82 +42,74 @@ struct ForwardProduct {
     OSTINATO_DEVICE void load(Fragment* shared, const typename Math::Element* weight, int rank) {
         tile = thread_index() / 32 % kTiles, slice = thread_index() / 32 / kTiles;
         const int first = tile * 16, first_k = slice * kSteps * Math::kDepth;
-        fragments.load(
-            shared,
-            [&](int i, int& row, int& k) {
-                row = i % Cell::kGates * kUnits + first;
-                k = first_k + i / Cell::kGates * Math::kDepth;
-            },
-            [&](int row, int k) {
-                const int unit = rank * kUnits + row % kUnits;
-                if (unit >= kHidden) return 0u;
-                const auto* const from = weight + (row / kUnits * kHidden + unit) * kHidden;
-                if constexpr (Math::kDepth == 8)
-                    return k < kHidden ? bits_of(to_tf32(from[k])) : 0u;
-                else
-                    return two_words(load_units(from, k));
-            });
+        const auto word = [&](int row, int k) {
+            const int unit = rank * kUnits + row % kUnits;
+            if (unit >= kHidden) return 0u;
+            const auto* const from = weight + (row / kUnits * kHidden + unit) * kHidden;
+            if constexpr (Math::kDepth == 8)
+                return k < kHidden ? bits_of(to_tf32(from[k])) : 0u;
+            else
+                return two_words(load_units(from, k));
+        };
+        fragments.load(shared, [&](int i, u32(&words)[4]) {
+            read_tile<Math>(words, i % Cell::kGates * kUnits + first, first_k + i / Cell::kGates * Math::kDepth, word);
+        });
     }
 
     OSTINATO_DEVICE void multiply(const Fragment* shared, const Operand (&state)[kGroupRows][kPadded + kRowPad<Math>],
                                   float (&sums)[kSlices][Cell::kGates][kGroupRows][kUnits + 4]) const {
-        float sum[Cell::kGates][4] = {};
+        float sum[Cell::kGates][kChains][4] = {};
         OSTINATO_UNROLL
         for (int k = 0; k < kSteps; k++) {
             u32 b0, b1;
-            if (k % kStepsAhead == 0) schedule_barrier();
+            if (k % steps_ahead(Cell::kGates) == 0) schedule_barrier();
             read_rows<Math>(state[0], kPadded + kRowPad<Math>, (slice * kSteps + k) * Math::kDepth, b0, b1);
             OSTINATO_UNROLL
-            for (int g = 0; g < Cell::kGates; g++) fragments.multiply(shared, k * Cell::kGates + g, sum[g], b0, b1);
+            for (int g = 0; g < Cell::kGates; g++)
+                ostinato::multiply<Math>(fragments, shared, k * Cell::kGates + g, sum[g][k % kChains], b0, b1);
         }
         const int lane = thread_index() % 32, unit = tile * 16 + lane / 4, row = lane % 4 * 2;
         OSTINATO_UNROLL
         for (int g = 0; g < Cell::kGates; g++) OSTINATO_UNROLL
-        for (int i = 0; i < 4; i++) sums[slice][g][row + i % 2][unit + i / 2 * 8] = sum[g][i];
+        for (int i = 0; i < 4; i++) sums[slice][g][row + i % 2][unit + i / 2 * 8] = total(sum[g], i);
     }
 };
 
-// By fused multiply-adds: a thread computes every gate of one unit over a slice of k, in ascending k. Neighbouring threads
-// read the same state, so a read serves a warp.
+// By fused multiply-adds: a thread computes every gate of one unit over a slice of k, in ascending k. A fragment has four k of a
+// gate. Neighbouring threads read the same state, so a read serves a warp.
 template <class Cell, class Math>
 struct ForwardProduct<Cell, Math, false> {
-    static constexpr int kSlices = kThreads / kUnits, kSteps = kPadded / kSlices, kCount = 0;
-    static_assert(kExchange != Exchange::kGrid || Math::kDepth, "a float has no spare bits for a mark");
+    static constexpr int kGates = Cell::kGates;
+    static constexpr int kSlices = kThreads / kUnits, kSteps = kPadded / kSlices;
     static_assert(kSlices * kUnits == kThreads && kSteps * kSlices == kPadded && kSteps % 4 == 0,
                   "threads share the product evenly");
-    struct Held {
-        static constexpr int kShared = 0;
-    };
-    float weights[Cell::kGates][kSteps];
+    using Product = RowProduct<kGates, kSteps / 4>;
+    using Held = typename Product::Held;
+    Product product;
     int unit, slice;
 
-    OSTINATO_DEVICE void load(Fragment*, const float* weight, int rank) {
+    OSTINATO_DEVICE void load(Fragment* shared, const float* weight, int rank) {
         unit = thread_index() % kUnits, slice = thread_index() / kUnits;
         const int row = rank * kUnits + unit;
-        OSTINATO_UNROLL
-        for (int g = 0; g < Cell::kGates; g++) OSTINATO_UNROLL
-        for (int i = 0; i < kSteps; i++) {
-            const int k = slice * kSteps + i;
-            weights[g][i] = row < kHidden && k < kHidden ? weight[static_cast<i64>(g * kHidden + row) * kHidden + k] : 0.0f;
-        }
+        product.fragments.load(shared, [&](int i, u32(&words)[4]) {
+            const auto* const from = weight + static_cast<i64>(i % kGates * kHidden + row) * kHidden;
+            OSTINATO_UNROLL
+            for (int j = 0; j < 4; j++) {
+                const int k = slice * kSteps + i / kGates * 4 + j;
+                words[j] = row < kHidden && k < kHidden ? bits_of(from[k]) : 0u;
+            }
+        });
     }
 
-    OSTINATO_DEVICE void multiply(const Fragment*, const float (&state)[kGroupRows][kPadded + kRowPad<Math>],
-                                  float (&sums)[kSlices][Cell::kGates][kGroupRows][kUnits + 4]) const {
-        OSTINATO_UNROLL
-        for (int row = 0; row < kGroupRows; row++) {
-            schedule_barrier();  // all rows at once would take more registers than there are
-            float sum[Cell::kGates] = {};
-            OSTINATO_UNROLL
-            for (int i = 0; i < kSteps; i += 4) {
-                const Fragment four = *reinterpret_cast<const Fragment*>(&state[row][slice * kSteps + i]);
+    OSTINATO_DEVICE void multiply(const Fragment* shared, const float (&state)[kGroupRows][kPadded + kRowPad<Math>],
+                                  float (&sums)[kSlices][kGates][kGroupRows][kUnits + 4]) const {
+        product.multiply(
+            shared, [&](int row, int k) { return &state[row][slice * kSteps + k]; },
+            [&](int first, const auto& sum) {
                 OSTINATO_UNROLL
-                for (int j = 0; j < 4; j++) OSTINATO_UNROLL
-                for (int g = 0; g < Cell::kGates; g++) sum[g] = fused(weights[g][i + j], float_of(four.words[j]), sum[g]);
-            }
-            OSTINATO_UNROLL
-            for (int g = 0; g < Cell::kGates; g++) sums[slice][g][row][unit] = sum[g];
-        }
+                for (int row = 0; row < Product::kAtOnce; row++) OSTINATO_UNROLL
+                for (int g = 0; g < kGates; g++) sums[slice][g][first + row][unit] = sum[row][g];
+            });
     }
 };
 
@@ -127,7 +120,9 @@ struct ForwardShared {
     using Product = ForwardProduct<Cell, Math>;
     static constexpr int kStates = kExchange == Exchange::kGrid ? 1 : kBuffers * kGroups;
     typename Math::Operand state[kStates][kGroupRows][kPadded + kRowPad<Math>];
-    float sums[kHalves][Product::kSlices][Cell::kGates][kGroupRows][kUnits + 4];
+    // What gathers has a barrier between two groups.
+    static constexpr int kSums = kExchange == Exchange::kGrid ? 1 : kHalves;
+    float sums[kSums][Product::kSlices][Cell::kGates][kGroupRows][kUnits + 4];
     Fragment weights[largest(Product::Held::kShared, 0) * kThreads + 1];
     float bias[Cell::kGates + 1][kUnits];  // of the joint gates their sum; last that of the input product that stays apart
     float h[kRows][kUnits], c[Cell::kHasCell ? kRows : 1][kUnits];
@@ -143,12 +138,15 @@ struct ForwardWalk {
     using Operand = typename Math::Operand;
     using Value = Real<Math::kIsFast>;
     using Shared = ForwardShared<Cell, Math>;
+    using Words = Marked<Operand, Math::kDepth == 0>;
+    using Word = typename Words::Word;
     static constexpr int kGates = Cell::kGates;
 
     const Forward& call;
     Shared& shared;
     Walk walk;
-    int rank, tile;
+    int rank;
+    Task task;
 
     // What a pair of units needs of memory at one step.
     struct Inputs {
@@ -161,10 +159,9 @@ struct ForwardWalk {
     OSTINATO_DEVICE Operand (&state_of(int s, int group)) [kGroupRows][kPadded + kRowPad<Math>] {
         if constexpr (kExchange == Exchange::kGrid) return shared.state[0];
         return shared.state[s % kBuffers * kGroups + group];
-    } OSTINATO_DEVICE u32* words_of(int s, int group) const {
-        const i64 tiles = (walk.batch.batch + kRows - 1) / kRows;
-        const i64 place = ((walk.direction * tiles + tile) * kGroups + group) * 2 + s % 2;
-        return call.exchange + place * kGroupRows * kPadded;
+    } OSTINATO_DEVICE Word* words_of(int s, int group) const {
+        const i64 at = (static_cast<i64>(task.launched) * kGroups + group) * 2 + s % 2;
+        return static_cast<Word*>(call.exchange) + at * kGroupRows * kPadded;
     }
 
     // Hands two units of the own part of the state before step s to every block.
@@ -172,11 +169,8 @@ struct ForwardWalk {
         const int global = rank * kUnits + unit;
         const Operand a = to_operand<Math>(h.a), b = to_operand<Math>(h.b);
         if constexpr (kExchange == Exchange::kGrid) {
-            // A TF32 operand has 13 spare bits, one of 16 bits a half of the word.
-            constexpr int kShift = sizeof(Operand) == 2 ? 16 : 0;
             const u32 mark = mark_of(s);
-            store_shared_words(words_of(s, group) + row * kPadded + global, static_cast<u32>(word_of(a)) << kShift | mark,
-                               static_cast<u32>(word_of(b)) << kShift | mark);
+            store_shared_words(words_of(s, group) + row * kPadded + global, Words::join(a, mark), Words::join(b, mark));
         } else {
             using Two = typename WordsOf<Operand>::Two;
             auto* const place = reinterpret_cast<Two*>(&state_of(s, group)[row][global]);
@@ -210,33 +204,19 @@ struct ForwardWalk {
     }
 
     // Copies a group's state out of the words in global memory, each as soon as it has its mark.
-    OSTINATO_DEVICE void gather(const u32* words, u32 mark) {
-        constexpr int kQuads = kGroupRows * kPadded / 4, kAtOnce = 4;
+    OSTINATO_DEVICE void gather(const Word* words, u32 mark) {
+        constexpr int kPer = kPerRead<Word>, kReads = kGroupRows * kPadded / kPer;
         Operand* const state = shared.state[0][0];
-        for (int first = thread_index(); first < kQuads; first += kAtOnce * kThreads) {
-            u32 found[kAtOnce][4];
-            bool is_complete;
-            do {
-                is_complete = true;
-                OSTINATO_UNROLL
-                for (int i = 0; i < kAtOnce; i++) {
-                    const int quad = first + i * kThreads;
-                    if (quad >= kQuads) continue;
-                    load_shared_words(words + quad * 4, found[i]);
-                    OSTINATO_UNROLL
-                    for (int j = 0; j < 4; j++) is_complete &= (found[i][j] & 3) == mark;
-                }
-            } while (!is_complete);
+        for (int first = thread_index(); first < kReads; first += kReadsAtOnce * kThreads) {
+            Word found[kReadsAtOnce][kPer];
+            await_words(words, mark, first, kThreads, kReads, found);
             OSTINATO_UNROLL
-            for (int i = 0; i < kAtOnce; i++) {
-                const int quad = first + i * kThreads;
-                if (quad >= kQuads) continue;
-                Operand* const to = state + quad * 4 / kPadded * (kPadded + kRowPad<Math>)+quad * 4 % kPadded;
+            for (int i = 0; i < kReadsAtOnce; i++) {
+                const int at = (first + i * kThreads) * kPer;
+                if (at >= kReads * kPer) continue;
+                Operand* const to = state + at / kPadded * (kPadded + kRowPad<Math>)+at % kPadded;
                 OSTINATO_UNROLL
-                for (int j = 0; j < 4; j++) {
-                    using One = typename WordsOf<Operand>::One;
-                    from_word(static_cast<One>(sizeof(Operand) == 2 ? found[i][j] >> 16 : found[i][j] & ~3u), to[j]);
-                }
+                for (int j = 0; j < kPer; j++) Words::split(found[i][j], to[j]);
             }
         }
     }
@@ -370,7 +350,7 @@ struct ForwardWalk {
     }
 
     OSTINATO_DEVICE void run() {
-        open(shared, walk, tile);
+        open(shared, walk, task.tile);
         if constexpr (kExchange == Exchange::kCluster) {
             if (thread_index() == 0)
                 for (int group = 0; group < kGroups; group++) expect(0, group);
@@ -386,7 +366,7 @@ struct ForwardWalk {
             Inputs inputs[kPairs];
             load_inputs(s, group, inputs);
             await(s, group);
-            auto& sums = shared.sums[group % kHalves];
+            auto& sums = shared.sums[group % Shared::kSums];
             product.multiply(shared.weights, state_of(s, group), sums);
             block_barrier();  // orders the sums
             OSTINATO_UNROLL
@@ -400,12 +380,10 @@ struct ForwardWalk {
 };
 
 template <class Cell, class Math>
-OSTINATO_DEVICE void forward(const Forward& call) {
+OSTINATO_DEVICE void forward(const Forward& call, Task task) {
     auto& shared = shared_memory<ForwardShared<Cell, Math>>();
     static_assert(sizeof(shared) == OSTINATO_SHARED_BYTES, "shared memory as config.py has it");
-    ForwardWalk<Cell, Math>{call, shared, Walk{call.batch, direction_index(), 0}, block_index() % kBlocks,
-                            block_index() / kBlocks}
-        .run();
+    ForwardWalk<Cell, Math>{call, shared, Walk{call.batch, task.direction, 0}, block_index() % kBlocks, task}.run();
 }
 
 }  // namespace

@@ -138,55 +138,77 @@ OSTINATO_DEVICE void store_units(T* row, int u, Pair pair) {
     }
 }
 
-// ---- weights on tensor cores ----
+// ---- weights on the chip ----
 
 struct alignas(16) Fragment {
     u32 words[4];
 };
 
-// A thread's fragments of the left operand, rows of 16 by columns of kDepth. word(row, k) returns the operands of a word: that at
-// k or, of 16 bits, those at k and k + 1.
-template <class Math, int kCount>
+// A thread's share of the weights.
+template <int kCount>
 struct Fragments {
     static constexpr int kHeld = kCount < kResident ? kCount : kResident, kShared = kCount - kHeld;
     u32 held[largest(kHeld, 1)][4];
 
-    template <class Word>
-    static OSTINATO_DEVICE void read(u32 (&words)[4], int row, int k, Word word) {
-        const int lane = thread_index() % 32, width = Math::kDepth / 8;
-        OSTINATO_UNROLL
-        for (int i = 0; i < 4; i++) words[i] = word(row + lane / 4 + i % 2 * 8, k + lane % 4 * width + i / 2 * 4 * width);
-    }
-
-    // place(i, row, k) says where fragment i begins.
-    template <class Place, class Word>
-    OSTINATO_DEVICE void load(Fragment* shared, Place place, Word word) {
-        int row, k;
+    // fill(i, words) reads fragment i from memory.
+    template <class Fill>
+    OSTINATO_DEVICE void load(Fragment* shared, Fill fill) {
         OSTINATO_UNROLL
         for (int i = 0; i < kHeld; i++) {
-            place(i, row, k);
-            read(held[i], row, k, word);
+            fill(i, held[i]);
             // All loads at once would take more registers than the whole walk.
             if (i % 4 == 3) schedule_barrier();
         }
         OSTINATO_ROLLED
-        for (int i = kHeld; i < kCount; i++) {
-            place(i, row, k);
-            read(shared[(i - kHeld) * kThreads + thread_index()].words, row, k, word);
-        }
+        for (int i = kHeld; i < kCount; i++) fill(i, shared[(i - kHeld) * kThreads + thread_index()].words);
     }
 
-    // i is a constant after unrolling.
-    OSTINATO_DEVICE void multiply(const Fragment* shared, int i, float (&sums)[4], u32 b0, u32 b1) const {
-        if (i < kHeld) {
-            ostinato::multiply(typename Math::Operand(), sums, held[i < kHeld ? i : 0], b0, b1);
-        } else {
-            if ((i - kHeld) % 4 == 0) schedule_barrier();  // four on their way, or they would take all registers
-            const Fragment fragment = shared[(i - kHeld) * kThreads + thread_index()];
-            ostinato::multiply(typename Math::Operand(), sums, fragment.words, b0, b1);
-        }
+    static OSTINATO_DEVICE Fragment shared_at(const Fragment* shared, int i) {
+        return shared[(i - kHeld) * kThreads + thread_index()];
+    }
+    // Of those in registers; i is a constant after unrolling.
+    OSTINATO_DEVICE Fragment held_at(int i) const {
+        const u32(&words)[4] = held[i < kHeld ? i : 0];
+        return {{words[0], words[1], words[2], words[3]}};
     }
 };
+
+// ---- products on tensor cores ----
+
+// Fills a fragment of the left operand, rows of 16 by columns of kDepth from (row, k) on. word(row, k) returns the operands of a
+// word: that at k or, of 16 bits, those at k and k + 1.
+template <class Math, class Word>
+OSTINATO_DEVICE void read_tile(u32 (&words)[4], int row, int k, Word word) {
+    const int lane = thread_index() % 32, width = Math::kDepth / 8;
+    OSTINATO_UNROLL
+    for (int i = 0; i < 4; i++) words[i] = word(row + lane / 4 + i % 2 * 8, k + lane % 4 * width + i / 2 * 4 * width);
+}
+
+// sums += fragment i times the right operand; i is a constant after unrolling.
+template <class Math, int kCount>
+OSTINATO_DEVICE void multiply(const Fragments<kCount>& fragments, const Fragment* shared, int i, float (&sums)[4], u32 b0,
+                              u32 b1) {
+    using Operand = typename Math::Operand;
+    constexpr int kHeld = Fragments<kCount>::kHeld;
+    if (i < kHeld) {
+        multiply(Operand(), sums, fragments.held[i < kHeld ? i : 0], b0, b1);
+    } else {
+        if ((i - kHeld) % 4 == 0) schedule_barrier();  // four on their way, or they would take all registers
+        multiply(Operand(), sums, Fragments<kCount>::shared_at(shared, i).words, b0, b1);
+    }
+}
+
+// An instruction waits for the one before that adds to the same sums, so a warp that has few sums splits each over k.
+constexpr int chains_of(int sums, int steps) { return divisor_within(sums < 4 ? 4 / sums : 1, steps); }
+
+// The sums of all chains, in one order.
+template <int kChains>
+OSTINATO_DEVICE float total(const float (&sums)[kChains][4], int i) {
+    float sum = sums[0][i];
+    OSTINATO_UNROLL
+    for (int chain = 1; chain < kChains; chain++) sum += sums[chain][i];
+    return sum;
+}
 
 // The words of the right operand, eight rows of operands with this many to a row, that a thread holds of columns k to k + kDepth.
 template <class Math>
@@ -198,7 +220,54 @@ OSTINATO_DEVICE void read_rows(const typename Math::Operand* rows, int stride, i
 }
 
 // For how many steps in k the right operand is on its way at once: for all of them it would take all registers.
-constexpr int kStepsAhead = 8;
+constexpr int steps_ahead(int sums) { return sums < 3 ? 8 : 4; }
+
+// ---- products by fused multiply-adds ----
+
+// A thread's sums for each of eight rows, each over kFours times four k. A fragment has the weights of four k of a sum; those of the
+// same k lie beside each other.
+template <int kSums, int kFours>
+struct RowProduct {
+    using Held = Fragments<kSums * kFours>;
+    // A weight that is read from shared memory serves all rows; with all of them in registers, few sums leave the most.
+    static constexpr int kAtOnce = Held::kShared ? kGroupRows : 2, kFoursHeld = Held::kHeld / kSums;
+    static_assert(!Held::kShared || Held::kHeld % kSums == 0, "whole steps in registers");
+    Held fragments;
+
+    // place(row, k) is where four values of a row lie; done(first, sum) gets the sums of kAtOnce rows.
+    template <class Place, class Done>
+    OSTINATO_DEVICE void multiply(const Fragment* shared, Place place, Done done) const {
+        OSTINATO_UNROLL
+        for (int first = 0; first < kGroupRows; first += kAtOnce) {
+            schedule_barrier();  // all at once would take more registers than there are
+            float sum[kAtOnce][kSums] = {};
+            const auto add = [&](int four, const Fragment(&weights)[kSums]) {
+                OSTINATO_UNROLL
+                for (int row = 0; row < kAtOnce; row++) {
+                    const Fragment values = *reinterpret_cast<const Fragment*>(place(first + row, four * 4));
+                    OSTINATO_UNROLL
+                    for (int j = 0; j < 4; j++) OSTINATO_UNROLL
+                    for (int i = 0; i < kSums; i++)
+                        sum[row][i] = fused(float_of(weights[i].words[j]), float_of(values.words[j]), sum[row][i]);
+                }
+            };
+            Fragment weights[kSums];
+            OSTINATO_UNROLL
+            for (int four = 0; four < kFoursHeld; four++) {
+                OSTINATO_UNROLL
+                for (int i = 0; i < kSums; i++) weights[i] = fragments.held_at(four * kSums + i);
+                add(four, weights);
+            }
+            OSTINATO_ROLLED
+            for (int four = kFoursHeld; four < kFours; four++) {
+                OSTINATO_UNROLL
+                for (int i = 0; i < kSums; i++) weights[i] = Held::shared_at(shared, four * kSums + i);
+                add(four, weights);
+            }
+            done(first, sum);
+        }
+    }
+};
 
 // Operands after a row that keep the reads above free of bank conflicts.
 template <class Math>

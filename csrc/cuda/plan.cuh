@@ -40,11 +40,9 @@ constexpr int kBuffers = kExchange == Exchange::kCluster ? 2 : 1;
 constexpr int kGroupPairs = kGroupRows * kUnits / 2;
 constexpr int kPairs = (kGroupPairs + kThreads - 1) / kThreads;
 
-// The mark of a word that belongs to step s: never 0, which the memory holds first, and never that of step s - 2, whose word
-// lay in the same place.
-OSTINATO_DEVICE u32 mark_of(int s) { return 1 + static_cast<u32>(s / 2 % 3); }
-
 constexpr int largest(int a, int b) { return a > b ? a : b; }
+// The largest divisor of n that is not above the limit.
+constexpr int divisor_within(int limit, int n) { return n % limit == 0 ? limit : divisor_within(limit - 1, n); }
 
 }  // namespace
 }  // namespace ostinato

@@ -10,29 +10,33 @@ using namespace ostinato;
 #if OSTINATO_BACKWARD
 #define OSTINATO_ENTRY ostinato_backward
 OSTINATO_KERNEL OSTINATO_BOUNDS(kThreads)
-    ostinato_backward(i64 steps, i64 rows, i64 batch, i64 directions, const i64* offsets, const int* lengths, const int* order,
-                      const u8* flags, const void* weight_hh, const void* weight_hh_reverse, const void* h_0, const void* c_0,
-                      const void* reset_h, const void* reset_c, const void* y, const void* reserve, const void* dy,
-                      const void* dcells, const void* dh_n, const void* dc_n, void* dgates, void* dh_0, void* dc_0,
-                      float* dreset_h, float* dreset_c, u32* exchange) {
+    ostinato_backward(i64 first, i64 steps, i64 rows, i64 batch, i64 directions, const i64* offsets, const int* lengths,
+                      const int* order, const u8* flags, const void* weight_hh, const void* weight_hh_reverse, const void* h_0,
+                      const void* c_0, const void* reset_h, const void* reset_c, const void* y, const void* reserve,
+                      const void* dy, const void* dcells, const void* dh_n, const void* dc_n, void* dgates, void* dh_0,
+                      void* dc_0, float* dreset_h, float* dreset_c, void* exchange) {
     const Batch all{steps, rows, batch, directions, offsets, lengths, order, flags};
-    backward<OSTINATO_CELL_TYPE, OSTINATO_MATH>(Backward{all, direction_index() ? weight_hh_reverse : weight_hh, h_0, c_0,
-                                                         reset_h, reset_c, y, reserve, dy, dcells, dh_n, dc_n, dgates, dh_0,
-                                                         dc_0, dreset_h, dreset_c, exchange});
+    const Task task = task_of(first, batch);
+    backward<OSTINATO_CELL_TYPE, OSTINATO_MATH>(
+        Backward{all, task.direction ? weight_hh_reverse : weight_hh, h_0, c_0, reset_h, reset_c, y, reserve, dy, dcells, dh_n,
+                 dc_n, dgates, dh_0, dc_0, dreset_h, dreset_c, exchange},
+        task);
 }
 #else
 #define OSTINATO_ENTRY ostinato_forward
 OSTINATO_KERNEL OSTINATO_BOUNDS(kThreads)
-    ostinato_forward(i64 steps, i64 rows, i64 batch, i64 directions, const i64* offsets, const int* lengths, const int* order,
-                     const u8* flags, const void* gates_x, const void* weight_hh, const void* weight_hh_reverse,
-                     const void* bias_ih, const void* bias_ih_reverse, const void* bias_hh, const void* bias_hh_reverse,
-                     const void* h_0, const void* c_0, const void* reset_h, const void* reset_c, void* y, void* h_n, void* c_n,
-                     void* reserve, void* cells, u32* exchange) {
+    ostinato_forward(i64 first, i64 steps, i64 rows, i64 batch, i64 directions, const i64* offsets, const int* lengths,
+                     const int* order, const u8* flags, const void* gates_x, const void* weight_hh,
+                     const void* weight_hh_reverse, const void* bias_ih, const void* bias_ih_reverse, const void* bias_hh,
+                     const void* bias_hh_reverse, const void* h_0, const void* c_0, const void* reset_h, const void* reset_c,
+                     void* y, void* h_n, void* c_n, void* reserve, void* cells, void* exchange) {
     const Batch all{steps, rows, batch, directions, offsets, lengths, order, flags};
-    const bool is_reverse = direction_index();
+    const Task task = task_of(first, batch);
+    const bool is_reverse = task.direction;
     forward<OSTINATO_CELL_TYPE, OSTINATO_MATH>(
         Forward{all, gates_x, is_reverse ? weight_hh_reverse : weight_hh, is_reverse ? bias_ih_reverse : bias_ih,
-                is_reverse ? bias_hh_reverse : bias_hh, h_0, c_0, reset_h, reset_c, y, h_n, c_n, reserve, cells, exchange});
+                is_reverse ? bias_hh_reverse : bias_hh, h_0, c_0, reset_h, reset_c, y, h_n, c_n, reserve, cells, exchange},
+        task);
 }
 #endif
 
@@ -51,12 +55,10 @@ void call_entry(void (*entry)(Parameters...), const i64* arguments) {
 }  // namespace
 
 // Runs the kernel on host fibers; 0, or 1 where it cannot go on.
-extern "C" int ostinato_emulate(const i64* arguments, int tiles, int directions, int schedule) {
-    for (int tile = 0; tile < tiles; tile++)
-        for (int direction = 0; direction < directions; direction++)
-            if (!run_gang([&] { call_entry(OSTINATO_ENTRY, arguments); }, kThreads, kBlocks, tile, direction,
-                          static_cast<Schedule>(schedule)))
-                return 1;
+extern "C" int ostinato_emulate(const i64* arguments, int walks, int schedule) {
+    for (int walk = 0; walk < walks; walk++)
+        if (!run_gang([&] { call_entry(OSTINATO_ENTRY, arguments); }, kThreads, kBlocks, walk, static_cast<Schedule>(schedule)))
+            return 1;
     return 0;
 }
 #endif

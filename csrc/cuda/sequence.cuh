@@ -6,7 +6,7 @@
 #pragma once
 
 #include "../cells.h"
-#include "math.cuh"
+#include "exchange.cuh"
 
 namespace ostinato {
 namespace {
@@ -20,6 +20,17 @@ struct Batch {
     const int* order;  // [B] which row of the batch is where in a tile; null: as they come
     const u8* flags;  // [N] whether a row begins anew before this step
 };
+
+// Which rows a block walks, in which direction: blocks walk every tile of one direction, then of the other. Where not all of them
+// fit a device at once, a launch begins at walk `first`, and `launched` counts the walks of a launch.
+struct Task {
+    int tile, direction, launched;
+};
+OSTINATO_DEVICE Task task_of(i64 first, i64 batch) {
+    const int tiles = static_cast<int>((batch + kRows - 1) / kRows), launched = block_index() / kBlocks;
+    const int walk = static_cast<int>(first) + launched;
+    return {walk % tiles, walk / tiles, launched};
+}
 
 struct Row {
     int index, length;  // of the batch; no steps where there is no such row

@@ -45,7 +45,7 @@ class Config(NamedTuple):
     units: int  # of one block
     warps: int
     groups: int  # of eight rows, to a tile
-    resident: int  # fragments of each warp in registers, at most
+    resident: int  # fragments in registers, at most
     exchange: str  # "block", "cluster" or "grid"
     is_backward: bool
 
@@ -107,15 +107,27 @@ class Config(NamedTuple):
         return max((self.warps if tensor else self.threads) // width, 1)
 
     @property
+    def width(self) -> int:
+        """How many fragments are used together, one for each of so many sums."""
+        gates = GATES[self.cell]
+        if not self.is_backward:
+            return gates
+        if not MATHS[self.math].depth:
+            return self.padded * self.slices // self.threads
+        tiles = self.padded // 16 * self.slices // self.warps
+        return next(count for count in (4, 3, 2, 1) if tiles % count == 0)
+
+    @property
     def fragments(self) -> int:
-        """Of weight_hh, in each warp; 0 where a thread keeps its weights in registers."""
-        depth, gates = MATHS[self.math].depth, GATES[self.cell]
-        if not depth:
-            return 0
-        if self.is_backward:
-            tiles = self.padded // 16 * self.slices // self.warps
-            return tiles * (gates * self.units // depth // self.slices)
-        return self.padded // depth // self.slices * gates
+        """Of weight_hh, 16 bytes in each thread."""
+        depth, gates = MATHS[self.math].depth or 4, GATES[self.cell]
+        if not self.is_backward:
+            return self.padded // depth // self.slices * gates
+        if MATHS[self.math].depth:
+            outputs = self.padded // 16 * self.slices // self.warps
+        else:
+            outputs = self.padded * self.slices // self.threads
+        return outputs * (gates * self.units // depth // self.slices)
 
     @property
     def is_even(self) -> bool:
@@ -126,11 +138,22 @@ class Config(NamedTuple):
         depth = depth or 4
         k = gates * self.units if self.is_backward else self.padded
         tiles = (self.padded if self.is_backward else self.units) // size
-        if self.is_backward and MATHS[self.math].depth:
-            shares = tiles * self.slices % workers == 0
+        if self.is_backward:
+            shares = tiles * self.slices % workers == 0 and workers % self.slices == 0
+            shares = shares and (self.exchange != "grid" or self.threads >= self._reads)
         else:
             shares = self.slices * tiles == workers
         return shares and k % (depth * self.slices) == 0
+
+    @property
+    def _reads(self) -> int:
+        """Reads of 16 bytes that one source's words of a group take in backward."""
+        return GROUP_ROWS * self.units * self._word_bytes // 16
+
+    @property
+    def _word_bytes(self) -> int:
+        """Bytes of a word in global memory: a value and its mark."""
+        return 4 if MATHS[self.math].depth else 8
 
     @property
     def shared_bytes(self) -> int:
@@ -153,7 +176,7 @@ class Config(NamedTuple):
             size += (
                 (1 if is_grid else buffers * self.groups) * GROUP_ROWS * (self.padded + pad) * item
             )
-            size += halves * self.slices * gates * sums
+            size += (1 if is_grid else halves) * self.slices * gates * sums
             size = _align(size, 16) + weights
             size += (gates + 1) * self.units * 4
             size += states + (states if is_lstm else self.units * 4)
@@ -166,20 +189,22 @@ class Config(NamedTuple):
         """Parts that a sum of backward is received in."""
         if self.exchange != "grid":
             return self.blocks * self.slices
-        return min(max(self.threads // (GROUP_ROWS * self.units // 4), 1), self.blocks)
+        return min(max(self.threads // self._reads, 1), self.blocks)
 
     def tiles(self, batch: int) -> int:
         """Batch tiles of so many rows."""
         return -(-batch // self.rows)
 
-    def exchange_words(self, batch: int, directions: int) -> int:
-        """Words of global memory that an exchange through it needs, zeros at first."""
+    def walks(self, batch: int, directions: int) -> int:
+        """Batch tiles of both directions."""
+        return self.tiles(batch) * directions
+
+    def exchange_bytes(self, walks: int) -> int:
+        """Bytes of global memory by which the walks of a launch exchange, zeros at first."""
         if self.exchange != "grid":
             return 0
-        groups = directions * self.tiles(batch) * self.groups
-        if self.is_backward:
-            return groups * 2 * self.blocks**2 * self.slices * GROUP_ROWS * self.units
-        return groups * 2 * GROUP_ROWS * self.padded
+        units = self.padded * (self.blocks * self.slices if self.is_backward else 1)
+        return walks * self.groups * 2 * GROUP_ROWS * units * self._word_bytes
 
 
 def _align(size: int, to: int) -> int:

@@ -194,7 +194,7 @@ def _outside_capture(driver: Any) -> Iterator[None]:
 
 def launch(
     loaded: Loaded,
-    grid: int | tuple[int, int],
+    grid: int,
     cluster: int,
     arguments: Sequence[int],
     stream: int | None = None,
@@ -206,7 +206,7 @@ def launch(
 
     Args:
         loaded: the kernel.
-        grid: clusters, of `cluster` blocks each, in one dimension or two.
+        grid: clusters, of `cluster` blocks each.
         cluster: blocks of a cluster; with 1 there are none, and `grid` counts blocks.
         arguments: addresses and sizes, no bool among them.
         stream: the handle of a stream of the kernel's device, or None for torch's current one.
@@ -232,7 +232,7 @@ def launch(
 # Making one asks the driver about the device. Each thread has its own, because cuda-core writes
 # into it at a launch, and reads from there without the interpreter's lock.
 @functools.lru_cache(maxsize=1024)
-def _launch_config(thread: int, loaded: Loaded, grid: int | tuple[int, int], cluster: int) -> Any:
+def _launch_config(thread: int, loaded: Loaded, grid: int, cluster: int) -> Any:
     config = loaded.config
     return _core().LaunchConfig(
         grid=grid,

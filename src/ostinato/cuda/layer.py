@@ -15,7 +15,7 @@ from torch import Tensor
 from ostinato.call import DTYPES, Call, check
 from ostinato.cuda import choice, cudnn, launch, sequence
 from ostinato.cuda.config import Config
-from ostinato.cuda.plan import Device, plan
+from ostinato.cuda.plan import Device, at_once, plan
 from ostinato.engine import Sizes
 
 _MATHS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -221,17 +221,24 @@ def _config(call: Call, sizes: Sizes, is_backward: bool) -> Config:
     return found
 
 
-def _launcher(call: Call) -> sequence.Launch:
-    index = call.input.device.index or 0
+class _Launcher(NamedTuple):
+    """Runs kernels on a device."""
 
-    def run(config: Config, tiles: int, directions: int, arguments: Sequence[int]) -> None:
-        loaded = launch.load(config, index)
+    device: int
+
+    def at_once(self, config: Config) -> int:
+        return at_once(config, device_of(self.device))
+
+    def __call__(self, config: Config, walks: int, arguments: Sequence[int]) -> None:
+        loaded = launch.load(config, self.device)
         if config.exchange == "cluster":
-            launch.launch(loaded, (tiles, directions), config.blocks, arguments)
+            launch.launch(loaded, walks, config.blocks, arguments)
         else:
-            launch.launch(loaded, (tiles * config.blocks, directions), 1, arguments)
+            launch.launch(loaded, walks * config.blocks, 1, arguments)
 
-    return run
+
+def _launcher(call: Call) -> _Launcher:
+    return _Launcher(call.input.device.index or 0)
 
 
 def explain(layer: Any, x: Any, *, lengths: Any = None, resets: Any = None) -> str:

@@ -27,9 +27,9 @@ H200 = Device(132, 232_448, True)
 A100 = Device(108, 166_912, False)
 
 _REGISTERS = 65_536  # of a multiprocessor
-# Registers for weights that are on their way from shared memory.
-_READ_AHEAD = 32
-_WARPS = (1, 2, 3, 4, 6, 8, 12, 16)
+_WARPS = range(1, 17)
+# Sums of a unit and row that a thread can have, of eight rows.
+_MOST_SUMS = 8
 _GROUPS = (1, 2, 4, 8)
 # Clusters that a device of 132 multiprocessors runs at once: they do not cross its eight parts.
 _CLUSTERS = {2: 64, 4: 32, 8: 16, 16: 7}
@@ -67,7 +67,7 @@ def plan(
     best: tuple[float, Config] | None = None
     for config in configs(cell, math, hidden, is_backward, device):
         cost = cycles(config, batch, directions, device)
-        if cost is not None and (best is None or cost < best[0]):
+        if best is None or cost < best[0]:
             best = cost, config
     return None if best is None else best[1]
 
@@ -82,20 +82,13 @@ def configs(
                 config = Config(
                     cell, math, hidden, blocks, units, warps, groups, 0, exchange, is_backward
                 )
-                if not config.is_even:
+                if not config.is_even or config.width > _MOST_SUMS:
                     continue
                 room = _limit(config) - overhead(config)
-                if not config.fragments:
-                    if _held(config) > room:
-                        continue
-                elif config.fragments * 4 > room:
-                    room -= _READ_AHEAD
-                resident = min(max(room // 4, 0), config.fragments)
-                if resident < config.fragments:
-                    # Whole steps in k, which the compiler allocates better.
-                    resident -= resident % _width(config)
-                config = config._replace(resident=resident)
-                if room >= 0 and config.shared_bytes <= device.shared_bytes:
+                if room < 0:
+                    continue
+                config = config._replace(resident=_resident(config, room))
+                if config.shared_bytes <= device.shared_bytes:
                     yield config
 
 
@@ -107,58 +100,56 @@ def _shapes(math: str, hidden: int, device: Device) -> Iterator[tuple[str, int, 
             units = -(-sixteens // blocks)
             if (blocks - 1) * units < sixteens:
                 yield "cluster", blocks, units * 16
-    if MATHS[math].depth:
-        for units in (1, 2):
-            blocks = -(-sixteens // units)
-            if 1 < blocks <= device.processors:
-                yield "grid", blocks, units * 16
+    for units in (1, 2):
+        blocks = -(-sixteens // units)
+        if 1 < blocks <= device.processors:
+            yield "grid", blocks, units * 16
 
 
 def _limit(config: Config) -> int:
-    """Registers that a thread can have."""
-    return min(_REGISTERS // config.threads // 8 * 8, 255)
+    """Registers that a thread can have; warps get them by fours."""
+    return min(_REGISTERS // (-(-config.warps // 4) * 128) // 8 * 8, 255)
 
 
 def _pairs(config: Config) -> int:
     return -(-GROUP_ROWS * config.units // 2 // config.threads)
 
 
-def _width(config: Config) -> int:
-    """Fragments of a warp for one step in k."""
-    if config.is_backward:
-        return config.padded // 16 * config.slices // config.warps
-    return GATES[config.cell]
-
-
-def _held(config: Config) -> int:
-    """Weights that a thread keeps in registers, without tensor cores."""
-    gates = GATES[config.cell]
-    if config.is_backward:
-        return gates * config.units // config.slices
-    return gates * config.padded // config.slices
+def _resident(config: Config, room: int) -> int:
+    """Fragments that this many registers hold."""
+    # Where none is read from shared memory, nothing keeps the compiler from reading far ahead.
+    ahead = 24 if MATHS[config.math].depth else 36
+    if 4 * config.fragments + ahead <= room:
+        return config.fragments
+    if not MATHS[config.math].depth:
+        # The sums of all rows that a weight serves, and the weights on their way.
+        room -= (GROUP_ROWS + 4) * config.width
+    resident = max(min(room // 4, config.fragments - 4), 0)
+    # Whole steps in k, which the compiler allocates better, and four left for a read of them.
+    return resident - resident % config.width
 
 
 def overhead(config: Config) -> int:
     """Registers beside the weights; tests/test_cuda_report.py holds that nothing spills."""
     gates, pairs, words = GATES[config.cell], _pairs(config), MATHS[config.math].bytes // 2
     if not MATHS[config.math].depth:
-        return 130
-    # Gathering; exact activations; a lone gate, for which the compiler reads far ahead.
-    more = (20 if config.is_backward else 10) * (config.exchange == "grid")
-    more += 16 * (config.math != "bf16") + 64 * (gates == 1 and not config.is_backward)
+        return 104 + 56 * (pairs - 1) if config.is_backward else 94 + 16 * (pairs - 1)
+    # Gathering; a lone gate, whose product the compiler reads far ahead; exact activations.
+    more = 10 * (config.exchange == "grid") + 64 * (gates == 1 and not config.is_backward)
+    more += (8 if config.is_backward else 20) * (config.math != "bf16")
     if config.is_backward:
-        return 80 + more + 4 * _width(config) + 8 * gates + 8 * words + 20 * words * (pairs - 1)
-    return 72 + more + 8 * words + 6 * gates * words + 8 * words * (pairs - 1)
+        return 92 + more + 8 * gates + 8 * words + 28 * words * (pairs - 1)
+    return 72 + more + 8 * words + 5 * gates * words + 8 * words * (pairs - 1)
 
 
-def cycles(config: Config, batch: int, directions: int, device: Device) -> float | None:
-    """Model the time of one step of the whole batch, or return None where it cannot run."""
+def cycles(config: Config, batch: int, directions: int, device: Device) -> float:
+    """Model the time of one step of the whole batch."""
     gates, item, pairs = GATES[config.cell], MATHS[config.math].bytes, _pairs(config)
-    if config.fragments:
-        products = config.fragments * -(-config.warps // 4) * 12.0
-        products += max(config.fragments - config.resident, 0) * config.warps * 4
+    products = max(config.fragments - config.resident, 0) * config.warps * 4.0
+    if MATHS[config.math].depth:
+        products += config.fragments * -(-config.warps // 4) * 12
     else:
-        products = GROUP_ROWS * _held(config) * config.threads / 128
+        products += GROUP_ROWS * 4 * config.fragments * config.threads / 128
     parts = config.sources if config.is_backward else config.slices * gates
     work = products + 150 + pairs * (40 + 4 * parts)
     if config.is_backward:
@@ -171,10 +162,11 @@ def cycles(config: Config, batch: int, directions: int, device: Device) -> float
         "grid": 1300 + 2 * received / 48,
     }[config.exchange]
     step = max(work + exchange, config.groups * work)
-    tiles = config.tiles(batch) * directions
-    if config.exchange == "grid":
-        return step if tiles * config.blocks <= device.processors else None
-    at_once = device.processors
+    return step * -(-config.walks(batch, directions) // at_once(config, device))
+
+
+def at_once(config: Config, device: Device) -> int:
+    """Return how many walks a device runs at the same time."""
     if config.exchange == "cluster":
-        at_once = max(_CLUSTERS[config.blocks] * device.processors // 132, 1)
-    return step * -(-tiles // at_once)
+        return max(_CLUSTERS[config.blocks] * device.processors // 132, 1)
+    return device.processors // config.blocks

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,8 +22,15 @@ from ostinato.call import Call
 from ostinato.cuda.config import GRADS, Config
 from ostinato.engine import GATES, SAVED, Sizes
 
-# (config, tiles, directions, arguments) -> None
-Launch = Callable[[Config, int, int, Sequence[int]], None]
+
+class Launcher(Protocol):
+    """What runs kernels."""
+
+    def at_once(self, config: Config) -> int:
+        """Return how many walks of a kernel whose blocks wait for each other a launch may have."""
+
+    def __call__(self, config: Config, walks: int, arguments: Sequence[int]) -> None:
+        """Launch a kernel for so many walks."""
 
 
 class Rows(NamedTuple):
@@ -56,7 +63,7 @@ def rows_of(call: Call, sizes: Sizes) -> Rows:
 
 
 def forward(
-    call: Call, sizes: Sizes, config: Config, launch: Launch, all_c: bool, keep: bool
+    call: Call, sizes: Sizes, config: Config, launch: Launcher, all_c: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run a layer.
 
@@ -89,16 +96,15 @@ def forward(
     cells = make((*x.shape[:-1], directions * hidden) if is_lstm and all_c else (0,))
     reserve = x.new_empty(reserve_bytes(call, sizes) if keep else 0, dtype=torch.uint8)
     states = [_dense(t) for t in (call.h_0, call.c_0, call.reset_h, call.reset_c)]
-    exchange = x.new_zeros(config.exchange_words(sizes.batch, directions), dtype=torch.int32)
     held = [_pair([w[i] for w in weights]) for i in (1, 2, 3)]
     arguments = [
         *_batch(sizes, rows),
         gates_x.data_ptr(),
         *(address(t) for pair in held for t in pair),
         *map(address, states),
-        *(map(address, (output, h_n, c_n, reserve, cells, exchange))),
+        *map(address, (output, h_n, c_n, reserve, cells)),
     ]
-    launch(config, config.tiles(sizes.batch), directions, arguments)
+    _walk(config, launch, sizes, x, arguments)
     return output, h_n, c_n, cells, reserve
 
 
@@ -106,7 +112,7 @@ def backward(
     call: Call,
     sizes: Sizes,
     config: Config,
-    launch: Launch,
+    launch: Launcher,
     grads: Sequence[Tensor | None],
     output: Tensor,
     reserve: Tensor,
@@ -144,18 +150,33 @@ def backward(
     states = [_dense(t) for t in (call.h_0, call.c_0, call.reset_h, call.reset_c)]
     arrived = [_dense(t) for t in grads]
     dy, dh_n, dc_n, dcells = arrived
-    exchange = x.new_zeros(config.exchange_words(sizes.batch, directions), dtype=torch.int32)
     held = _pair([w[1] for w in weights])
     arguments = [
         *_batch(sizes, rows),
         *map(address, (*held, *states, y, reserve, dy, dcells, dh_n, dc_n)),
-        *map(address, (dgates, dh_0, dc_0, dreset_h, dreset_c, exchange)),
+        *map(address, (dgates, dh_0, dc_0, dreset_h, dreset_c)),
     ]
-    launch(config, config.tiles(sizes.batch), directions, arguments)
+    _walk(config, launch, sizes, x, arguments)
     dresets = [None if t is None else t.to(x.dtype) for t in (dreset_h, dreset_c)]
     with products_in(config.math):
         dx, dweights = _products(call, sizes, rows, dgates, output, weights, wanted)
     return [dx, dh_0, dc_0, *dresets, *dweights]
+
+
+def _walk(
+    config: Config, launch: Launcher, sizes: Sizes, x: Tensor, arguments: Sequence[int]
+) -> None:
+    """Launch a kernel for all tiles of all directions.
+
+    Blocks that wait for each other through global memory must be on the device together: where not
+    all walks are, several launches follow each other.
+    """
+    walks = config.walks(sizes.batch, sizes.directions)
+    most = launch.at_once(config) if config.exchange == "grid" else walks
+    exchange = x.new_empty(config.exchange_bytes(min(walks, most)), dtype=torch.uint8)
+    for first in range(0, walks, most):
+        exchange.zero_()
+        launch(config, min(most, walks - first), [first, *arguments, address(exchange)])
 
 
 def _products(
