@@ -120,7 +120,7 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch):
     machine = Machine()
-    monkeypatch.setattr(launch, "_core", lambda: machine.core)
+    monkeypatch.setattr(compiler, "core", lambda: machine.core)
     monkeypatch.setattr(launch, "_driver", lambda: machine.driver)
     monkeypatch.setattr(launch, "_driver_version", lambda: (13, 0))
     monkeypatch.setattr(launch, "_loaded", {})
@@ -335,7 +335,7 @@ def test_without_the_extra_the_log_says_what_to_install(available, monkeypatch, 
     for name in [name for name in sys.modules if name.partition(".")[0] == "cuda"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "cuda", None)
-    launch._core.cache_clear()
+    compiler.core.cache_clear()
     assert not available()
     assert "pip install ostinato[cuda]" in caplog.text
 
@@ -344,7 +344,7 @@ def test_the_log_says_so_once(monkeypatch, caplog):
     def refuse():
         raise ImportError("no such module")
 
-    monkeypatch.setattr(launch, "_core", refuse)
+    monkeypatch.setattr(compiler, "core", refuse)
     launch.available.cache_clear()
     with caplog.at_level(logging.WARNING, "ostinato"):
         assert not launch.available()
@@ -384,6 +384,18 @@ def test_importing_ostinato_does_not_import_cuda_core():
         "after = {name for name in sys.modules if name.startswith('cuda')}\n"
         "assert after == before, after - before\n"
         "assert 'cuda.core' not in after"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_threads_may_import_cuda_core_at_once():
+    pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    code = (
+        "import concurrent.futures\n"
+        "from ostinato.cuda import compiler\n"
+        "with concurrent.futures.ThreadPoolExecutor(4) as pool:\n"
+        "    found = [pool.submit(lambda: compiler.core().Program) for _ in range(4)]\n"
+        "    assert len({future.result() for future in found}) == 1"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

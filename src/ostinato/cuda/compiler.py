@@ -11,12 +11,14 @@ holds that hash again and one of its content, and is not read where either diffe
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -158,11 +160,9 @@ def _key(text: Path, config: Instantiation, arch: str) -> str:
 
 
 def _compile(text: Path, config: Instantiation, arch: str) -> Compiled:
-    from cuda.core import Program, ProgramOptions
-
     folder = text / "cuda"
     what = f"{config.source} with {dict(config.defines)} for {arch}"
-    options = ProgramOptions(
+    options = core().ProgramOptions(
         name=config.source,
         arch=arch,
         include_path=[str(folder)],
@@ -172,11 +172,32 @@ def _compile(text: Path, config: Instantiation, arch: str) -> Compiled:
     )
     log = _Log()
     try:
-        code = Program((folder / config.source).read_text("utf-8"), "c++", options)
+        code = core().Program((folder / config.source).read_text("utf-8"), "c++", options)
         cubin = bytes(code.compile("cubin", logs=log).code)
     except cuda_error() as error:
         raise CompileError(f"NVRTC cannot compile {what}", _clean(str(error))) from error
     return _measured(cubin, config.entry, _clean(log.text), what)
+
+
+_import = threading.Lock()
+
+
+@functools.cache
+def core() -> Any:
+    """Import NVIDIA's cuda-core, which is optional and slow to import.
+
+    Returns:
+        The module `cuda.core`.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    # Its package puts another one in its own place while it is imported, which a second thread
+    # would find half done (1.2.2).
+    with _import:
+        import cuda.core
+
+        return cuda.core
 
 
 def cuda_error() -> type[Exception]:

@@ -78,7 +78,7 @@ def available() -> bool:
     """
     advice = "torch's cuDNN operator serves GPUs: pip install ostinato[cuda] for kernels of ours"
     try:
-        _core()
+        compiler.core()
         version, driver = compiler.nvrtc_version(), _driver_version()
     except (ImportError, RuntimeError) as error:
         _log.warning("%s (%s)", advice, error)
@@ -155,7 +155,7 @@ def _load(config: Launchable, device_index: int) -> Loaded:
     with torch.cuda.device(device_index), _outside_capture(driver):
         _bind(device_index)
         try:
-            code = _core().ObjectCode.from_cubin(compiled.cubin, name=config.entry)
+            code = compiler.core().ObjectCode.from_cubin(compiled.cubin, name=config.entry)
             kernel = code.get_kernel(config.entry)
         except compiler.cuda_error() as error:
             raise RuntimeError(f"cuda:{device_index} cannot load {config}: {error}") from error
@@ -216,7 +216,7 @@ def launch(
         ValueError: a cooperative grid is larger than the device holds at once.
     """
     index = loaded.device_index
-    core = _core()
+    core = compiler.core()
     # The null stream, and what cuda-core asks of a device, are those of the current device.
     with torch.cuda.device(index):
         _bind(index)
@@ -234,7 +234,7 @@ def launch(
 @functools.lru_cache(maxsize=1024)
 def _launch_config(thread: int, loaded: Loaded, grid: int, cluster: int) -> Any:
     config = loaded.config
-    return _core().LaunchConfig(
+    return compiler.core().LaunchConfig(
         grid=grid,
         cluster=None if cluster == 1 else cluster,
         block=config.threads,
@@ -253,7 +253,7 @@ def _stream(device_index: int, handle: int | None) -> Any:
 # the default stream, whose handle is the same on all.
 @functools.lru_cache(maxsize=256)
 def _stream_object(device_index: int, handle: int) -> Any:
-    return _core().Stream.from_handle(handle)
+    return compiler.core().Stream.from_handle(handle)
 
 
 _threads = threading.local()
@@ -262,18 +262,11 @@ _threads = threading.local()
 def _bind(device_index: int) -> None:
     """Give this thread a context, which torch's calls may not have done in a new thread."""
     if not getattr(_threads, "is_bound", False):
-        _core().Device(device_index).set_current()
+        compiler.core().Device(device_index).set_current()
         _threads.is_bound = True
 
 
 # ---- NVIDIA's modules, which are optional and slow to import ----
-
-
-@functools.cache
-def _core() -> Any:
-    import cuda.core
-
-    return cuda.core
 
 
 @functools.cache
