@@ -1,8 +1,9 @@
 // The names of device.h on the host, for tests without a GPU: each CUDA thread is a fiber, and the fibers of a gang (the blocks
 // that share a batch tile) take turns in a chosen order. Gangs run one after another.
 //
-// It finds wrong indices, wrong phases of barriers and deadlocks. It does not know the memory model of the device (a store is
-// seen at once), asynchronous copies, or how instructions approximate: activations and TF32 are exact or correctly rounded here.
+// It finds wrong indices, wrong phases of barriers, deadlocks, and values that are read before they must have come: at random, what
+// goes to another block arrives late and in any order, and two values on their way to one place end the run. It does not know the
+// rest of the device's memory model, or how instructions approximate: activations and TF32 are exact or correctly rounded here.
 #pragma once
 
 #include <ucontext.h>
@@ -45,6 +46,17 @@ struct Warp {
     float values[32], results[32][4];
 };
 
+// A word on its way to another block, and the barrier that counts its bytes, if one does.
+struct Flight {
+    char* to;
+    u64 word;
+    u32 bytes;
+    u64* barrier;
+};
+
+// In which order the fibers of a gang take turns; at random, words are late too.
+enum class Schedule { kAscending, kDescending, kRandom };
+
 struct Gang {
     int threads, blocks, index;
     std::vector<Fiber> fibers;
@@ -56,9 +68,18 @@ struct Gang {
     Fiber* current = nullptr;
     std::function<void()> kernel;
     u64 progress = 0;  // what has happened that can end a wait
+    Schedule schedule;
+    std::vector<Flight> flights;
+    u32 random = 12345;
 };
 
 static Gang gang;
+
+// Draws a number below `end`.
+inline size_t draw(size_t end) {
+    gang.random = gang.random * 1664525u + 1013904223u;
+    return (gang.random >> 8) % end;
+}
 
 inline void yield() { swapcontext(&gang.current->context, &gang.scheduler); }
 
@@ -131,11 +152,32 @@ inline char* remote_address(void* own, u32 rank) {
     char* const mine = gang.shared[static_cast<size_t>(gang.current->block)].data();
     return gang.shared[rank].data() + (static_cast<char*>(own) - mine);
 }
+
+inline void land(const Flight& flight) {
+    std::memcpy(flight.to, &flight.word, flight.bytes);
+    if (flight.barrier) transaction_change(flight.barrier, -static_cast<int>(flight.bytes), 0);
+    gang.progress++;
+}
+template <class Word>
+inline void send(char* to, Word word, u64* barrier) {
+    const Flight flight{to, word, sizeof word, barrier};
+    if (gang.schedule != Schedule::kRandom) return land(flight);
+    for (const Flight& other : gang.flights)
+        if (other.to == to) std::abort();
+    gang.flights.push_back(flight);
+}
+inline void land_one() {
+    const size_t i = draw(gang.flights.size());
+    const Flight flight = gang.flights[i];
+    gang.flights[i] = gang.flights.back();
+    gang.flights.pop_back();
+    land(flight);
+}
+
 template <class Word>
 inline void push(void* own, Word value, u64* barrier, u32 rank) {
     if (reinterpret_cast<std::uintptr_t>(own) % sizeof value) std::abort();
-    std::memcpy(remote_address(own, rank), &value, sizeof value);
-    transaction_change(reinterpret_cast<u64*>(remote_address(barrier, rank)), -static_cast<int>(sizeof value), 0);
+    send(remote_address(own, rank), value, reinterpret_cast<u64*>(remote_address(barrier, rank)));
 }
 
 inline Warp& warp() {
@@ -259,22 +301,18 @@ inline Word load(const Word* p) {
     return *p;
 }
 inline void prefetch(const void*) {}
-// Others may write before words are read, and read between two that are written.
 template <class Word, size_t kCount>
 inline void load_shared_words(const Word* p, Word (&words)[kCount]) {
     static_assert(sizeof words == 16);
     if (reinterpret_cast<std::uintptr_t>(p) % sizeof words) std::abort();
-    yield();
+    yield();  // so that somebody else may write
     for (size_t i = 0; i < kCount; i++) words[i] = p[i];
 }
 template <class Word>
 inline void store_shared_words(Word* p, Word a, Word b) {
     if (reinterpret_cast<std::uintptr_t>(p) % (2 * sizeof(Word))) std::abort();
-    p[0] = a;
-    gang.progress++;
-    yield();
-    p[1] = b;
-    gang.progress++;
+    send(reinterpret_cast<char*>(p), a, nullptr);
+    send(reinterpret_cast<char*>(p + 1), b, nullptr);
 }
 
 inline float exponential(float x) { return std::exp(x); }
@@ -289,13 +327,10 @@ inline void run_fiber() {
     swapcontext(&gang.current->context, &gang.scheduler);
 }
 
-// In which order the fibers of a gang take turns.
-enum class Schedule { kAscending, kDescending, kRandom };
-
 // Runs the kernel on one gang. False if nobody can go on.
 inline bool run_gang(const std::function<void()>& kernel, int threads, int blocks, int index, Schedule schedule) {
     gang = Gang();
-    gang.threads = threads, gang.blocks = blocks, gang.index = index, gang.kernel = kernel;
+    gang.threads = threads, gang.blocks = blocks, gang.index = index, gang.kernel = kernel, gang.schedule = schedule;
     gang.shared.resize(static_cast<size_t>(blocks));
     gang.block_meetings.resize(static_cast<size_t>(blocks));
     gang.warps.resize(static_cast<size_t>(blocks * threads / 32));
@@ -311,16 +346,15 @@ inline bool run_gang(const std::function<void()>& kernel, int threads, int block
         fiber.context.uc_link = &gang.scheduler;
         makecontext(&fiber.context, run_fiber, 0);
     }
-    u32 random = 12345;
     u64 progress = ~0ull;
     for (int left = count, idle = 0; left;) {
         for (int j = 0; j < count; j++) {
-            int i = schedule == Schedule::kDescending ? count - 1 - j : j;
+            size_t i = static_cast<size_t>(schedule == Schedule::kDescending ? count - 1 - j : j);
             if (schedule == Schedule::kRandom) {
-                random = random * 1664525u + 1013904223u;
-                i = static_cast<int>((random >> 8) % static_cast<u32>(count));
+                i = draw(static_cast<size_t>(count));
+                for (size_t n = draw(8); n && !gang.flights.empty(); n--) land_one();
             }
-            Fiber& fiber = gang.fibers[static_cast<size_t>(i)];
+            Fiber& fiber = gang.fibers[i];
             if (fiber.is_done) continue;
             gang.current = &fiber;
             swapcontext(&gang.scheduler, &fiber.context);
@@ -330,7 +364,8 @@ inline bool run_gang(const std::function<void()>& kernel, int threads, int block
         progress = gang.progress;
         if (idle > 100) return false;
     }
-    return true;
+    // What arrives when nobody waits any more would be written into memory that is somebody else's by then.
+    return gang.flights.empty();
 }
 
 }  // namespace
