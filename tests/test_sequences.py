@@ -219,6 +219,33 @@ def test_resets_of_packed_rows(name):
             assert torch.equal(mine[:, row], other)
 
 
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("states", [False, True])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "batch_first": True}], ids=str)
+@layers
+def test_one_step_and_resets_are_what_the_walk_makes_of_them(name, options, states, learned):
+    """Such a call goes past the walk with resets; one that asks for all states takes it."""
+    module = build(name, **options)
+    x, h = arguments(module, name)
+    x = (x[:, :1] if module.batch_first else x[:1]).clone().requires_grad_()
+    resets = torch.tensor([True, False, False, True]).reshape(x.shape[:2])
+    anew = each(state(name, module.num_layers, 6), lambda t: t.requires_grad_())
+    h = each(h, lambda t: t.requires_grad_())
+    given = {"resets": resets, "reset_to": anew if learned else None}
+    found = []
+    for all_states in (False, True):
+        output, h_n, *_ = module(x, h if states else None, **given, return_all_states=all_states)
+        results = [output, *flat(h_n)]
+        loss = sum((t * (i + 1)).square().sum() for i, t in enumerate(results))
+        leaves = [x, *module.parameters(), *flat(h) * states, *flat(anew) * learned]
+        found.append((results, torch.autograd.grad(loss, leaves)))
+    for one, other in zip(found[0][0], found[1][0], strict=True):
+        assert torch.equal(one, other)
+    torch.testing.assert_close(found[0][1], found[1][1])
+    with pytest.raises(RuntimeError, match="Expected hidden"):
+        module(x, each(h, lambda t: t[:, :1]), **given)
+
+
 def test_no_reset_changes_no_bit():
     gru = build("GRU", num_layers=2)
     x, h = arguments(gru, "GRU")

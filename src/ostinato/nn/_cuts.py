@@ -30,6 +30,22 @@ class Cuts(NamedTuple):
         h, c = (None if s is None else change(s) for s in (self.reset_h, self.reset_c))
         return self._replace(reset_h=h, reset_c=c)
 
+    def is_start(self) -> bool:
+        """Whether all that is asked is how the only step of a padded batch begins."""
+        resets = self.resets
+        if resets is None or self.lengths is not None or self.all_states:
+            return False
+        # A compiled graph is for any number of steps.
+        return not torch.compiler.is_compiling() and resets.dim() == 2 and resets.shape[0] == 1
+
+    def begin(self, first: Tensor | None, reset: Tensor | None) -> Tensor | None:
+        """Return the states before the only step: of resets where a row begins anew."""
+        assert self.resets is not None
+        begins = self.resets.unsqueeze(-1)
+        if first is None:
+            return None if reset is None else reset.masked_fill(~begins, 0)
+        return first.masked_fill(begins, 0) if reset is None else torch.where(begins, reset, first)
+
 
 def padded_lengths(kind: str, lengths: Any, steps: int, batch: int, batched: bool) -> Tensor | None:
     """Return lengths as the operators take them, after every check.

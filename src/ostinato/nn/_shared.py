@@ -223,10 +223,14 @@ class Layers(torch.nn.RNNBase):
             c_0 = None if c_0 is None else c_0.index_select(1, sorted_indices)
         if cuts is not None and sorted_indices is not None:
             cuts = cuts.each_state(lambda state: state.index_select(1, sorted_indices))
+        if cuts is not None and autocast:
+            cuts = cuts.each_state(lambda state: state.to(weights[0].dtype))
+        # An agent's call: one step, and resets. A layer without cuts takes the short way.
+        if cuts is not None and not self.bidirectional and cuts.is_start():
+            h_0, c_0 = cuts.begin(h_0, cuts.reset_h), cuts.begin(c_0, cuts.reset_c)
+            cuts = None
         if not autocast:
             return self._walk(input, batch_sizes, h_0, c_0, weights, cuts)
-        if cuts is not None:
-            cuts = cuts.each_state(lambda state: state.to(weights[0].dtype))
         with without_autocast(input):
             return self._walk(input, batch_sizes, h_0, c_0, weights, cuts)
 
