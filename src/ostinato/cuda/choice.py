@@ -9,7 +9,6 @@ torch.nn. `benchmarks/gpu_report.py --choose` writes the file.
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
 import json
 from collections.abc import Iterator
@@ -28,13 +27,14 @@ class Question(NamedTuple):
     is_training: bool
 
 
-# None: as measured. Tests ask for one or the other, and so does the benchmark, which measures.
-_forced: contextvars.ContextVar[bool | None] = contextvars.ContextVar("forced", default=None)
+# None: as measured. Tests ask for one or the other, and so does the benchmark, which measures. All
+# threads see it, because backward may run a layer again, on a thread of autograd.
+_forced: bool | None = None
 
 
 @contextlib.contextmanager
 def forced(ours: bool) -> Iterator[None]:
-    """Run our kernels wherever they fit, or nowhere.
+    """Run our kernels wherever they fit, or nowhere, in all threads.
 
     Args:
         ours: which.
@@ -42,11 +42,12 @@ def forced(ours: bool) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    token = _forced.set(ours)
+    global _forced
+    before, _forced = _forced, ours
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 def is_ours(device: str, question: Question) -> tuple[bool, str]:
@@ -59,9 +60,8 @@ def is_ours(device: str, question: Question) -> tuple[bool, str]:
     Returns:
         The answer, and its reason in words.
     """
-    demand = _forced.get()
-    if demand is not None:
-        return demand, "asked for by ostinato.cuda.choice.forced"
+    if _forced is not None:
+        return _forced, "asked for by ostinato.cuda.choice.forced"
     rows = _measured().get(device)
     if rows is None:
         return False, f"nothing was measured on {device}"
@@ -70,7 +70,7 @@ def is_ours(device: str, question: Question) -> tuple[bool, str]:
 
 def is_forced() -> bool:
     """Whether one or the other is asked for, whatever was measured."""
-    return _forced.get() is not None
+    return _forced is not None
 
 
 def is_known(device: str) -> bool:
@@ -82,8 +82,7 @@ def is_known(device: str) -> bool:
     Returns:
         The answer.
     """
-    demand = _forced.get()
-    return device in _measured() if demand is None else demand
+    return device in _measured() if _forced is None else _forced
 
 
 def answer(rows: list[dict[str, Any]], question: Question) -> tuple[bool, str]:
