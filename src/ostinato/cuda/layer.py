@@ -16,7 +16,7 @@ from ostinato.call import DTYPES, Call, check
 from ostinato.cuda import choice, cudnn, launch, sequence
 from ostinato.cuda.config import Config
 from ostinato.cuda.plan import Device, at_once, plan
-from ostinato.engine import Sizes
+from ostinato.engine import GATES, Sizes
 
 _MATHS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 # A compiled graph keeps its choice for every batch.
@@ -62,6 +62,8 @@ def decide(call: Call, *, is_training: bool, all_c: bool = False) -> Decision:
     """
     input, weights = call.input, call.weights
     math = math_of(input.dtype)
+    if call.cell not in GATES or input.dim() < 2:
+        return Decision(False, "the arguments are not those of a layer")
     if math is None:
         return Decision(False, f"no kernel computes in {input.dtype}")
     if len(weights) % (1 + call.bidirectional) or len(weights) < 2 or weights[1].dim() != 2:
@@ -69,13 +71,14 @@ def decide(call: Call, *, is_training: bool, all_c: bool = False) -> Decision:
     count = len(weights) // (1 + call.bidirectional)
     if count != (4 if call.has_biases else 2):
         return Decision(False, "no kernel projects h (proj_size)")
-    if not (input.numel() and weights[0].numel() and weights[1].numel()):
+    if _is_sure(input.numel() == 0) or not (weights[0].numel() and weights[1].numel()):
         return Decision(False, "there is nothing to compute")
     if not all(t is None or t.layout is torch.strided for t in call.tensors()):
         return Decision(False, "not all tensors are strided")
     if _form(call) == "packed" and _is_capturing():
         return Decision(False, "a graph cannot capture how lengths come to the device")
     hidden = weights[1].shape[1]
+    steps = input.shape[0] if call.batch_sizes is None else len(call.batch_sizes)
     batch = _COMPILED_BATCH if torch.compiler.is_compiling() else call.batch
     decision: Decision = _decide(
         call.cell,
@@ -86,10 +89,18 @@ def decide(call: Call, *, is_training: bool, all_c: bool = False) -> Decision:
         _form(call),
         is_training,
         call.is_cut or all_c,
-        (input.shape[0] if call.batch_sizes is None else len(call.batch_sizes)) == 1,
+        _is_sure(steps == 1),
         input.device.index or 0,
     )
     return decision
+
+
+def _is_sure(condition: Any) -> bool:
+    """Whether a condition holds; in a compiled graph, whether it does whatever the sizes are."""
+    if not torch.compiler.is_compiling():
+        return bool(condition)
+    found: bool = torch.fx.experimental.symbolic_shapes.statically_known_true(condition)
+    return found
 
 
 def _is_capturing() -> bool:
@@ -173,6 +184,8 @@ def forward(call: Call, all_c: bool, keep: bool) -> tuple[Tensor, Tensor, Tensor
     """
     sizes = check(call)
     config = _config(call, sizes, is_backward=False)
+    if not sizes.rows:
+        return _of_no_rows(call, sizes, all_c)
     return sequence.forward(call, sizes, config, _launcher(call), all_c, keep)
 
 
@@ -201,9 +214,45 @@ def backward(
         RuntimeError: no kernel fits this layer or this device.
     """
     config = _config(call, sizes, is_backward=True)
+    if not sizes.rows:
+        return _gradients_of_no_rows(call, grads, wanted)
     launcher = _launcher(call)
     found = sequence.backward(call, sizes, config, launcher, grads, output, reserve, wanted)
     return [call.input.new_empty(0) if grad is None else grad for grad in found]
+
+
+def _of_no_rows(
+    call: Call, sizes: Sizes, all_c: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return what a layer makes of no steps or no batch, where there is no kernel to launch."""
+    x = call.input
+    is_lstm = call.cell == "lstm"
+    shape = (sizes.directions, sizes.batch, sizes.hidden)
+    h_n, c_n = (
+        x.new_zeros(shape) if state is None else state.clone(memory_format=torch.contiguous_format)
+        for state in (call.h_0, call.c_0)
+    )
+    output = (*x.shape[:-1], sizes.directions * sizes.hidden)
+    return (
+        x.new_empty(output),
+        h_n,
+        c_n if is_lstm else x.new_empty(0),
+        x.new_empty(output if is_lstm and all_c else (0,)),
+        x.new_empty(0, dtype=torch.uint8),
+    )
+
+
+def _gradients_of_no_rows(
+    call: Call, grads: Sequence[Tensor | None], wanted: list[bool]
+) -> list[Tensor]:
+    found = [
+        call.input.new_zeros(t.shape if want and t is not None else (0,))
+        for t, want in zip(call.tensors(), wanted, strict=True)
+    ]
+    for place in (1, 2):  # h_0 and c_0 go through as they are
+        if wanted[place] and (grad := grads[place]) is not None:
+            found[place].copy_(grad)
+    return found
 
 
 def _config(call: Call, sizes: Sizes, is_backward: bool) -> Config:
