@@ -10,7 +10,8 @@ from samples import SAMPLES, draw, gradients
 
 from ostinato import nn, ops
 from ostinato.call import Call, check
-from ostinato.cuda import cudnn
+from ostinato.cuda import cudnn, layer
+from ostinato.gradients import differentiable_again, reference_results
 
 
 def arguments(cell, packed, biases, directions, states):
@@ -20,7 +21,7 @@ def arguments(cell, packed, biases, directions, states):
     for _ in range(directions):
         weights += [torch.randn(gates * 4, 3), torch.randn(gates * 4, 4)]
         weights += [torch.randn(gates * 4), torch.randn(gates * 4)] if biases else []
-    sizes = torch.tensor([3, 3, 2, 1]) if packed else None
+    sizes = torch.tensor([3, 3, 2, 1], device="cpu") if packed else None
     input = torch.randn(9, 3) if packed else torch.randn(4, 3, 3)
     h_0 = torch.randn(directions, 3, 4) if states else None
     c_0 = torch.randn(directions, 3, 4) if states and cell == "lstm" else None
@@ -43,9 +44,13 @@ def test_torch_s_operator_gets_the_arguments_of_the_layer(cell, packed, biases, 
 
 
 # torch says so of its CPU operator, not of the one for CUDA.
-@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+no_projection = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported")
 # It knows no rows without steps, which no PackedSequence has either.
-@pytest.mark.parametrize("kind", [kind for kind in SAMPLES if kind != "row of no steps"])
+kinds = pytest.mark.parametrize("kind", [kind for kind in SAMPLES if kind != "row of no steps"])
+
+
+@no_projection
+@kinds
 def test_gradients_go_through_torch_s_operator(kind):
     sample = draw(**SAMPLES[kind], dtype=torch.float64).training()
     call = Call(*sample.operator_arguments()[:-2])
@@ -60,6 +65,108 @@ def test_gradients_go_through_torch_s_operator(kind):
         seeds = [torch.ones_like(result) for result in results]
         found.append([*results, *gradients(results, sample.leaves(), seeds)])
     torch.testing.assert_close(*found, rtol=1e-11, atol=1e-11)
+
+
+class Once(torch.autograd.Function):
+    """Ends all derivatives but the first, as cuDNN's operator does."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad
+
+
+@no_projection
+@kinds
+def test_the_reference_differentiates_again_what_torch_s_operator_cannot(kind):
+    sample = draw(**SAMPLES[kind], dtype=torch.float64).training()
+
+    def function(*leaves, again=differentiable_again):
+        mine = sample.replaced(leaves)
+        call = Call(*mine.operator_arguments()[:-2])
+        states = mine.h_0, mine.c_0, mine.weights, mine.has_biases
+        found = cudnn.layer(mine.cell, mine.input, mine.batch_sizes, check(call), *states)
+        results = [None if result is None else Once.apply(result) for result in found]
+        return tuple(r for r in again(call, (*results, None)) if r is not None)
+
+    assert torch.autograd.gradgradcheck(function, sample.leaves(), fast_mode=True)
+    output = function(*sample.leaves())[0]
+    seeds = torch.randn(2, *output.shape, dtype=torch.float64)
+    options = {"retain_graph": True, "materialize_grads": True}
+    batched = torch.autograd.grad(output, sample.leaves(), seeds, is_grads_batched=True, **options)
+    for index, seed in enumerate(seeds):
+        one = torch.autograd.grad(output, sample.leaves(), seed, **options)
+        torch.testing.assert_close([grad[index] for grad in batched], list(one))
+
+    def as_it_is(*leaves):
+        return function(*leaves, again=lambda _, results: results)
+
+    options = {"fast_mode": True, "raise_exception": False}
+    assert not torch.autograd.gradgradcheck(as_it_is, sample.leaves(), **options)
+
+
+def test_results_that_change_before_backward_are_seen():
+    sample = draw("gru").training()
+    call = Call(*sample.operator_arguments()[:-2])
+    states = sample.h_0, None, sample.weights, True
+    found = cudnn.layer("gru", sample.input, None, check(call), *states)
+    output, h_n, *_ = differentiable_again(call, (*found, None))
+    h_n.mul_(2)
+    (output.sum() + h_n.sum()).backward(retain_graph=True)
+    output.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+def test_batch_sizes_with_gaps_and_states_of_any_strides():
+    sample = draw("lstm", lengths=(4, 2, 1))
+    gaps = torch.stack([sample.batch_sizes, torch.full_like(sample.batch_sizes, 99)], -1)[:, 0]
+    h_0 = sample.h_0.transpose(1, 2).contiguous().transpose(1, 2)
+    sizes = check(Call(*sample.operator_arguments()[:-2]))
+    rest = sample.c_0, sample.weights, True
+    expected = cudnn.layer("lstm", sample.input, sample.batch_sizes, sizes, sample.h_0, *rest)
+    actual = cudnn.layer("lstm", sample.input, gaps, sizes, h_0, *rest)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("steps", "batch"), [(0, 3), (4, 0)])
+@pytest.mark.parametrize("states", ["", "h", "hc"])
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_no_kernel_is_launched_for_no_rows(cell, states, steps, batch):
+    sample = draw(cell, steps, batch, states=states, bidirectional=True).training()
+    call = Call(*sample.operator_arguments()[:-2])
+    with torch.no_grad():
+        results = layer._of_no_rows(call, check(call), True)[: 2 + 2 * (cell == "lstm")]
+    expected = [r for r in reference_results(call, True) if r is not None]
+    torch.testing.assert_close(list(results), expected, rtol=0, atol=0)
+    seeds = [torch.randn_like(r) for r in expected]
+    wanted = [t is not None for t in call.tensors()]
+    found = layer._gradients_of_no_rows(call, (*seeds, None, None)[:4], wanted)
+    # Without steps and states, no result depends on anything.
+    pairs = [pair for pair in zip(expected, seeds, strict=True) if pair[0].requires_grad]
+    grads = map(torch.zeros_like, sample.leaves())
+    if pairs:
+        grads = gradients([r for r, _ in pairs], sample.leaves(), [seed for _, seed in pairs])
+    mine = [grad for grad, want in zip(found, wanted, strict=True) if want]
+    torch.testing.assert_close(mine, list(grads), rtol=0, atol=0)
+
+
+def test_wrong_arguments_are_left_to_the_checks():
+    sample = draw("gru")
+    for wrong in ({"cell": "elman"}, {"input": sample.input[0, 0, 0]}, {"weights": []}):
+        call = Call(*sample.operator_arguments()[:-2])._replace(**wrong)
+        assert not layer.decide(call, is_training=False).is_ours
+
+
+def test_lengths_reach_the_reference_where_the_input_is():
+    gru = nn.GRU(2, 3, dtype=torch.complex64, device="meta")
+    x = torch.zeros(4, 2, 2, dtype=torch.complex64, device="meta")
+    output, _ = gru(x, lengths=[4, 1])
+    assert output.is_meta
 
 
 def test_what_torch_s_operator_does_not_serve():

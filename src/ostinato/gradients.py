@@ -36,6 +36,8 @@ def reference_results(call: Call, all_c: bool = False) -> Results:
         >>> reference_results(call)[0].shape
         torch.Size([5, 2, 4])
     """
+    # The engines read lengths on the CPU; the reference compares them with what it computes.
+    lengths = None if call.lengths is None else call.lengths.to(call.input.device)
     found = reference.states(
         call.cell,
         call.input,
@@ -45,7 +47,7 @@ def reference_results(call: Call, all_c: bool = False) -> Results:
         call.weights,
         has_biases=call.has_biases,
         bidirectional=call.bidirectional,
-        lengths=call.lengths,
+        lengths=lengths,
         resets=call.resets,
         reset_h=call.reset_h,
         reset_c=call.reset_c,
@@ -126,3 +128,59 @@ def _reference_cell(call: Call) -> tuple[Tensor, None, Tensor | None, None]:
     output, _, c_n, _ = reference_results(layer_call)
     shape = (*call.input.shape[:-1], output.shape[-1])
     return output.reshape(shape), None, None if c_n is None else c_n.reshape(shape), None
+
+
+def differentiable_again(call: Call, results: Results) -> Results:
+    """Make the reference stand in for gradients that torch's operator on a GPU does not have.
+
+    cuDNN's gradients can be neither differentiated nor be many at once. Where that is asked for,
+    none of them is computed.
+
+    Args:
+        call: of a layer without cuts.
+        results: of torch's operator, with its gradients.
+
+    Returns:
+        The same numbers, differentiable any number of times.
+
+    Example:
+        >>> layer, x = torch.nn.GRU(3, 4), torch.zeros(5, 2, 3, requires_grad=True)
+        >>> call = Call(x, None, 2, None, None, list(layer.parameters()), "gru", True, False)
+        >>> output, *_ = differentiable_again(call, (*layer(x), None, None))
+        >>> (dx,) = torch.autograd.grad(output.sum(), x, create_graph=True)
+        >>> torch.autograd.grad(dx.sum(), x)[0].shape
+        torch.Size([5, 2, 3])
+    """
+    there = [result for result in results if result is not None]
+    options = call.batch, call[6:10]
+    tensors = call.input, call.batch_sizes, call.h_0, call.c_0, *call.weights
+    found = _Again.apply(options, len(there), *there, *tensors)  # type: ignore[no-untyped-call]
+    output, h_n, c_n, cells = (*found, None, None)[:4]
+    return output, h_n, c_n, cells
+
+
+class _Again(torch.autograd.Function):
+    """Passes results on, and their gradients to torch's operator or to the reference."""
+
+    @staticmethod
+    def forward(ctx: Any, options: Any, count: int, *tensors: Tensor | None) -> Any:
+        # No views, which could not be changed in place, but tensors on the same memory. Of these
+        # the operator's gradient reads the first.
+        found = tuple(result.data for result in tensors[:count] if result is not None)
+        ctx.save_for_backward(found[0], *tensors[count:])
+        ctx.options, ctx.count = options, count
+        ctx.set_materialize_grads(False)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        _, input, batch_sizes, h_0, c_0, *weights = ctx.saved_tensors
+        if not is_beyond_engine(grads):
+            return None, None, *grads, *[None] * (4 + len(weights))
+        batch, config = ctx.options
+        call = Call(input, batch_sizes, batch, h_0, c_0, weights, *config)
+        of_input, _, *of_rest = ctx.needs_input_grad[2 + ctx.count :]
+        wanted = [of_input, *of_rest[:2], False, False, *of_rest[2:]]
+        arrived = (*grads, None, None)[:4]
+        dx, dh_0, dc_0, _, _, *dw = reference_gradients(call, arrived, wanted)
+        return None, None, *[None] * ctx.count, dx, None, dh_0, dc_0, *dw

@@ -41,7 +41,13 @@ from ostinato.cuda import cudnn
 from ostinato.cuda import layer as gpu
 from ostinato.cuda.sequence import reserve_bytes as gpu_reserve_bytes
 from ostinato.engine import CELLS, PAD, SAVED, Sizes, five_per_direction
-from ostinato.gradients import Results, is_beyond_engine, reference_gradients, reference_results
+from ostinato.gradients import (
+    Results,
+    differentiable_again,
+    is_beyond_engine,
+    reference_gradients,
+    reference_results,
+)
 
 _log = logging.getLogger("ostinato")
 
@@ -226,10 +232,20 @@ def _run(call: Call, all_c: bool = False) -> tuple[Tensor, Tensor, Tensor | None
     if is_engines and transforms.serves(call):
         return transforms.run(call, all_c)
 
-    def run() -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        if device == "cuda" and not (call.is_cut or all_c) and cudnn.serves(input):
+    # cuDNN knows no transforms, and no packed rows without steps.
+    is_cudnns = (
+        device == "cuda"
+        and not (call.is_cut or all_c or transforms.is_active())
+        and cudnn.serves(input)
+        and (batch_sizes is None or torch.compiler.is_compiling() or call.batch == batch_sizes[0])
+    )
+
+    def run() -> Results:
+        if is_cudnns:
             states = call.h_0, call.c_0, call.weights, call.has_biases
-            return *cudnn.layer(cell, input, batch_sizes, sizes, *states), None
+            found = *cudnn.layer(cell, input, batch_sizes, sizes, *states), None
+            is_traced = torch.compiler.is_compiling()
+            return differentiable_again(call, found) if keep and not is_traced else found
         if input.dtype not in DTYPES or device not in ("cpu", "meta"):
             _tell_reference(device, input.dtype)
         return reference_results(call, all_c)

@@ -61,6 +61,9 @@ def layer(
             h_0,
             input.new_zeros(sizes.directions, sizes.batch, sizes.hidden) if c_0 is None else c_0,
         )
+    # It takes weights and input of any strides, but nothing else.
+    batch_sizes = None if batch_sizes is None else batch_sizes.contiguous()
+    hx = hx.contiguous() if cell != "lstm" else tuple(state.contiguous() for state in hx)
     operator = getattr(torch._VF, cell)
     # cuDNN keeps what backward needs only in training mode. Dropout is 0: nothing else changes.
     train = torch.is_grad_enabled()

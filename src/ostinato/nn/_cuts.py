@@ -68,7 +68,7 @@ def padded_lengths(kind: str, lengths: Any, steps: int, batch: int, batched: boo
         for length in lengths:
             if not isinstance(length, (int, torch.SymInt)) or isinstance(length, bool):
                 reject_type(kind, "lengths", "a Tensor or a list of ints", length)
-        lengths = torch.tensor(lengths, dtype=torch.int64)
+        lengths = torch.tensor(lengths, dtype=torch.int64, device="cpu")
     if not isinstance(lengths, Tensor):
         reject_type(kind, "lengths", "a Tensor or a list of ints", lengths)
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
