@@ -28,7 +28,7 @@ help:
 	@echo 'make bench     ours and every peer interleaved in one process; tables and picture in build/bench'
 	@echo 'make bench-quick  a tenth of the rows, beside torch.nn alone'
 	@echo 'make bench-gpu    ours beside torch.nn on a GPU, with GPU_PYTHON as it is; tables in benchmarks/results'
-	@echo 'make test-gpu     the tests of the GPU engine, likewise'
+	@echo 'make test-gpu     the tests of the GPU engine, and all others that can run on CUDA tensors, likewise'
 	@echo 'make gpu-ready    what GPU_PYTHON lacks for these two, and the build that they run'
 	@echo 'make docs      doctests, examples in Markdown, links, and the table of features'
 	@echo 'make features  that table again, into docs/features.md, and what the features cost'
@@ -64,6 +64,7 @@ bench-gpu: $(BUILD)/gpu.stamp
 test-gpu: $(BUILD)/gpu.stamp
 	PYTHONPATH=$(BUILD)/gpu $(GPU_PYTHON) -m pytest tests/test_gpu.py tests/test_cudnn.py tests/test_cuda_launch.py \
 		tests/test_bench_gpu.py $(ARGS)
+	PYTHONPATH=$(BUILD)/gpu $(GPU_PYTHON) -m pytest tests --device cuda $(ARGS)
 	PYTHONPATH=$(BUILD)/gpu compute-sanitizer --tool memcheck --error-exitcode 3 \
 		$(GPU_PYTHON) -m pytest tests/test_gpu.py -k sanitized
 	PYTHONPATH=$(BUILD)/gpu compute-sanitizer --tool racecheck --error-exitcode 3 \

@@ -1,8 +1,10 @@
-"""What all tests share: seeds, the table of tolerances, and memory that shows what touches it.
+"""What all tests share: the device, seeds, tolerances, and memory that shows what touches it.
 
 No import of torch here: the engine's tests run where there is none.
 """
 
+import collections
+import contextlib
 import ctypes
 import sys
 import zlib
@@ -14,6 +16,91 @@ import pytest
 # One run is as good as the next on a busy machine, and every run draws the same examples.
 hypothesis.settings.register_profile("ostinato", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ostinato")
+
+
+# ---- the device ----
+
+# Modules that are of the CPU alone, by reason; a single test says so by the marker `cpu`.
+CPU_ALONE = {
+    "the compiled engine": "core lengths narrow threads",
+    "bits that the CPU engine promises": "invariance",
+    "the short way past torch's dispatcher": "tensors",
+    "NumPy": "math numpy numpy_input",
+    "ONNX Runtime": "onnx",
+    "the package, its commands and documents": "bench documents init main",
+    "no operator of torch's runs, which is cuDNN's way": "seams",
+    "they choose their devices themselves": (
+        "bench_gpu cuda_compiler cuda_kernels cuda_launch cuda_layer cuda_report gpu"
+    ),
+}
+_REASONS = {f"test_{name}": why for why, names in CPU_ALONE.items() for name in names.split()}
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device", default="cpu", help="where tests make tensors; not all tests can elsewhere"
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cpu(reason): of the CPU alone; not run on other devices")
+
+
+def reason_of(item):
+    """Say why a test is of the CPU alone; None where it is not."""
+    mark = item.get_closest_marker("cpu")
+    return mark.args[0] if mark else _REASONS.get(item.path.stem)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what is of the CPU alone."""
+    if config.getoption("device") == "cpu":
+        return
+    left = [item for item in items if reason_of(item)]
+    items[:] = [item for item in items if not reason_of(item)]
+    config.hook.pytest_deselected(items=left)
+    config.stash[_LEFT] = collections.Counter(map(reason_of, left))
+
+
+_LEFT = pytest.StashKey()
+
+
+def pytest_report_collectionfinish(config):
+    """Tell what was left out."""
+    left = config.stash.get(_LEFT, {})
+    lines = [f"  {count:4}  {why}" for why, count in sorted(left.items())]
+    return [f"of the CPU alone: {sum(left.values())} tests", *lines] if left else []
+
+
+@pytest.fixture(autouse=True)
+def on_device(request):
+    """Let torch make tensors on `--device`, where our kernels run wherever they fit."""
+    torch, name = sys.modules.get("torch"), request.config.getoption("device")
+    if torch is None or name == "cpu":
+        yield
+        return
+    from ostinato.cuda import choice
+
+    torch.set_default_device(name)
+    try:
+        with choice.forced(True), exact_float32(torch.backends):
+            yield
+    finally:
+        torch.set_default_device(None)
+
+
+@contextlib.contextmanager
+def exact_float32(backends):
+    """Keep TF32 out of the products of float32."""
+    # By the older switches: torch.export reads them, and fails where the newer ones say otherwise.
+    # Those of cuDNN by its context, which torch's own test tools leave as the only way.
+    matmul = backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, False
+    try:
+        with backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 # ---- seeds ----

@@ -1,7 +1,8 @@
 """The same module of both libraries, and arguments that suit it: what the tests of `nn` share."""
 
 import torch
-from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from devices import device_type, pack, to
+from torch.nn.utils.rnn import PackedSequence
 
 from ostinato import nn
 
@@ -45,7 +46,12 @@ def packed(enforce_sorted, lengths=(2, 5, 3), features=4, **kwargs):
     if enforce_sorted:
         lengths = sorted(lengths, reverse=True)
     rows = [torch.randn(length, features, **kwargs) for length in lengths]
-    return pack_sequence(rows, enforce_sorted=enforce_sorted)
+    return pack(rows, enforce_sorted)
+
+
+def by_cpu(module, *arguments):
+    """What torch's module gives on the CPU, for what its operators for GPUs lack."""
+    return to(module.cpu()(*to(arguments, "cpu")), device_type())
 
 
 def flat(result):

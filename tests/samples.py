@@ -96,8 +96,8 @@ def draw(
     if lengths is None:
         input = torch.randn(steps, batch, size, dtype=dtype)
     else:
-        sizes = torch.tensor([sum(n > t for n in lengths) for t in range(max(lengths, default=0))])
-        sizes = sizes.to(torch.int64)
+        sizes = [sum(n > t for n in lengths) for t in range(max(lengths, default=0))]
+        sizes = torch.tensor(sizes, dtype=torch.int64, device="cpu")
         input, batch = torch.randn(sum(lengths), size, dtype=dtype), len(lengths)
     h_0 = torch.randn(directions, batch, out, dtype=dtype) if "h" in states else None
     c_0 = None

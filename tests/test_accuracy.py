@@ -22,6 +22,7 @@ import warnings
 import pytest
 import torch
 from conftest import seed_of
+from devices import device_type
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from ostinato import nn, reference
@@ -89,7 +90,7 @@ class Case:
         self.ours.reset_parameters()
         self.theirs.load_state_dict(self.ours.state_dict())
         self.input = torch.randn(steps, batch, size)
-        self.lengths = torch.randint(1, steps + 1, (batch,))
+        self.lengths = torch.randint(1, steps + 1, (batch,), device="cpu")
         rows = self.layers * self.directions
         self.h_0 = torch.randn(rows, batch, getattr(self.ours, "proj_size", 0) or hidden)
         self.c_0 = torch.randn(rows, batch, hidden) if self.cell.startswith("lstm") else None
@@ -162,7 +163,7 @@ class Case:
         return self.with_gradients([x, *states], leaves)
 
     def with_gradients(self, results, leaves):
-        generator = torch.Generator().manual_seed(seed_of(self.name))
+        generator = torch.Generator(device_type()).manual_seed(seed_of(self.name))
         seeds = [torch.randn(r.shape, generator=generator).to(r.dtype) for r in results]
         leaves = [leaf for leaf in leaves if leaf is not None]
         grads = torch.autograd.grad(results, leaves, seeds)

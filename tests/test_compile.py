@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import tolerance
+from devices import engine_dtype, on_cpu
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor import metrics
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -35,7 +36,9 @@ class Six(torch.nn.Module):
         super().__init__()
         self.rnn = nn.RNN(5, 6, nonlinearity="relu", **options)
         self.gru = nn.GRU(6, 7, num_layers=2, bidirectional=True, **options)
-        self.lstm = nn.LSTM(14, 8, proj_size=5, **options)
+        # No kernel for GPUs projects.
+        projection = {"proj_size": 5} if on_cpu() else {}
+        self.lstm = nn.LSTM(14, 8 if on_cpu() else 5, **projection, **options)
         self.rnn_cell, self.gru_cell = nn.RNNCell(5, 6, **options), nn.GRUCell(6, 7, **options)
         self.lstm_cell = nn.LSTMCell(7, 4, **options)
 
@@ -75,7 +78,7 @@ def compare(actual, expected, steps=16):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_training_and_inference_in_one_graph(backend):
-    dtype = torch.float64 if backend == "aot_eager" else torch.float32
+    dtype = engine_dtype() if backend == "aot_eager" else torch.float32
     model = Six(dtype=dtype)
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     x, h_0 = arguments(dtype=dtype)
@@ -125,12 +128,16 @@ def test_other_steps_and_batches_do_not_compile_again(backend):
 LAYERS = {
     "RNN": lambda: nn.RNN(5, 6, nonlinearity="relu"),
     "GRU": lambda: nn.GRU(5, 6, num_layers=2, bidirectional=True),
-    "LSTM": lambda: nn.LSTM(5, 6, proj_size=3),
+    "LSTM": lambda: nn.LSTM(5, 6),
+    "LSTM projected": lambda: nn.LSTM(5, 6, proj_size=3),
 }
+# torch's operator is compiled for one number of steps.
+projects = pytest.mark.cpu("no kernel for GPUs projects")
+per_layer = [pytest.param(k, marks=[projects] * ("projected" in k)) for k in LAYERS]
 
 
 @pytest.mark.parametrize("marked", [False, True])
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", per_layer)
 def test_compilations(name, marked):
     """One where T and B are marked, and one more where torch finds out that they change."""
     layer = LAYERS[name]()
@@ -224,6 +231,7 @@ print(time.process_time() - start)
 """
 
 
+@pytest.mark.cpu("processes on this machine")
 def test_compiling_hardly_takes_longer_with_layers_and_steps():
     """Compile a training step in a fresh process, in processor time, since others may be busy."""
 
@@ -256,7 +264,7 @@ def test_options_of_a_layer(cls, backend):
 @pytest.mark.parametrize("backend", ["aot_eager"])
 def test_a_packed_sequence_made_outside(backend):
     layer = nn.GRU(4, 5, bidirectional=True)
-    packed = pack_padded_sequence(torch.randn(6, 3, 4), torch.tensor([6, 4, 1]))
+    packed = pack_padded_sequence(torch.randn(6, 3, 4), [6, 4, 1])
 
     def function(packed):
         output, h_n = layer(packed)

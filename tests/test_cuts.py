@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from devices import assert_equal, engine_dtype, moved
 from samples import SAMPLES, draw, gradients
 from test_ops import close
 
@@ -19,7 +20,9 @@ RESETS = {"none": None, "some": 0.3, "every step": 1.0, "never": 0.0}
 
 def cut_of(sample, lengths, probability, *, with_state=True):
     """Draw the keyword arguments of `ops.cut_layer` for a sample."""
-    cuts = {"lengths": None if lengths is None else torch.tensor(lengths, dtype=torch.int64)}
+    cuts = {"lengths": None}
+    if lengths is not None:
+        cuts["lengths"] = torch.tensor(lengths, dtype=torch.int64, device="cpu")
     if probability is None:
         return cuts
     cuts["resets"] = torch.rand(sample.input.shape[:-1]) < probability
@@ -46,6 +49,8 @@ def both(sample, cuts, **options):
             if t is not None
         }
         extra = options | {"all_c": True} if function is ops.cut_layer else {}
+        if function is reference.states and "lengths" in states:
+            states["lengths"] = states["lengths"].to(mine.input.device)
         results = run(function, mine, states, **extra)
         torch.manual_seed(1)
         cotangents = [torch.randn_like(r) for r in results]
@@ -105,7 +110,7 @@ def test_nothing_is_kept_where_there_are_no_steps(cell):
 def test_a_piece_has_the_bits_that_it_has_alone(cell, bidirectional):
     sample = draw(cell, 9, 3, 4, 17, bidirectional=bidirectional)
     resets = torch.rand(9, 3) < 0.3
-    lengths = torch.tensor([9, 5, 7])
+    lengths = torch.tensor([9, 5, 7], device="cpu")
     cuts = {"lengths": lengths, "resets": resets}
     output, h_n, *_ = run(ops.cut_layer, sample, cuts)
     for b in range(3):
@@ -123,13 +128,14 @@ def test_a_piece_has_the_bits_that_it_has_alone(cell, bidirectional):
                             state[d] = 0
                 states[name] = state
             alone, h_end, *_ = piece._replace(**states).run()
-            assert torch.equal(alone[:, 0], output[start:end, b])
+            assert_equal(alone[:, 0], output[start:end, b])
             if end == int(lengths[b]):
-                assert torch.equal(h_end[0, 0], h_n[0, b])
+                assert_equal(h_end[0, 0], h_n[0, b])
     for b in range(3):
         assert not output[int(lengths[b]) :, b].any()
 
 
+@pytest.mark.cpu("the compiled engine")
 # Few rows of many units are walked by all threads together.
 @pytest.mark.parametrize(("batch", "hidden"), [(12, 40), (2, 160)])
 @pytest.mark.parametrize("recompute", [False, True])
@@ -162,12 +168,12 @@ def test_gradients_of_a_piece_have_the_bits_that_they_have_alone(
             leaves = [t for t in (piece.input, piece.h_0, piece.c_0) if t is not None]
             arrived = [cotangents[0][start:end, b : b + 1], dh_n.unsqueeze(1)]
             found = gradients([alone, h_end], leaves, arrived)
-            assert torch.equal(alone[:, 0], output[start:end, b])
-            assert torch.equal(found[0][:, 0], dx[start:end, b])
+            assert_equal(alone[:, 0], output[start:end, b])
+            assert_equal(found[0][:, 0], dx[start:end, b])
             for mine, other in zip(dstates, found[1:], strict=True):
                 for d in range(len(other)):
                     if not at_cut[d]:
-                        assert torch.equal(mine[d, b], other[d, 0])
+                        assert_equal(mine[d, b], other[d, 0])
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -183,6 +189,7 @@ def test_the_gradient_ends_at_a_reset(cell):
     assert grad[:3, 0].any()
 
 
+@pytest.mark.cpu("kernels for GPUs carry states in 16 bits")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_16_bits(cell, dtype):
@@ -194,10 +201,11 @@ def test_16_bits(cell, dtype):
     }
     results = run(ops.cut_layer, sample, cuts, all_c=True)
     for mine, other in zip(results, run(ops.cut_layer, wide, wide_cuts, all_c=True), strict=True):
-        assert torch.equal(mine, other.to(dtype))
+        assert_equal(mine, other.to(dtype))
     hold(both(sample, cuts))
 
 
+@pytest.mark.cpu("the compiled engine")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads_do_not_change_bits(threads):
     before = torch.get_num_threads()
@@ -210,12 +218,12 @@ def test_threads_do_not_change_bits(threads):
     finally:
         torch.set_num_threads(before)
     for mine, other in zip(actual, expected, strict=True):
-        assert torch.equal(mine, other)
+        assert_equal(mine, other)
 
 
 @pytest.mark.parametrize("name", ["gru", "lstm"])
 def test_operator_by_torchs_own_rules(name):
-    sample = draw(name, 5, 3, 2, 3, bidirectional=True, dtype=torch.float64).training()
+    sample = draw(name, 5, 3, 2, 3, bidirectional=True, dtype=engine_dtype()).training()
     cuts = cut_of(sample, (5, 2, 0), 0.4)
     states = [t if t is None else t.requires_grad_() for t in map(cuts.get, ("reset_h", "reset_c"))]
     arguments = list(sample.operator_arguments())
@@ -250,13 +258,13 @@ def test_operator_by_torchs_own_rules(name):
 def test_wrong_arguments(changes, error, message):
     sample = draw("gru", 7, 2, 3, 4)
     with pytest.raises(error, match=message):
-        run(ops.cut_layer, sample, changes)
+        run(ops.cut_layer, sample, changes if "lengths" in changes else moved(changes))
 
 
 def test_packed_rows_have_their_own_lengths():
     sample = draw("gru", lengths=(3, 2))
     with pytest.raises(RuntimeError, match="lengths: expected None"):
-        run(ops.cut_layer, sample, {"lengths": torch.tensor([3, 2])})
+        run(ops.cut_layer, sample, {"lengths": torch.tensor([3, 2], device="cpu")})
 
 
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
@@ -270,7 +278,7 @@ def test_second_derivatives():
     resets = torch.tensor([[0, 1], [1, 0], [0, 0], [0, 1]], dtype=torch.bool)
 
     def function(*leaves):
-        cuts = {"lengths": torch.tensor([4, 2]), "resets": resets}
+        cuts = {"lengths": torch.tensor([4, 2], device="cpu"), "resets": resets}
         return tuple(run(ops.cut_layer, sample.replaced(leaves), cuts, all_c=True))
 
     assert torch.autograd.gradgradcheck(function, sample.leaves())

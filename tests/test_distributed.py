@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tolerance
+from devices import assert_equal
 from pairs import CELLS, SIX, each, flat, shapes
 from torch.nn.utils.rnn import pad_packed_sequence
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -42,6 +43,7 @@ TORCHRUN = (
     *("-m", "torch.distributed.run", "--standalone"),
     *("--local-addr", "127.0.0.1", "--nproc-per-node", "2"),
 )
+processes = pytest.mark.cpu("processes on this machine")
 # torch says so wherever a checkpoint is loaded without a process group.
 alone = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
@@ -81,7 +83,7 @@ def assert_close(actual, expected, dtype=DTYPE, steps=TIME * UPDATES):
 
 
 def assert_same_bits(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    torch.utils._pytree.tree_map(assert_equal, actual, expected)
 
 
 # ---- DDP and FSDP2 ----
@@ -101,6 +103,7 @@ def two(folder):
     return [torch.load(folder / f"start_{rank}.pt") for rank in range(2)]
 
 
+@processes
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("way", WAYS)
 def test_gradients_and_parameters_are_those_of_one_process(two, way, name):
@@ -110,6 +113,7 @@ def test_gradients_and_parameters_are_those_of_one_process(two, way, name):
         assert_close(found[way, name]["parameters"], expected["parameters"])
 
 
+@processes
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("way", WAYS)
 def test_each_row_has_the_bits_of_one_process(two, way, name):
@@ -129,6 +133,7 @@ def padded(case, output, rank=0, world=1):
     return pad_packed_sequence(input._replace(data=output), total_length=TIME)[0]
 
 
+@processes
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("saving", "keeping"),
@@ -143,6 +148,7 @@ def test_recompute_changes_no_bit(two, way, saving, keeping):
         assert_same_bits(found[way, saving], found[way, keeping])
 
 
+@processes
 @pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
 def test_fsdp2_in_bfloat16(two, name):
     """MixedPrecisionPolicy: weights are gathered, and gradients averaged, in bfloat16."""
@@ -168,6 +174,7 @@ def resumed(folder, two):
     return [torch.load(folder / f"resume_{rank}.pt") for rank in range(2)]
 
 
+@processes
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("saved", WAYS)
 def test_two_processes_resume_a_checkpoint_of_two(two, resumed, saved, way):
@@ -178,6 +185,7 @@ def test_two_processes_resume_a_checkpoint_of_two(two, resumed, saved, way):
         compare(rest["parameters"], straight["parameters"])
 
 
+@processes
 @alone
 @pytest.mark.parametrize("saved", WAYS)
 def test_one_process_resumes_a_checkpoint_of_two(folder, two, saved):
@@ -237,6 +245,7 @@ def test_a_target_network_written_through_data_counts_at_the_next_call(name):
     assert not torch.equal(after[0][0], before[0][0])
 
 
+@pytest.mark.cpu("DataParallel without a GPU")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="DataParallel would take the GPU")
 @pytest.mark.parametrize("name", SIX)
 def test_data_parallel_on_a_cpu_is_the_module(name):
@@ -289,6 +298,7 @@ def losses(printed):
     return {int(step) if step else "final": float(loss) for step, loss in found}
 
 
+@processes
 def test_the_example_scales_and_resumes(tmp_path):
     alone = losses(run(EXAMPLE, "--steps", 240, "--log-every", 20))
     assert alone["final"] < 0.05  # a guess without memory reaches 1/6

@@ -5,12 +5,14 @@ not the tests that run them. Those below follow their names: forward, factory ar
 non-contiguous input, training flag, saving, copying, printing, memory format, errors.
 """
 
+import contextlib
 import copy
 import io
 import pickle
 
 import pytest
 import torch
+from devices import assert_equal, device_type, without_cudnn
 from pairs import SIX, TORCH_WARNS, flat
 from torch.nn.utils.rnn import PackedSequence
 from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
@@ -44,16 +46,19 @@ GRADIENT_TOLERANCE = {
 
 def samples(name, dtype, training, requires_grad=False):
     """The entry's samples: (constructor arguments, forward arguments, reference function)."""
+    device = device_type()
     info = ENTRIES[name]
     torch.manual_seed(0)
-    found = info.module_inputs_func(
-        info,
-        device="cpu",
-        dtype=dtype,
-        requires_grad=requires_grad,
-        training=training,
-        with_packed_sequence=name in ("RNN", "GRU"),
-    )
+    # What torch packs has its lengths on the default device, which must be the CPU.
+    with torch.device("cpu"):
+        found = info.module_inputs_func(
+            info,
+            device=device,
+            dtype=dtype,
+            requires_grad=requires_grad,
+            training=training,
+            with_packed_sequence=name in ("RNN", "GRU"),
+        )
     assert found
     for sample in found:
         make, call = sample.constructor_input, sample.forward_input
@@ -63,7 +68,7 @@ def samples(name, dtype, training, requires_grad=False):
 def build(library, name, make, dtype, training=True):
     """A module of one library, after the same seed for both."""
     torch.manual_seed(1)
-    module = getattr(library, name)(*make[0], **make[1], device="cpu", dtype=dtype)
+    module = getattr(library, name)(*make[0], **make[1], device=device_type(), dtype=dtype)
     return module.train(training)
 
 
@@ -102,16 +107,16 @@ def test_factory_arguments_reach_the_parameters(name, dtype, training):
         module = build(nn, name, make, dtype, training)
         for weight in module.parameters():
             assert weight.dtype == dtype
-            assert weight.device.type == "cpu"
+            assert weight.device.type == device_type()
         assert all(t.dtype == dtype for t in flat(module(*args, **kwargs)))
         meta = getattr(nn, name)(*make[0], **make[1], device="meta", dtype=dtype)
         assert all(weight.is_meta for weight in meta.parameters())
-        filled = meta.to_empty(device="cpu")
+        filled = meta.to_empty(device=device_type())
         filled.load_state_dict(module.state_dict())
         for one, other in zip(
             flat(filled(*args, **kwargs)), flat(module(*args, **kwargs)), strict=True
         ):
-            assert torch.equal(one, other)
+            assert_equal(one, other)
 
 
 @EVERY
@@ -120,7 +125,8 @@ def test_gradients_equal_torchs(name, dtype, training):
         gradients = []
         for library in (nn, torch.nn):
             module = build(library, name, make, dtype, training)
-            results = flat(module(*args, **kwargs))
+            with without_cudnn() if library is torch.nn else contextlib.nullcontext():
+                results = flat(module(*args, **kwargs))
             torch.manual_seed(2)
             loss = sum((t * torch.randn_like(t)).sum() for t in results)
             wanted = leaves(args) + list(module.parameters())
@@ -183,7 +189,7 @@ def test_non_contiguous_input_gives_the_same_bits_and_gradients(name, dtype, tra
             wanted = leaves(arguments) + list(module.parameters())
             outcomes.append((*results, *torch.autograd.grad(loss, wanted)))
         for one, other in zip(*outcomes, strict=True):
-            assert torch.equal(one, other)
+            assert_equal(one, other)
 
 
 @EVERY
@@ -195,9 +201,10 @@ def test_training_flag(name, dtype, training):
         assert module.training is not training
         # No sample has dropout, so even where the modes may differ they do not here.
         for one, other in zip(flat(before), flat(module(*args, **kwargs)), strict=True):
-            assert torch.equal(one, other)
+            assert_equal(one, other)
 
 
+@pytest.mark.cpu("cuDNN draws dropout's numbers itself")
 @pytest.mark.parametrize("name", [n for n in SIX if ENTRIES[n].train_and_eval_differ])
 def test_dropout_acts_in_training_only(name):
     for make, (args, kwargs), _ in samples(name, torch.float64, True):
@@ -207,7 +214,7 @@ def test_dropout_acts_in_training_only(name):
             # All or nothing, so that no random numbers are compared.
             module.dropout = 1.0
         for one, other in zip(plain, flat(ours(*args, **kwargs)), strict=True):
-            assert torch.equal(one, other)
+            assert_equal(one, other)
         dropped = flat(ours.train()(*args, **kwargs))
         torch.testing.assert_close(
             dropped, flat(theirs.train()(*args, **kwargs)), **TOLERANCE[torch.float64]
@@ -233,7 +240,7 @@ def test_saved_and_copied_modules_give_the_same_bits(name, dtype, training):
             for one, other in zip(
                 flat(twin(*args, **kwargs)), flat(module(*args, **kwargs)), strict=True
             ):
-                assert torch.equal(one, other)
+                assert_equal(one, other)
 
 
 @EVERY
@@ -253,7 +260,7 @@ def test_memory_format_of_the_module_does_not_affect_output(name, dtype, trainin
         before = flat(module(*args, **kwargs))
         module.to(memory_format=torch.channels_last)
         for one, other in zip(before, flat(module(*args, **kwargs)), strict=True):
-            assert torch.equal(one, other)
+            assert_equal(one, other)
             assert one.stride() == other.stride()
 
 
@@ -261,7 +268,7 @@ def test_memory_format_of_the_module_does_not_affect_output(name, dtype, trainin
 def test_errors(name, dtype, training):
     info = ENTRIES[name]
     found = info.module_error_inputs_func(
-        info, device="cpu", dtype=dtype, requires_grad=False, training=training
+        info, device=device_type(), dtype=dtype, requires_grad=False, training=training
     )
     assert found
     for sample in found:

@@ -11,6 +11,7 @@ import warnings
 
 import pytest
 import torch
+from devices import device_type, on_cpu
 from pairs import LAYERS, SIX, TORCH_WARNS, assert_same, pair, shapes
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -57,12 +58,13 @@ def step(model, optimizer, x):
 def assert_same_weights(ours, theirs):
     assert list(ours.state_dict()) == list(theirs.state_dict())
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5, check_device=False)
 
 
 # ---- copies ----
 
 
+@pytest.mark.cpu("processes on this machine")
 def test_another_process_takes_a_pickled_layer():
     ours, _ = taggers()
     x = torch.randn(5, 3, 4)
@@ -298,6 +300,7 @@ def test_a_module_around_a_layer():
 # ---- around the model ----
 
 
+@pytest.mark.cpu("DataParallel without a GPU")
 @pytest.mark.filterwarnings("ignore:DataParallel:FutureWarning")
 def test_data_parallel_without_a_gpu():
     ours, theirs = taggers()
@@ -311,7 +314,7 @@ def one_process(tmp_path):
     if not torch.distributed.is_available():
         pytest.skip("this build of torch has no torch.distributed")
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+        "gloo" if on_cpu() else "nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
     )
     yield
     torch.distributed.destroy_process_group()
@@ -336,7 +339,7 @@ def test_fully_shard_after_the_change(one_process):
     ours, theirs = taggers()
     x = torch.randn(5, 3, 4)
     expected = theirs(x)
-    mesh = device_mesh.init_device_mesh("cpu", (1,))
+    mesh = device_mesh.init_device_mesh(device_type(), (1,))
     for model in (ours, theirs):
         for module in (model.gru, model.lstm, model):
             fsdp.fully_shard(module, mesh=mesh)
@@ -392,7 +395,8 @@ def test_lightning(tmp_path):
     assert [layer.name for layer in ostinato.replace(late).changed] == ["model.gru", "model.lstm"]
     for number, task in enumerate([*tasks, late]):
         trainer = lightning.Trainer(
-            accelerator="cpu",
+            accelerator="cpu" if on_cpu() else "gpu",
+            devices=1,
             max_epochs=1,
             logger=False,
             enable_progress_bar=False,
@@ -418,6 +422,7 @@ AO_WARNS = (
 )
 
 
+@pytest.mark.cpu("torch quantizes on the CPU")
 @pytest.mark.filterwarnings(*AO_WARNS)
 def test_dynamic_quantization_knows_torchs_classes_alone():
     ours, _ = taggers()

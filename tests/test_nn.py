@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from devices import assert_equal, device_type
 from pairs import (
     LAYERS,
     SIX,
@@ -98,6 +99,7 @@ def test_float32_equals_torchs(kind, form):
     torch.testing.assert_close(mine[1], other[1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.cpu("cuDNN draws dropout's numbers itself")
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
@@ -109,7 +111,7 @@ def test_dropout_draws_torchs_numbers(kind, form, p):
         mine = gradients(ours, input, hx)
         after = torch.rand(2)
         other = gradients(theirs, input, hx)
-        assert torch.equal(after, torch.rand(2))
+        assert_equal(after, torch.rand(2))
         torch.testing.assert_close(mine[0], other[0], **EXACT)
         torch.testing.assert_close(mine[1], other[1], **EXACT)
         ours.eval()
@@ -124,11 +126,11 @@ def test_dropout_is_on_between_layers_only(name):
     input = torch.randn(6, BATCH, INPUT)
     one, other = flat(module(input)), flat(module(input))
     # The first layer's final state does not depend on it, the second's does.
-    assert torch.equal(one[1][0], other[1][0])
+    assert_equal(one[1][0], other[1][0])
     assert not torch.equal(one[1][1], other[1][1])
     with pytest.warns(UserWarning, match="dropout option adds dropout after all but last"):
         single = getattr(nn, name)(INPUT, HIDDEN, 1, dropout=0.5)
-    assert torch.equal(flat(single(input))[0], flat(single(input))[0])
+    assert_equal(flat(single(input))[0], flat(single(input))[0])
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -190,9 +192,9 @@ def test_a_sequence_cut_in_two_and_carried_equals_one_run(kind):
     for cut in (0, 1, 4, 9):
         first, carried = module(input[:cut])
         second, *after = module(input[cut:], carried)
-        assert torch.equal(torch.cat([first, second]), whole)
+        assert_equal(torch.cat([first, second]), whole)
         for one, other in zip(flat(after), flat(ends), strict=True):
-            assert torch.equal(one, other)
+            assert_equal(one, other)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -218,7 +220,7 @@ def test_rows_commute_with_permutation(kind):
     module = getattr(nn, name)(INPUT, HIDDEN, 2, bidirectional=True, **options)
     input, order = torch.randn(6, BATCH, INPUT), torch.tensor([2, 0, 3, 1])
     for one, other in zip(flat(module(input[:, order])), flat(module(input)), strict=True):
-        assert torch.equal(one, other[:, order])
+        assert_equal(one, other[:, order])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -228,9 +230,9 @@ def test_packing_full_rows_equals_padding(kind):
     sequences = packed(False, (6, 6, 6, 6), INPUT)
     input, _ = pad_packed_sequence(sequences)
     output, *ends = module(sequences)
-    assert torch.equal(pad_packed_sequence(output)[0], module(input)[0])
+    assert_equal(pad_packed_sequence(output)[0], module(input)[0])
     for one, other in zip(flat(ends), flat(module(input)[1:]), strict=True):
-        assert torch.equal(one, other)
+        assert_equal(one, other)
 
 
 # ---- modes of running ----
@@ -250,7 +252,7 @@ def test_results_do_not_depend_on_what_autograd_records(name):
     for results in (plain, inference, frozen):
         for one, other in zip(results, expected, strict=True):
             assert not one.requires_grad
-            assert torch.equal(one, other)
+            assert_equal(one, other)
     assert all(t.is_inference() for t in inference)
     through = flat(module(x.requires_grad_(), h))
     sum(t.sum() for t in through).backward()
@@ -271,7 +273,7 @@ def test_compiles_into_one_graph(name):
             grads = torch.autograd.grad(sum(t.sum() for t in outputs), list(module.parameters()))
             results.append((outputs, grads))
         torch.testing.assert_close(*results, **TOLERANCE)
-    with torch.autocast("cpu"):
+    with torch.autocast(device_type()):
         assert_same(compiled(x.bfloat16(), h), module(x.bfloat16(), h))
     torch._dynamo.reset()
 

@@ -47,7 +47,7 @@ def packed(sizes, rows=None):
     """A packed sample with these batch_sizes."""
 
     def changed(sample):
-        sizes_of_steps = torch.tensor(sizes) if isinstance(sizes, list) else sizes
+        sizes_of_steps = torch.tensor(sizes, device="cpu") if isinstance(sizes, list) else sizes
         count = int(sum(sizes)) if rows is None else rows
         return sample._replace(input=torch.randn(count, 2), batch_sizes=sizes_of_steps)
 

@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from conftest import tolerance
+from devices import assert_equal
 from test_invariance import LAYERS
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
@@ -61,7 +62,7 @@ def assert_same_bits(keeping, again, x):
     expected, cotangents = passes(keeping, x)
     actual, _ = passes(again, x, cotangents)
     for one, other in zip(actual, expected, strict=True):
-        assert torch.equal(one, other)
+        assert_equal(one, other)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -88,6 +89,7 @@ def test_same_bits_where_rows_end_early(name):
     assert_same_bits(keeping, again, x)
 
 
+@pytest.mark.cpu("the compiled engine")
 @pytest.mark.parametrize("isa", _core.instruction_sets())
 def test_same_bits_on_every_instruction_set(isa):
     before = _core.isa()
@@ -100,6 +102,7 @@ def test_same_bits_on_every_instruction_set(isa):
         _core.set_isa(before)
 
 
+@pytest.mark.cpu("the compiled engine")
 def test_what_is_kept():
     x = torch.randn(50, 8, 16)
     for name, values in (("rnn_tanh", 0), ("gru", 0), ("lstm", 1)):
@@ -124,7 +127,7 @@ def test_16_bits_start_from_rounded_states(name, dtype):
     x = torch.randn(9, 4, 5, dtype=dtype)
     expected, cotangents = passes(keeping, x)
     actual, _ = passes(again, x, cotangents)
-    assert torch.equal(actual[0], expected[0])
+    assert_equal(actual[0], expected[0])
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, **tolerance(dtype, 9))
 
@@ -141,7 +144,7 @@ def test_it_compiles():
     output, _ = torch.compile(again, fullgraph=True, backend="aot_eager")(x)
     (gradient,) = torch.autograd.grad(output.sum(), x)
     expected, _ = again(x)
-    assert torch.equal(output, expected)
+    assert_equal(output, expected)
     (expected_gradient,) = torch.autograd.grad(expected.sum(), x)
     torch.testing.assert_close(gradient, expected_gradient)
 

@@ -58,7 +58,7 @@ def module_of(name, size, hidden, *, bias=True, bidirectional=False, dtype=torch
 def run_torch(module, input, batch_sizes, h_0, c_0):
     """Return output, h_n, c_n of torch.nn; c_n is None for RNN and GRU."""
     if batch_sizes is not None:
-        input = torch.nn.utils.rnn.PackedSequence(input, torch.tensor(batch_sizes))
+        input = torch.nn.utils.rnn.PackedSequence(input, torch.tensor(batch_sizes, device="cpu"))
     hx = h_0
     if isinstance(module, torch.nn.LSTM):
         hx = None if h_0 is None else (h_0, c_0)
@@ -204,7 +204,7 @@ def test_every_form_of_batch_sizes_and_layout_is_taken(name):
     sizes = [4, 3, 1]
     input = torch.randn(3, 8).double()
     expected = run_reference(name, module, input.T.contiguous(), sizes, None, None)
-    for batch_sizes in (tuple(sizes), np.array(sizes), torch.tensor(sizes)):
+    for batch_sizes in (tuple(sizes), np.array(sizes), torch.tensor(sizes, device="cpu")):
         actual = run_reference(name, module, input.T, batch_sizes, None, None)
         torch.testing.assert_close(actual, expected, **tolerance(torch.float64))
     actual = run_reference(
@@ -219,6 +219,7 @@ def expanded_states(name, module):
     return zero.expand(h_0.shape), None if c_0 is None else zero.expand(c_0.shape)
 
 
+@pytest.mark.cpu("torch has complex layers on the CPU alone")
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
 @pytest.mark.parametrize("name", [name for name in CELLS if name != "rnn_relu"])
 def test_complex_equals_torch(name, dtype):
@@ -317,6 +318,7 @@ def run_onnx(name, module, input, h_0, c_0):
 
 
 # The evaluator knows no relu and no projection; torch.nn vouches for those.
+@pytest.mark.cpu("NumPy")
 @pytest.mark.parametrize("bidirectional", BOTH)
 @pytest.mark.parametrize("name", ["rnn_tanh", "gru", "lstm"])
 def test_padded_equals_onnx(name, bidirectional):
@@ -328,6 +330,7 @@ def test_padded_equals_onnx(name, bidirectional):
     torch.testing.assert_close(actual, expected, **tolerance(torch.float64, 6))
 
 
+@pytest.mark.cpu("NumPy")
 @pytest.mark.parametrize("bidirectional", BOTH)
 @pytest.mark.parametrize("name", ["rnn_tanh", "gru", "lstm"])
 def test_each_packed_row_equals_onnx_on_that_row_alone(name, bidirectional):
@@ -347,6 +350,7 @@ def test_each_packed_row_equals_onnx_on_that_row_alone(name, bidirectional):
         torch.testing.assert_close(actual, expected, **tolerance(torch.float64, 6))
 
 
+@pytest.mark.cpu("NumPy")
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [

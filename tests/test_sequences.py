@@ -8,8 +8,9 @@ import copy
 
 import pytest
 import torch
+from devices import assert_equal, device_type, moved, pack
 from pairs import LAYERS, each, flat, pair, state
-from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from ostinato import nn
 
@@ -68,7 +69,7 @@ def test_lengths_are_packing_in_one_call(name, options):
         results.append((found, grads))
     (mine, my_grads), (packed, packed_grads), (torchs, torch_grads) = results
     for one, other in zip(mine, packed, strict=True):
-        assert torch.equal(one, other)
+        assert_equal(one, other)
     torch.testing.assert_close(my_grads, packed_grads)
     torch.testing.assert_close(mine, torchs, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(my_grads, torch_grads, rtol=1e-4, atol=1e-5)
@@ -84,7 +85,7 @@ def test_every_form_of_lengths(given):
     x, h = arguments(gru, "GRU")
     expected = gru(x, h, lengths=torch.tensor(LENGTHS))
     for one, other in zip(flat(gru(x, h, lengths=given)), flat(expected), strict=True):
-        assert torch.equal(one, other)
+        assert_equal(one, other)
 
 
 @layers
@@ -94,7 +95,7 @@ def test_a_row_of_no_steps_passes_its_states_on(name):
     output, h_n = module(x, h, lengths=[0, 7, 0, 2])
     assert not output[:, [0, 2]].any()
     for mine, given in zip(flat(h_n), flat(h), strict=True):
-        assert torch.equal(mine[:, [0, 2]], given[:, [0, 2]])
+        assert_equal(mine[:, [0, 2]], given[:, [0, 2]])
         assert not torch.equal(mine[:, 1], given[:, 1])
     _, h_n = module(x, lengths=[0, 0, 0, 0])
     assert not any(t.any() for t in flat(h_n))
@@ -109,10 +110,10 @@ def test_the_reverse_direction_starts_at_the_true_end(name):
     for row, length in enumerate(LENGTHS):
         other[length:, row] = torch.nan
     again, _ = module(other, lengths=LENGTHS)
-    assert torch.equal(output, again)
+    assert_equal(output, again)
     for row, length in enumerate(LENGTHS):
         alone, _ = module(x[:length, row])
-        assert torch.equal(alone, output[:length, row])
+        assert_equal(alone, output[:length, row])
 
 
 def test_one_sequence():
@@ -121,9 +122,9 @@ def test_one_sequence():
     expected, h_n = gru(x[:3])
     for length in (3, [3], torch.tensor(3), torch.tensor([3])):
         output, last = gru(x, lengths=length)
-        assert torch.equal(output[:3], expected)
+        assert_equal(output[:3], expected)
         assert not output[3:].any()
-        assert torch.equal(last, h_n)
+        assert_equal(last, h_n)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,7 @@ def test_wrong_lengths(lengths, error, message):
 
 def test_packed_rows_have_their_own_lengths():
     with pytest.raises(ValueError, match="lengths must be None where input is packed"):
-        build("GRU")(pack_sequence([torch.randn(3, 4)]), lengths=[3])
+        build("GRU")(pack([torch.randn(3, 4)]), lengths=[3])
 
 
 # ---- resets ----
@@ -187,7 +188,7 @@ def test_resets_are_a_loop_with_a_mask(name, num_layers, learned):
         leaves = [leaf, *parameters, *(flat(anew) if learned else [])]
         found.append((flat(results), torch.autograd.grad(loss, leaves)))
     for one, other in zip(found[0][0], found[1][0], strict=True):
-        assert torch.equal(one, other)
+        assert_equal(one, other)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-5)
 
 
@@ -199,8 +200,8 @@ def test_episodes_are_sequences_of_their_own_in_both_directions(name):
     resets[0, [0, 3, 6]] = True
     output, _ = module(x, resets=resets)
     pieces = [module(x[:, a:b])[0] for a, b in ((0, 3), (3, 6), (6, 7))]
-    assert torch.equal(output, torch.cat(pieces, 1))
-    assert torch.equal(module(x[0], resets=resets[0])[0], output[0])
+    assert_equal(output, torch.cat(pieces, 1))
+    assert_equal(module(x[0], resets=resets[0])[0], output[0])
 
 
 @layers
@@ -209,14 +210,14 @@ def test_resets_of_packed_rows(name):
     rows = [torch.randn(n, 4) for n in LENGTHS]
     flags = [torch.rand(n) < 0.4 for n in LENGTHS]
     anew = state(name, 2, 4, 6)
-    packed = pack_sequence(rows, enforce_sorted=False)
-    output, h_n = module(packed, resets=pack_sequence(flags, enforce_sorted=False), reset_to=anew)
+    packed = pack(rows, enforce_sorted=False)
+    output, h_n = module(packed, resets=pack(flags, enforce_sorted=False), reset_to=anew)
     padded, lengths = pad_packed_sequence(output)
     for row, (x, cut) in enumerate(zip(rows, flags, strict=True)):
         alone, last = module(x, resets=cut, reset_to=each(anew, lambda t, r=row: t[:, r]))
-        assert torch.equal(padded[: lengths[row], row], alone)
+        assert_equal(padded[: lengths[row], row], alone)
         for mine, other in zip(flat(h_n), flat(last), strict=True):
-            assert torch.equal(mine[:, row], other)
+            assert_equal(mine[:, row], other)
 
 
 @pytest.mark.parametrize("learned", [False, True])
@@ -251,7 +252,7 @@ def test_no_reset_changes_no_bit():
     x, h = arguments(gru, "GRU")
     none = torch.zeros(7, 4, dtype=torch.bool)
     for one, other in zip(flat(gru(x, h, resets=none)), flat(gru(x, h)), strict=True):
-        assert torch.equal(one, other)
+        assert_equal(one, other)
 
 
 FLAGS = torch.zeros(7, 4, dtype=torch.bool)
@@ -277,19 +278,19 @@ FLAGS = torch.zeros(7, 4, dtype=torch.bool)
             "reset_to must have input's dtype",
         ),
         ({"resets": FLAGS, "reset_to": [0.0]}, TypeError, "reset_to must be a Tensor"),
-        ({"resets": pack_sequence([FLAGS])}, TypeError, "resets must be a Tensor"),
+        ({"resets": pack([FLAGS])}, TypeError, "resets must be a Tensor"),
     ],
 )
 def test_wrong_resets(options, error, message):
     with pytest.raises(error, match=message):
-        build("GRU")(torch.randn(7, 4, 4), **options)
+        build("GRU")(torch.randn(7, 4, 4), **moved(options))
 
 
 def test_wrong_resets_of_packed_rows():
-    packed = pack_sequence([torch.randn(3, 4)])
+    packed = pack([torch.randn(3, 4)])
     with pytest.raises(TypeError, match="resets must be a PackedSequence"):
         build("GRU")(packed, resets=torch.zeros(3, dtype=torch.bool))
-    other = pack_sequence([torch.zeros(2, dtype=torch.bool)])
+    other = pack([torch.zeros(2, dtype=torch.bool)])
     with pytest.raises(RuntimeError, match="resets must be packed with the lengths of input"):
         build("GRU")(packed, resets=other)
 
@@ -298,7 +299,7 @@ def test_an_lstm_resets_two_states():
     lstm = build("LSTM")
     x = torch.randn(7, 4, 4)
     with pytest.raises(TypeError, match="reset_to must be a tuple or list of two Tensors"):
-        lstm(x, resets=FLAGS, reset_to=torch.zeros(1, 6))
+        lstm(x, resets=moved(FLAGS), reset_to=torch.zeros(1, 6))
 
 
 # ---- all states ----
@@ -311,16 +312,16 @@ def test_all_states(name, options):
     x, h = arguments(module, name)
     output, h_n, states = module(x, h, return_all_states=True)
     plain = module(x, h)
-    assert torch.equal(output, plain[0])
+    assert_equal(output, plain[0])
     steps = [s.transpose(0, 1) for s in flat(states)]  # (T, L * D, B, H)
     assert [s.shape for s in steps] == [(7, t.size(0), 4, 6) for t in flat(h_n)]
     for every, last in zip(steps, flat(h_n), strict=True):
         for row in range(last.size(0)):
             is_reverse = module.bidirectional and row % 2 == 1
-            assert torch.equal(every[0 if is_reverse else -1, row], last[row])
+            assert_equal(every[0 if is_reverse else -1, row], last[row])
     top = steps[0][:, -2:] if module.bidirectional else steps[0][:, -1:]
     flattened = top.permute(0, 2, 1, 3).flatten(2)
-    assert torch.equal(flattened.transpose(0, 1) if module.batch_first else flattened, output)
+    assert_equal(flattened.transpose(0, 1) if module.batch_first else flattened, output)
 
 
 def test_every_c_is_what_a_loop_of_steps_shows():
@@ -348,9 +349,9 @@ def test_all_states_of_one_sequence_and_of_packed_rows(name):
     module = build(name)
     _, h_n, states = module(torch.randn(7, 4), return_all_states=True)
     assert all(torch.equal(s[:, -1], t) for s, t in zip(flat(states), flat(h_n), strict=True))
-    packed = pack_sequence([torch.randn(3, 4), torch.randn(2, 4)])
+    packed = pack([torch.randn(3, 4), torch.randn(2, 4)])
     output, _, states = module(packed, return_all_states=True)
-    assert torch.equal(flat(states)[0][0], output.data)
+    assert_equal(flat(states)[0][0], output.data)
 
 
 # ---- among the rest of torch ----
@@ -370,7 +371,7 @@ def test_everything_at_once_compiles(name):
     expected = flat(call(x, h, torch.tensor(LENGTHS), resets))
     actual = flat(compiled(x, h, torch.tensor(LENGTHS), resets))
     for one, other in zip(actual, expected, strict=True):
-        assert torch.equal(one, other)
+        assert_equal(one, other)
     with pytest.raises(ValueError, match="lengths: expected numbers from 0 to 7"):
         compiled(x, h, torch.tensor([9, 1, 1, 1]), resets)
 
@@ -390,17 +391,17 @@ def test_recompute_and_copies_take_them_too(name):
         grads.append(torch.autograd.grad(loss, [leaf, *each_module.parameters()]))
     for other in grads[1:]:
         for one, two in zip(grads[0], other, strict=True):
-            assert torch.equal(one, two)
+            assert_equal(one, two)
 
 
 def test_autocast_casts_the_states_of_resets():
     gru = build("GRU")
     x, h = arguments(gru, "GRU")
     low = {"resets": torch.rand(7, 4) < 0.3, "reset_to": torch.randn(1, 6).bfloat16()}
-    with torch.autocast("cpu"):
+    with torch.autocast(device_type()):
         output, _ = gru(x.bfloat16(), h, lengths=LENGTHS, **low)
     low["reset_to"] = low["reset_to"].float()
-    assert torch.equal(output, gru(x.bfloat16().float(), h, lengths=LENGTHS, **low)[0])
+    assert_equal(output, gru(x.bfloat16().float(), h, lengths=LENGTHS, **low)[0])
 
 
 def test_vmap_over_inputs_and_lengths():

@@ -17,6 +17,8 @@ MODULES = {
     "nanobind": ("the bindings of the CPU engine", True),
     "pytest": ("make test-gpu", False),
     "hypothesis": ("make test-gpu: the seeds in tests/conftest.py", False),
+    "onnx": ("make test-gpu: tests of the reference", False),
+    "expecttest": ("make test-gpu: torch's own table of module tests", False),
     "matplotlib": ("the pictures of make bench-gpu", False),
     "cuda.core": ("compiles and launches CUDA kernels", False),
 }
