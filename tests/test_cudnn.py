@@ -1,4 +1,4 @@
-"""The CUDA path: torch's own operator, one layer at a time.
+"""The CUDA path: torch's own operator, a layer or a stack at a time.
 
 The operator takes CPU tensors as well, so what `ostinato.cuda.cudnn` makes of the arguments is
 tested everywhere.
@@ -6,9 +6,11 @@ tested everywhere.
 
 import pytest
 import torch
+from pairs import flat
 from samples import SAMPLES, draw, gradients
+from torch.nn.utils.rnn import pack_padded_sequence
 
-from ostinato import nn, ops
+from ostinato import fallback, nn, ops
 from ostinato.call import Call, check
 from ostinato.cuda import cudnn, layer
 from ostinato.gradients import differentiable_again, reference_results
@@ -107,6 +109,71 @@ def test_the_reference_differentiates_again_what_torch_s_operator_cannot(kind):
 
     options = {"fast_mode": True, "raise_exception": False}
     assert not torch.autograd.gradgradcheck(as_it_is, sample.leaves(), **options)
+
+
+# ---- stacks ----
+
+
+@pytest.mark.cpu("cuDNN draws dropout's numbers itself")
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_a_stack_is_one_call_of_torch_s_operator(name, packed, training, monkeypatch):
+    monkeypatch.setattr(fallback, "serves", lambda call: True)
+    decision = layer.Decision(False, "cuDNN was faster")
+    monkeypatch.setattr(layer, "decide", lambda call, is_training: decision)
+    options = {"num_layers": 3, "bidirectional": True, "dropout": 0.5}
+    theirs = getattr(torch.nn, name)(4, 6, **options).train(training)
+    x = torch.randn(5, 3, 4, requires_grad=True)
+    h = torch.randn(6, 3, 6, requires_grad=True)
+    hx = (h, h * 2) if name == "LSTM" else h
+    given = pack_padded_sequence(x, [5, 4, 2]) if packed else x
+    torch.manual_seed(1)
+    expected = theirs(given, hx)
+    torch.manual_seed(1)
+    cell = {"RNN": "rnn_tanh"}.get(name, name.lower())
+    input, counts = (given.data, given.batch_sizes) if packed else (x, None)
+    states = hx if name == "LSTM" else (hx, None)
+    flags = {"layers": 3, "has_biases": True, "bidirectional": True}
+    weights = list(theirs.parameters())
+    found = fallback.stack(
+        *(cell, input, counts, *states, weights), **flags, dropout=0.5 * training
+    )
+    found, expected = [t for t in found if t is not None], flat(expected)
+    seeds = [torch.randn_like(t) for t in found]
+    leaves = [x, h, *weights]
+    mine, other = (gradients(t, leaves, seeds, retain_graph=True) for t in (found, expected))
+    for one, two in zip([*found, *mine], [*expected, *other], strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_a_stack_is_differentiated_again(cell):
+    module = (torch.nn.LSTM if cell == "lstm" else torch.nn.GRU)(2, 3, 2, dtype=torch.float64)
+    leaves = [torch.randn(3, 2, 2, dtype=torch.float64), torch.randn(2, 2, 3, dtype=torch.float64)]
+    leaves = [t.requires_grad_() for t in leaves] + list(module.parameters())
+
+    def function(x, h, *weights):
+        c = h * 2 if cell == "lstm" else None
+        call = Call(x, None, 2, h, c, list(weights), cell, True, False)
+        sizes = check(call._replace(h_0=None, c_0=None, weights=list(weights[:4])))
+        found = cudnn.layer(cell, x, None, sizes, h, c, list(weights), True, 2)
+        results = [None if result is None else Once.apply(result) for result in found]
+        found = differentiable_again(call, (*results, None), 2)
+        return tuple(r for r in found if r is not None)
+
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+
+
+def test_layers_that_an_engine_runs_are_no_stack(monkeypatch):
+    sample = draw("gru")
+    flags = {"layers": 1, "has_biases": True, "bidirectional": False, "dropout": 0.0}
+    arguments = sample.cell, sample.input, None, sample.h_0, None, sample.weights
+    assert fallback.stack(*arguments, **flags) is None  # on the CPU
+    monkeypatch.setattr(fallback, "serves", lambda call: True)
+    monkeypatch.setattr(layer, "decide", lambda call, is_training: layer.Decision(True, "asked"))
+    assert fallback.stack(*arguments, **flags) is None
 
 
 def test_results_that_change_before_backward_are_seen():

@@ -5,7 +5,7 @@ Legend: T steps, B batch, I input, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -82,20 +82,32 @@ def reference_gradients(
     Returns:
         The gradients, None where not wanted or zero.
     """
-    higher = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Aliases: these derivatives stop at this call's arguments, higher ones go on.
-        primals: list[Any] = [None if t is None else t.view_as(t) for t in call.tensors()]
+
+    def run(primals: Sequence[Any]) -> Sequence[Tensor | None]:
         input, h_0, c_0, reset_h, reset_c, *weights = primals
         arguments = call._replace(
             input=input, h_0=h_0, c_0=c_0, weights=weights, reset_h=reset_h, reset_c=reset_c
         )
-        results: Sequence[Tensor | None]
         if is_cell:
-            results = _reference_cell(arguments)
-        else:
-            check(arguments)  # what hooks of saved tensors return need not be what was saved
-            results = reference_results(arguments, grads[3] is not None)
+            return _reference_cell(arguments)
+        check(arguments)  # what hooks of saved tensors return need not be what was saved
+        return reference_results(arguments, grads[3] is not None)
+
+    return _gradients(run, call.tensors(), grads, wanted)
+
+
+def _gradients(
+    run: Callable[[Sequence[Any]], Sequence[Tensor | None]],
+    tensors: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Differentiate what `run` makes of tensors; again, where gradients are asked for."""
+    higher = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases: these derivatives stop at this call's arguments, higher ones go on.
+        primals = [None if t is None else t.view_as(t) for t in tensors]
+        results = run(primals)
         pairs = [
             (result, grad)
             for result, grad in zip(results, grads, strict=True)
@@ -130,15 +142,16 @@ def _reference_cell(call: Call) -> tuple[Tensor, None, Tensor | None, None]:
     return output.reshape(shape), None, None if c_n is None else c_n.reshape(shape), None
 
 
-def differentiable_again(call: Call, results: Results) -> Results:
+def differentiable_again(call: Call, results: Results, layers: int = 1) -> Results:
     """Make the reference stand in for gradients that torch's operator on a GPU does not have.
 
     cuDNN's gradients can be neither differentiated nor be many at once. Where that is asked for,
     none of them is computed.
 
     Args:
-        call: of a layer without cuts.
+        call: of a layer without cuts, or of a stack: states and weights of its layers in order.
         results: of torch's operator, with its gradients.
+        layers: how many.
 
     Returns:
         The same numbers, differentiable any number of times.
@@ -152,7 +165,7 @@ def differentiable_again(call: Call, results: Results) -> Results:
         torch.Size([5, 2, 3])
     """
     there = [result for result in results if result is not None]
-    options = call.batch, call[6:10]
+    options = call.batch, call[6:10], layers
     tensors = call.input, call.batch_sizes, call.h_0, call.c_0, *call.weights
     found = _Again.apply(options, len(there), *there, *tensors)  # type: ignore[no-untyped-call]
     output, h_n, c_n, cells = (*found, None, None)[:4]
@@ -177,10 +190,31 @@ class _Again(torch.autograd.Function):
         _, input, batch_sizes, h_0, c_0, *weights = ctx.saved_tensors
         if not is_beyond_engine(grads):
             return None, None, *grads, *[None] * (4 + len(weights))
-        batch, config = ctx.options
-        call = Call(input, batch_sizes, batch, h_0, c_0, weights, *config)
+        batch, config, layers = ctx.options
+
+        def run(primals: Sequence[Any]) -> Sequence[Tensor | None]:
+            input, h_0, c_0, *weights = primals
+            call = Call(input, batch_sizes, batch, h_0, c_0, weights, *config)
+            return _stack_results(call, layers)[: len(grads)]
+
         of_input, _, *of_rest = ctx.needs_input_grad[2 + ctx.count :]
-        wanted = [of_input, *of_rest[:2], False, False, *of_rest[2:]]
-        arrived = (*grads, None, None)[:4]
-        dx, dh_0, dc_0, _, _, *dw = reference_gradients(call, arrived, wanted)
-        return None, None, *[None] * ctx.count, dx, None, dh_0, dc_0, *dw
+        tensors, wanted = [input, h_0, c_0, *weights], [of_input, *of_rest]
+        dx, *rest = _gradients(run, tensors, grads, wanted)
+        return None, None, *[None] * ctx.count, dx, None, *rest
+
+
+def _stack_results(call: Call, layers: int) -> Results:
+    """Run the reference on a stack of layers without dropout."""
+    count = len(call.weights) // layers
+    h_0, c_0 = (
+        [None] * layers if state is None else state.chunk(layers) for state in (call.h_0, call.c_0)
+    )
+    output, states = call.input, []
+    for k in range(layers):
+        weights = call.weights[k * count : (k + 1) * count]
+        one = call._replace(input=output, h_0=h_0[k], c_0=c_0[k], weights=weights)
+        check(one)  # what hooks of saved tensors return need not be what was saved
+        output, h_n, c_n, _ = reference_results(one)
+        states.append((h_n, c_n))
+    h, c = zip(*states, strict=True)
+    return output, torch.cat(h), None if c[0] is None else torch.cat(c), None

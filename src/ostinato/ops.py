@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ostinato import _core, short, transforms
+from ostinato import _core, fallback, short, transforms
 from ostinato.call import (
     DTYPES,
     Call,
@@ -37,17 +37,10 @@ from ostinato.call import (
     reserve_bytes,
     thread_count,
 )
-from ostinato.cuda import cudnn
 from ostinato.cuda import layer as gpu
 from ostinato.cuda.sequence import reserve_bytes as gpu_reserve_bytes
 from ostinato.engine import CELLS, PAD, SAVED, Sizes, five_per_direction
-from ostinato.gradients import (
-    Results,
-    differentiable_again,
-    is_beyond_engine,
-    reference_gradients,
-    reference_results,
-)
+from ostinato.gradients import Results, is_beyond_engine, reference_gradients, reference_results
 
 _log = logging.getLogger("ostinato")
 
@@ -217,8 +210,7 @@ def cut_layer(
 
 def _run(call: Call, all_c: bool = False) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Run a layer on an engine, on torch's operator or on the reference."""
-    input, batch_sizes, cell = call.input, call.batch_sizes, call.cell
-    device = input.device.type
+    input, device = call.input, call.input.device.type
     keep = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in call.tensors()
     )
@@ -232,20 +224,9 @@ def _run(call: Call, all_c: bool = False) -> tuple[Tensor, Tensor, Tensor | None
     if is_engines and transforms.serves(call):
         return transforms.run(call, all_c)
 
-    # cuDNN knows no transforms, and no packed rows without steps.
-    is_cudnns = (
-        device == "cuda"
-        and not (call.is_cut or all_c or transforms.is_active())
-        and cudnn.serves(input)
-        and (batch_sizes is None or torch.compiler.is_compiling() or call.batch == batch_sizes[0])
-    )
-
     def run() -> Results:
-        if is_cudnns:
-            states = call.h_0, call.c_0, call.weights, call.has_biases
-            found = *cudnn.layer(cell, input, batch_sizes, sizes, *states), None
-            is_traced = torch.compiler.is_compiling()
-            return differentiable_again(call, found) if keep and not is_traced else found
+        if fallback.serves(call, all_c):
+            return fallback.run(call, sizes, keep)
         if input.dtype not in DTYPES or device not in ("cpu", "meta"):
             _tell_reference(device, input.dtype)
         return reference_results(call, all_c)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ostinato import ops, short
+from ostinato import fallback, ops, short
 from ostinato.nn._arguments import (
     attribute,
     cast,
@@ -319,6 +319,22 @@ class Layers(torch.nn.RNNBase):
     ) -> _Run:
         """Run the layers one after the other, with dropout between them."""
         layers = self.num_layers
+        is_stack = layers > 1 and cuts is None and self.memory == "keep"
+        if is_stack and input.device.type == "cuda":
+            found = fallback.stack(
+                self.mode.lower(),
+                input,
+                batch_sizes,
+                h_0,
+                c_0,
+                weights,
+                layers=layers,
+                has_biases=self.bias,
+                bidirectional=self.bidirectional,
+                dropout=self.dropout if self.training else 0.0,
+            )
+            if found is not None:
+                return *found, ()
         width = len(weights) // layers
         h_in, c_in = _per_layer(h_0, layers), _per_layer(c_0, layers)
         h_out: list[Tensor] = []
