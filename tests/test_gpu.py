@@ -89,11 +89,25 @@ def test_float32(cell, kind, precision):
 @pytest.mark.parametrize("hidden", [256, 512, 768, 1024, 2048])
 @pytest.mark.parametrize("batch", [1, 16, 64])
 def test_large_layers(cell, hidden, batch):
-    call = emulation.draw(cell, hidden, math="bf16", batch=batch, directions=1, steps=9)
-    if layer.decide(on_gpu(call), is_training=True).is_ours:
-        compare(call, "bf16")
-    else:
+    compare_large(emulation.draw(cell, hidden, batch=batch, math="bf16", directions=1), "bf16")
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+@pytest.mark.parametrize("hidden", [160, 192, 512, 1024])
+def test_large_layers_in_float32(cell, hidden, precision):
+    compare_large(emulation.draw(cell, hidden, batch=16, math=precision), precision)
+
+
+@pytest.mark.parametrize("kind", ["padded", "lengths"])
+def test_more_rows_than_a_launch_has(kind):
+    """Whose blocks wait for each other through global memory: several launches follow."""
+    compare_large(emulation.draw("gru", 2048, kind, batch=200, math="bf16"), "bf16")
+
+
+def compare_large(call, math):
+    if not layer.decide(on_gpu(call), is_training=True).is_ours:
         pytest.skip("no kernel of this size fits this device")
+    compare(call, math)
 
 
 def test_a_thousand_random_shapes():
@@ -128,20 +142,27 @@ def test_what_the_cpu_engine_is_tested_with(kind):
         assert errors(a.cpu(), b) <= 64 * EPS["tf32"]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
 @pytest.mark.parametrize("hidden", [128, 256, 512])
-def test_errors_are_no_larger_than_cudnns(cell, hidden):
+def test_errors_are_no_larger_than_cudnns(cell, hidden, dtype):
     torch.manual_seed(0)
-    theirs = getattr(torch.nn, cell)(hidden, hidden).cuda().bfloat16()
-    mine = getattr(nn, cell)(hidden, hidden).cuda().bfloat16()
+    theirs = getattr(torch.nn, cell)(hidden, hidden).cuda().to(dtype)
+    mine = getattr(nn, cell)(hidden, hidden).cuda().to(dtype)
     mine.load_state_dict(theirs.state_dict())
     exact = getattr(torch.nn, cell)(hidden, hidden).cuda().double()
     exact.load_state_dict(theirs.state_dict())
-    x = torch.randn(64, 16, hidden, device="cuda").bfloat16()
-    expected = exact(x.double())[0].detach()
-    found = [(net(x)[0].double() - expected).norm().item() for net in (mine, theirs)]
-    print(f"\n{cell} H{hidden}: ours {found[0]:.3e}, cuDNN {found[1]:.3e}", end="")
-    assert found[0] <= 1.1 * found[1]
+    x = torch.randn(64, 16, hidden, device="cuda").to(dtype)
+    found = []
+    for net in (exact, mine, theirs):
+        leaf = x.to(next(net.parameters()).dtype).requires_grad_()
+        output = net(leaf)[0]
+        grads = torch.autograd.grad(output.square().mean(), [leaf, *net.parameters()])
+        found.append([t.detach().double() for t in (output, *grads)])
+    for i, name in enumerate(["output", "dx", *(name for name, _ in mine.named_parameters())]):
+        ours, cudnns = ((found[k][i] - found[0][i]).norm().item() for k in (1, 2))
+        print(f"\n{cell} {dtype} H{hidden} {name}: ours {ours:.3e}, cuDNN {cudnns:.3e}", end="")
+        assert ours <= 1.1 * cudnns
 
 
 @pytest.mark.parametrize("hidden", [64, 256, 1024])
