@@ -52,7 +52,10 @@ def build_all(configs):
 
 
 def launcher(schedule=0):
-    """Return what launches kernels; fibers go upward (0), downward (1) or at random (2)."""
+    """Return what launches kernels.
+
+    Fibers take turns upward (0), downward (1) or at random (2), or one warp starves (3).
+    """
 
     def launch(config, walks, arguments):
         values = (ctypes.c_int64 * len(arguments))(*arguments)

@@ -56,7 +56,7 @@ def pair(cell, math, shape):
 # Every shape with every cell and half of the precisions, in each a kind of rows and an order of
 # fibers. Below fp32, a ReLU's gradient jumps where a rounded state is just zero.
 CASES = [
-    (cell, math, shape, KINDS[(3 * i + j + 2 * k) % len(KINDS)], (i + k) % 3)
+    (cell, math, shape, KINDS[(3 * i + j + 2 * k) % len(KINDS)], (i + k + j // 2) % 4)
     for i, shape in enumerate(SHAPES)
     for j, cell in enumerate(CELLS)
     for k, math in enumerate(MATHS)
@@ -128,7 +128,7 @@ def test_every_kind_of_rows_in_every_order_of_fibers(shape, kind):
     call = emulation.draw("gru", forward.hidden, kind, batch=forward.rows + 3, math="tf32")
     state = torch.get_rng_state()
     runs = []
-    for schedule in range(3):
+    for schedule in range(4):
         torch.set_rng_state(state)
         runs.append(compare(forward, backward, call, schedule))
     for results, grads in runs[1:]:

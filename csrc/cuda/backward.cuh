@@ -224,6 +224,9 @@ struct BackwardWalk {
             // With several groups the barrier between cell and product of another one has ordered this.
             if (kGroups == 1 && n) block_barrier();
         } else if constexpr (kExchange == Exchange::kCluster) {
+            // What arrives here says nothing of the own warps that compute for other blocks: with one group, these may still
+            // read the gate gradients that come next.
+            if (kGroups == 1 && n) block_barrier();
             if (n) transaction_wait(&shared.arrived[n % 2][group], (n - 1) / 2 % 2);
             if (thread_index() == 0 && n < walk.steps) expect(n + 1, group);
         } else if (n) {

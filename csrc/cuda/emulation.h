@@ -54,8 +54,9 @@ struct Flight {
     u64* barrier;
 };
 
-// In which order the fibers of a gang take turns; at random, words are late too.
-enum class Schedule { kAscending, kDescending, kRandom };
+// In which order the fibers of a gang take turns; at random, words are late too. Starving, the last warp of the first block goes on
+// only where nobody else can.
+enum class Schedule { kAscending, kDescending, kRandom, kStarving };
 
 struct Gang {
     int threads, blocks, index;
@@ -355,7 +356,8 @@ inline bool run_gang(const std::function<void()>& kernel, int threads, int block
                 for (size_t n = draw(8); n && !gang.flights.empty(); n--) land_one();
             }
             Fiber& fiber = gang.fibers[i];
-            if (fiber.is_done) continue;
+            const bool is_last = fiber.block == 0 && fiber.thread >= threads - 32;
+            if (fiber.is_done || (schedule == Schedule::kStarving && is_last && !idle)) continue;
             gang.current = &fiber;
             swapcontext(&gang.scheduler, &fiber.context);
             if (fiber.is_done) left--, gang.progress++;

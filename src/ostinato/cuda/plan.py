@@ -30,6 +30,8 @@ _REGISTERS = 65_536  # of a multiprocessor
 _WARPS = range(1, 17)
 # Sums of a unit and row that a thread can have, of eight rows.
 _MOST_SUMS = 8
+# Tiles of 16 units that a warp can work on, one after the other.
+_MOST_TILES = 20
 _GROUPS = (1, 2, 4, 8)
 # Clusters that a device of 132 multiprocessors runs at once: they do not cross its eight parts.
 _CLUSTERS = {2: 64, 4: 32, 8: 16, 16: 7}
@@ -82,7 +84,7 @@ def configs(
                 config = Config(
                     cell, math, hidden, blocks, units, warps, groups, 0, exchange, is_backward
                 )
-                if not config.is_even or config.width > _MOST_SUMS:
+                if not config.is_even or config.width > _MOST_SUMS or _tiles(config) > _MOST_TILES:
                     continue
                 room = _limit(config) - overhead(config)
                 if room < 0:
@@ -101,8 +103,9 @@ def _shapes(math: str, hidden: int, device: Device) -> Iterator[tuple[str, int, 
             if (blocks - 1) * units < sixteens:
                 yield "cluster", blocks, units * 16
     for units in (1, 2):
-        blocks = -(-sixteens // units)
-        if 1 < blocks <= device.processors:
+        least = -(-sixteens // units)
+        # Some more, with units that do not exist, where warps cannot share so many evenly.
+        for blocks in range(max(least, 2), min(least + 7, device.processors) + 1):
             yield "grid", blocks, units * 16
 
 
@@ -113,6 +116,12 @@ def _limit(config: Config) -> int:
 
 def _pairs(config: Config) -> int:
     return -(-GROUP_ROWS * config.units // 2 // config.threads)
+
+
+def _tiles(config: Config) -> int:
+    if not config.is_backward or not MATHS[config.math].depth:
+        return 1
+    return config.padded // 16 * config.slices // config.warps
 
 
 def _resident(config: Config, room: int) -> int:
@@ -138,6 +147,10 @@ def overhead(config: Config) -> int:
     more = 10 * (config.exchange == "grid") + 64 * (gates == 1 and not config.is_backward)
     more += (8 if config.is_backward else 20) * (config.math != "bf16")
     if config.is_backward:
+        if config.exchange == "grid":
+            # Where a warp's many tiles go; of 16 units, in steps that the compiler knows.
+            tiles = _tiles(config)
+            more += 24 + 2 * tiles if config.units > 16 else 16 * (tiles > 8)
         return 92 + more + 8 * gates + 8 * words + 28 * words * (pairs - 1)
     return 72 + more + 8 * words + 5 * gates * words + 8 * words * (pairs - 1)
 
