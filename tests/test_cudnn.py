@@ -4,6 +4,8 @@ The operator takes CPU tensors as well, so what `ostinato.cuda.cudnn` makes of t
 tested everywhere.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from pairs import flat
@@ -164,6 +166,16 @@ def test_a_stack_is_differentiated_again(cell):
 
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
     assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+
+
+def test_rows_that_torch_s_operator_does_not_know(monkeypatch):
+    sample = draw("gru", lengths=(4, 2, 1))
+    call = Call(*sample.operator_arguments()[:-2])
+    on_gpu = call._replace(input=SimpleNamespace(device=torch.device("cuda")))
+    monkeypatch.setattr(cudnn, "serves", lambda input: True)
+    assert fallback.serves(on_gpu)
+    for counts in (call.batch_sizes[:0], call.batch_sizes - 1):
+        assert not fallback.serves(on_gpu._replace(batch_sizes=counts))
 
 
 def test_layers_that_an_engine_runs_are_no_stack(monkeypatch):

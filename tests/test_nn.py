@@ -278,6 +278,25 @@ def test_compiles_into_one_graph(name):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_to_be_differentiated_know_no_autocast(name, dtype):
+    module = getattr(nn, name)(4, 8, 2).to(dtype)
+    x = torch.randn(5, 3, 4).to(dtype)
+    output = module(x)[0]
+    options = {"retain_graph": True, "create_graph": True}
+    grads = []
+    for low in (torch.float16, torch.bfloat16):
+        for enabled in (False, True):
+            with torch.autocast(device_type(), low, enabled=enabled):
+                grads.append(
+                    torch.autograd.grad(output.sum(), list(module.parameters()), **options)
+                )
+    for other in grads[1:]:
+        for one, two in zip(grads[0], other, strict=True):
+            assert_equal(two, one)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_stacks_and_packed_input_compile_into_one_graph(name):
     torch._dynamo.reset()

@@ -247,6 +247,22 @@ def test_one_step_and_resets_are_what_the_walk_makes_of_them(name, options, stat
         module(x, each(h, lambda t: t[:, :1]), **given)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_trace_of_one_step_has_resets_for_any_steps():
+    class Agent(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru = build("GRU")
+
+        def forward(self, x, resets):
+            return self.gru(x, resets=resets)[0]
+
+    agent, resets, x = Agent(), torch.rand(5, 4) < 0.5, torch.randn(5, 4, 4)
+    with torch.no_grad():
+        traced = torch.jit.trace(agent, (x[:1], resets[:1]))
+        assert_equal(traced(x, resets), agent(x, resets))
+
+
 def test_no_reset_changes_no_bit():
     gru = build("GRU", num_layers=2)
     x, h = arguments(gru, "GRU")

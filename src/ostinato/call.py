@@ -70,6 +70,20 @@ def require_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
 
 
+def without_autocast(input: Tensor) -> torch.autocast:
+    """Return a region in which the operators under a layer keep the dtypes that they are given.
+
+    Args:
+        input: of the layer.
+
+    Returns:
+        The region.
+    """
+    kind = input.device.type
+    # A device without autocast, such as meta, has nothing to switch off; "cpu" stands in for it.
+    return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)
+
+
 def batch_of(
     input: Tensor, batch_sizes: Tensor | None, h_0: Tensor | None, c_0: Tensor | None
 ) -> int:

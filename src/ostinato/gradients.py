@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ostinato import reference
-from ostinato.call import Call, check
+from ostinato.call import Call, check, without_autocast
 
 _functorch = torch._C._functorch
 
@@ -104,7 +104,9 @@ def _gradients(
 ) -> list[Tensor | None]:
     """Differentiate what `run` makes of tensors; again, where gradients are asked for."""
     higher = torch.is_grad_enabled()
-    with torch.enable_grad():
+    # Backward may stand in a region of autocast that forward did not see.
+    first = next(t for t in tensors if t is not None)
+    with torch.enable_grad(), without_autocast(first):
         # Aliases: these derivatives stop at this call's arguments, higher ones go on.
         primals = [None if t is None else t.view_as(t) for t in tensors]
         results = run(primals)

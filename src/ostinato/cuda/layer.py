@@ -1,6 +1,6 @@
 """One layer on a GPU: who runs it, and our kernels' run of it.
 
-`serves` says whether the operator `ostinato::layer` is to be called for CUDA tensors. If not,
+`decide` says whether the operator `ostinato::layer` is to be called for CUDA tensors. If not,
 torch's own operator (cuDNN) runs, and where that cannot serve either, the reference.
 """
 

@@ -51,13 +51,6 @@ def cast(
     return input, h_0, c_0
 
 
-def without_autocast(input: Tensor) -> torch.autocast:
-    """Return a region in which the operators under a layer keep the dtypes that they are given."""
-    kind = input.device.type
-    # A device without autocast, such as meta, has nothing to switch off; "cpu" stands in for it.
-    return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)
-
-
 def check_devices(input: Tensor, weight: Tensor, h_0: Tensor | None, c_0: Tensor | None) -> None:
     """Check that input, weights and states are in one place, in torch's words."""
     device = input.device

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ostinato import ops, short
+from ostinato.call import without_autocast
 from ostinato.nn._arguments import (
     attribute,
     cast,
@@ -19,7 +20,6 @@ from ostinato.nn._arguments import (
     reject_dtype,
     reject_type,
     state_pair,
-    without_autocast,
 )
 
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ostinato import fallback, ops, short
+from ostinato.call import without_autocast
 from ostinato.nn._arguments import (
     attribute,
     cast,
@@ -22,7 +23,6 @@ from ostinato.nn._arguments import (
     check_weights,
     reject_dtype,
     reject_type,
-    without_autocast,
 )
 from ostinato.nn._cuts import Cuts, padded_lengths, reset_states, resets_of
 
