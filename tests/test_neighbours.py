@@ -58,7 +58,7 @@ def step(model, optimizer, x):
 def assert_same_weights(ours, theirs):
     assert list(ours.state_dict()) == list(theirs.state_dict())
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5, check_device=False)
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
 # ---- copies ----

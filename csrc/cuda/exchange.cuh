@@ -14,18 +14,10 @@ OSTINATO_DEVICE u32 mark_of(int s) { return 1 + static_cast<u32>(s / 2 % 3); }
 // A value and the mark of the step it belongs to. Where the value needs all its bits, a word has two halves; a float whose products
 // have 11 bits, or that is one of several such terms, leaves two bits to the mark.
 template <class T, bool kIsWhole>
-struct Marked;
-template <bool kIsWhole>
-struct Marked<BFloat16, kIsWhole> {
+struct Marked {
     using Word = u32;
-    static OSTINATO_DEVICE Word join(BFloat16 value, u32 mark) { return static_cast<u32>(value.bits) << 16 | mark; }
-    static OSTINATO_DEVICE void split(Word word, BFloat16& value) { value.bits = static_cast<u16>(word >> 16); }
-};
-template <bool kIsWhole>
-struct Marked<Float16, kIsWhole> {
-    using Word = u32;
-    static OSTINATO_DEVICE Word join(Float16 value, u32 mark) { return static_cast<u32>(value.bits) << 16 | mark; }
-    static OSTINATO_DEVICE void split(Word word, Float16& value) { value.bits = static_cast<u16>(word >> 16); }
+    static OSTINATO_DEVICE Word join(T value, u32 mark) { return static_cast<u32>(word_of(value)) << 16 | mark; }
+    static OSTINATO_DEVICE void split(Word word, T& value) { from_word(static_cast<u16>(word >> 16), value); }
 };
 template <>
 struct Marked<float, false> {

@@ -70,6 +70,11 @@ def require_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
 
 
+def is_traced() -> bool:
+    """Whether what runs becomes a graph, compiled or traced, for sizes that are not known yet."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
 def without_autocast(input: Tensor) -> torch.autocast:
     """Return a region in which the operators under a layer keep the dtypes that they are given.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ostinato import transforms
-from ostinato.call import Call, batch_of, check
+from ostinato.call import Call, batch_of, check, is_traced
 from ostinato.cuda import cudnn
 from ostinato.cuda import layer as gpu
 from ostinato.engine import Sizes
@@ -32,10 +32,11 @@ def serves(call: Call, all_c: bool = False) -> bool:
         return False
     # It knows no transforms, and no packed rows without steps.
     counts = call.batch_sizes
-    has_steps = counts is None or torch.compiler.is_compiling()
-    if counts is not None and not has_steps:
-        has_steps = len(counts) > 0 and bool(call.batch == counts[0])
-    return has_steps and not transforms.is_active()
+    if transforms.is_active():
+        return False
+    if counts is None or torch.compiler.is_compiling():
+        return True
+    return len(counts) > 0 and bool(call.batch == counts[0])
 
 
 def run(call: Call, sizes: Sizes, keep: bool, layers: int = 1, dropout: float = 0.0) -> Results:
@@ -54,8 +55,7 @@ def run(call: Call, sizes: Sizes, keep: bool, layers: int = 1, dropout: float = 
     states = call.h_0, call.c_0, call.weights, call.has_biases, layers, dropout
     found = *cudnn.layer(call.cell, call.input, call.batch_sizes, sizes, *states), None
     # What dropout drew is cuDNN's own.
-    is_traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    is_plain = not keep or dropout > 0 or is_traced
+    is_plain = not keep or dropout > 0 or is_traced()
     return found if is_plain else differentiable_again(call, found, layers)
 
 

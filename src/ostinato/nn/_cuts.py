@@ -35,9 +35,8 @@ class Cuts(NamedTuple):
         resets = self.resets
         if resets is None or self.lengths is not None or self.all_states:
             return False
-        # A compiled or traced graph is for any number of steps.
-        is_traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-        return not is_traced and resets.dim() == 2 and resets.shape[0] == 1
+        # A graph is for any number of steps.
+        return not call.is_traced() and resets.dim() == 2 and resets.shape[0] == 1
 
     def begin(self, first: Tensor | None, reset: Tensor | None) -> Tensor | None:
         """Return the states before the only step: of resets where a row begins anew."""
