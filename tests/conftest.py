@@ -6,6 +6,7 @@ No import of torch here: the engine's tests run where there is none.
 import collections
 import contextlib
 import ctypes
+import platform
 import sys
 import zlib
 
@@ -15,7 +16,17 @@ import pytest
 
 # One run is as good as the next on a busy machine, and every run draws the same examples.
 hypothesis.settings.register_profile("ostinato", deadline=None, derandomize=True)
+# For an emulated processor, some fifty times slower: a tenth of the examples.
+hypothesis.settings.register_profile(
+    "emulated", hypothesis.settings.get_profile("ostinato"), max_examples=10
+)
 hypothesis.settings.load_profile("ostinato")
+
+
+def examples(usual):
+    """Return how many examples a property gets in this profile, of so many in the usual one."""
+    profile = hypothesis.settings.get_profile("ostinato")
+    return max(1, usual * hypothesis.settings.default.max_examples // profile.max_examples)
 
 
 # ---- the device ----
@@ -125,7 +136,13 @@ def torch_seeded(request):
         torch.manual_seed(seed_of(request.node.name))
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
+# What a build for this architecture has (csrc/cpu/dispatch.cpp).
+INSTRUCTION_SETS = (
+    ["neon"] if platform.machine() == "aarch64" else ["avx512", "avx2", "portable"]
+)
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
 def isa(request):
     """Run the test on each instruction set in turn."""
     from engine import instruction_set  # which imports this file

@@ -20,6 +20,13 @@ extern const KernelTable kernels_avx512;
 
 namespace {
 
+// What the baseline of the architecture makes of GCC's vectors: NEON wherever there is aarch64.
+#if defined(__aarch64__)
+constexpr char kBaseline[] = "neon";
+#else
+constexpr char kBaseline[] = "portable";
+#endif
+
 struct Isa {
     const char* name;
     const KernelTable* table;
@@ -39,7 +46,7 @@ struct Isas {
 #ifdef OSTINATO_HAVE_AVX2
         if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[count++] = {"avx2", &kernels_avx2};
 #endif
-        found[count++] = {"portable", &kernels_portable};
+        found[count++] = {kBaseline, &kernels_portable};
     }
 };
 
