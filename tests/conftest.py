@@ -33,7 +33,7 @@ def examples(usual):
 
 # Modules that are of the CPU alone, by reason; a single test says so by the marker `cpu`.
 CPU_ALONE = {
-    "the compiled engine": "core lengths narrow threads",
+    "the compiled engine": "architectures core lengths narrow threads",
     "bits that the CPU engine promises": "invariance",
     "the short way past torch's dispatcher": "tensors",
     "NumPy": "math numpy numpy_input",
@@ -137,9 +137,7 @@ def torch_seeded(request):
 
 
 # What a build for this architecture has (csrc/cpu/dispatch.cpp).
-INSTRUCTION_SETS = (
-    ["neon"] if platform.machine() == "aarch64" else ["avx512", "avx2", "portable"]
-)
+INSTRUCTION_SETS = ["neon"] if platform.machine() == "aarch64" else ["avx512", "avx2", "portable"]
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)

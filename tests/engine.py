@@ -269,9 +269,9 @@ class Layer:
         `lengths` (B), `resets` (N) and the two `states` that rows begin anew at may be None.
         """
         dtype, shapes = self.x.dtype, self.shapes()
-        steps, rows, batch, *_, ways = self.dims
+        _, rows, _, _, hidden, _, ways = self.dims
         if self.cell == "lstm":
-            shapes |= {"cells": (rows, ways * self.dims[4])}
+            shapes |= {"cells": (rows, ways * hidden)}
         with Poison() as poison:
             out = {
                 n: poison.empty(shapes[n], dtype, n)
