@@ -16,17 +16,7 @@ import pytest
 
 # One run is as good as the next on a busy machine, and every run draws the same examples.
 hypothesis.settings.register_profile("ostinato", deadline=None, derandomize=True)
-# For an emulated processor, some fifty times slower: a tenth of the examples.
-hypothesis.settings.register_profile(
-    "emulated", hypothesis.settings.get_profile("ostinato"), max_examples=10
-)
 hypothesis.settings.load_profile("ostinato")
-
-
-def examples(usual):
-    """Return how many examples a property gets in this profile, of so many in the usual one."""
-    profile = hypothesis.settings.get_profile("ostinato")
-    return max(1, usual * hypothesis.settings.default.max_examples // profile.max_examples)
 
 
 # ---- the device ----

@@ -13,7 +13,7 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import INSTRUCTION_SETS, SANITIZED, assert_close, assert_same_bits, examples
+from conftest import INSTRUCTION_SETS, SANITIZED, assert_close, assert_same_bits
 from engine import (
     CELLS,
     COTANGENTS,
@@ -191,7 +191,7 @@ def layers(draw):
     return layer, cotangents, draw(st.sets(st.sampled_from(layer.gradients())))
 
 
-@settings(max_examples=examples(60 if SANITIZED else 150))
+@settings(max_examples=60 if SANITIZED else 150)
 @given(layers(), st.sampled_from(_core.instruction_sets()), st.integers(1, 3))
 def test_any_layer(drawn, name, threads):
     layer, cotangents, wanted = drawn
