@@ -10,20 +10,28 @@
 
 namespace ostinato {
 
-extern const KernelTable kernels_portable;
+struct Isa {
+    const char* name;
+    const Kernels* tables[kDtypes];  // [Dtype]
+};
+
+// What kernels.cpp defines for one instruction set.
+#define OSTINATO_ISA(isa)                                                                                                  \
+    extern const Kernels kernels_##isa##_float, kernels_##isa##_double, kernels_##isa##_bfloat16, kernels_##isa##_float16; \
+    namespace {                                                                                                            \
+    constexpr Isa k_##isa = {                                                                                              \
+        #isa, {&kernels_##isa##_float, &kernels_##isa##_double, &kernels_##isa##_bfloat16, &kernels_##isa##_float16}};     \
+    }
+
+OSTINATO_ISA(portable)
 #ifdef OSTINATO_HAVE_AVX2
-extern const KernelTable kernels_avx2;
+OSTINATO_ISA(avx2)
 #endif
 #ifdef OSTINATO_HAVE_AVX512
-extern const KernelTable kernels_avx512;
+OSTINATO_ISA(avx512)
 #endif
 
 namespace {
-
-struct Isa {
-    const char* name;
-    const KernelTable* table;
-};
 
 struct Isas {
     Isa found[3];
@@ -34,12 +42,12 @@ struct Isas {
 #ifdef OSTINATO_HAVE_AVX512
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512vl"))
-            found[count++] = {"avx512", &kernels_avx512};
+            found[count++] = k_avx512;
 #endif
 #ifdef OSTINATO_HAVE_AVX2
-        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[count++] = {"avx2", &kernels_avx2};
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[count++] = k_avx2;
 #endif
-        found[count++] = {"portable", &kernels_portable};
+        found[count++] = k_portable;
     }
 };
 
@@ -132,22 +140,20 @@ int64_t reserve_bytes(Cell cell, Dtype dtype, const Sizes& sizes) {
 
 namespace {
 
-const Kernel& kernel_of(Cell cell, Dtype dtype) {
-    return active().table->kernels[static_cast<int>(cell)][static_cast<int>(dtype)];
-}
+const Kernel& kernel_of(Cell cell, Dtype dtype) { return active().tables[static_cast<int>(dtype)]->of[static_cast<int>(cell)]; }
 
 // Runs a call that has no lengths.
 void run(Cell cell, Dtype dtype, const Forward& call, int threads) {
     const Kernel& kernel = kernel_of(cell, dtype);
     Team team(members_for(cell, call.sizes, threads), has_long_tasks(cell, call.sizes, threads));
-    Scratch<0> scratch(kernel.forward_scratch(call.sizes, team.members()));
+    Scratch<0> scratch(kernel.forward_scratch(call, team.members()));
     kernel.forward(call, team, scratch.get());
 }
 
 void run(Cell cell, Dtype dtype, const Backward& call, int threads) {
     const Kernel& kernel = kernel_of(cell, dtype);
     Team team(members_for(cell, call.sizes, threads));
-    Scratch<0> scratch(kernel.backward_scratch(call.sizes, team.members()));
+    Scratch<0> scratch(kernel.backward_scratch(call, team.members()));
     kernel.backward(call, team, scratch.get());
 }
 
