@@ -10,25 +10,37 @@
 
 namespace ostinato {
 
+namespace {
+
+// What the baseline of the architecture makes of GCC's vectors: NEON wherever there is aarch64.
+#if defined(__aarch64__)
+constexpr char kBaseline[] = "neon";
+#else
+constexpr char kBaseline[] = "portable";
+#endif
+
 struct Isa {
     const char* name;
     const Kernels* tables[kDtypes];  // [Dtype]
 };
 
-// What kernels.cpp defines for one instruction set.
-#define OSTINATO_ISA(isa)                                                                                                  \
-    extern const Kernels kernels_##isa##_float, kernels_##isa##_double, kernels_##isa##_bfloat16, kernels_##isa##_float16; \
-    namespace {                                                                                                            \
-    constexpr Isa k_##isa = {                                                                                              \
-        #isa, {&kernels_##isa##_float, &kernels_##isa##_double, &kernels_##isa##_bfloat16, &kernels_##isa##_float16}};     \
+}  // namespace
+
+// What kernels.cpp defines for one instruction set, under the name that users see.
+#define OSTINATO_ISA(isa, name)                                                                                        \
+    extern const Kernels kernels_##isa##_float, kernels_##isa##_double;                                                \
+    extern const Kernels kernels_##isa##_bfloat16, kernels_##isa##_float16;                                            \
+    namespace {                                                                                                        \
+    constexpr Isa k_##isa = {                                                                                          \
+        name, {&kernels_##isa##_float, &kernels_##isa##_double, &kernels_##isa##_bfloat16, &kernels_##isa##_float16}}; \
     }
 
-OSTINATO_ISA(portable)
+OSTINATO_ISA(portable, kBaseline)
 #ifdef OSTINATO_HAVE_AVX2
-OSTINATO_ISA(avx2)
+OSTINATO_ISA(avx2, "avx2")
 #endif
 #ifdef OSTINATO_HAVE_AVX512
-OSTINATO_ISA(avx512)
+OSTINATO_ISA(avx512, "avx512")
 #endif
 
 namespace {
