@@ -81,7 +81,11 @@ def run(
         return None
     config = cell, is_cell, shape, has_biases, recompute
     arguments = batch_sizes, input, h_0, c_0, *weights
-    if torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in arguments):
+    if torch.is_grad_enabled() and any(
+        # Not only true: what stands for a tensor may be of another mind.
+        getattr(t, "requires_grad", False) is True
+        for t in arguments
+    ):
         try:
             found: Any = _Short.apply(config, *arguments)  # type: ignore[no-untyped-call]
         except _DeclinedError:
