@@ -244,6 +244,15 @@ def _run(call: Call, all_c: bool = False) -> tuple[Tensor, Tensor, Tensor | None
             return _run_operator(call, all_c, keep)
         if device == "cuda" and gpu.decide(call, is_training=keep, all_c=all_c).is_ours:
             return _run_gpu(call, all_c, keep)
+    if not profile.is_on():
+        return _run_elsewhere(call, all_c, keep, is_engines)
+    with profile.shown(call.cell, "forward"):
+        return _run_elsewhere(call, all_c, keep, is_engines)
+
+
+def _run_elsewhere(call: Call, all_c: bool, keep: bool, is_engines: bool) -> Results:
+    """Run a layer past the operator: under a transform, on torch's operator, on the reference."""
+    input, device = call.input, call.input.device.type
     sizes = check(call)
     if is_engines and transforms.serves(call):
         return transforms.run(call, all_c)

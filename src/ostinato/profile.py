@@ -11,6 +11,21 @@ import torch
 _is_profiled = torch._C._autograd._profiler_enabled
 
 
+def is_on() -> bool:
+    """Whether a profiler looks on."""
+    return not torch.compiler.is_compiling() and _is_profiled()
+
+
+def shown(cell: str, way: str) -> torch.profiler.record_function:
+    """Return a range that a profiler shows.
+
+    Args:
+        cell: as in `ostinato.ops.layer`.
+        way: "forward" or "backward".
+    """
+    return torch.profiler.record_function(f"ostinato::{cell}_{way}")
+
+
 def named(operator: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
     """Show a kernel to the profiler by its cell and direction, within its operator.
 
@@ -29,7 +44,7 @@ def named(operator: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
     def run(*arguments: Any) -> Any:
         if not _is_profiled():
             return kernel(*arguments)
-        with torch.profiler.record_function(f"ostinato::{arguments[place]}_{way}"):
+        with shown(arguments[place], way):
             return kernel(*arguments)
 
     return run
