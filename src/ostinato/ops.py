@@ -42,6 +42,7 @@ from ostinato.cuda import layer as gpu
 from ostinato.cuda.sequence import reserve_bytes as gpu_reserve_bytes
 from ostinato.engine import CELLS, PAD, SAVED, Sizes, five_per_direction
 from ostinato.gradients import Results, is_beyond_engine, reference_gradients, reference_results
+from ostinato.later import when_imported
 
 _log = logging.getLogger("ostinato")
 
@@ -563,6 +564,12 @@ _register("layer", _layer_cuda, "CUDA")
 _register("layer_backward", _layer_backward_cuda, "CUDA")
 traced.define(_library, layer, cut_layer)
 flops.register()
+# In what inductor compiles they stay calls, also where its `implicit_fallbacks` are switched off.
+# Arrays may lie as inductor likes: every kernel makes those dense that it wants so.
+when_imported(
+    "torch._inductor.lowering",
+    lambda module: module.FALLBACK_ALLOW_LIST.update(("ostinato::layer", "ostinato::layer_backward")),
+)
 torch.library.register_fake("ostinato::layer", _layer_fake, lib=_library)
 torch.library.register_fake("ostinato::layer_backward", _layer_backward_fake, lib=_library)
 torch.library.register_autograd(
