@@ -71,7 +71,10 @@ def test_initial_states_and_their_gradients(name):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_packed_batch(name):
-    module, x = getattr(nn, name)(4, 5, bidirectional=True, **DOUBLE), torch.randn(6, 3, 4, **DOUBLE)
+    module, x = (
+        getattr(nn, name)(4, 5, bidirectional=True, **DOUBLE),
+        torch.randn(6, 3, 4, **DOUBLE),
+    )
     lengths = torch.tensor([6, 4, 1], device="cpu")
     x.requires_grad_()
     packed = pack_padded_sequence(x, lengths)
@@ -79,7 +82,7 @@ def test_a_packed_batch(name):
         module, [(pack_padded_sequence(sample(x, b), lengths[b : b + 1]),) for b in range(3)]
     )
     (of_x,) = torch.autograd.grad(loss(module(packed)), x, retain_graph=True)
-    # A packed batch begins with as many rows as there are samples, or fewer: torch fills with zeros.
+    # A packed batch may begin with fewer rows than there are samples: torch fills with zeros.
     found = expanded(module, 4, packed)
     assert_close([each[:3] for each in found], expected)
     assert all(each.shape[0] == 4 and not each[3].any() for each in found)

@@ -143,7 +143,7 @@ def test_counts_stand_under_their_modules():
 @pytest.mark.cpu("imports, which are the same everywhere")
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_whoever_is_imported_first(order):
-    """torch's table gets the formulas in either order, and our import does not load it."""
+    """The table of torch gets the formulas in either order."""
     lines = ["import ostinato.nn", "from torch.utils.flop_counter import FlopCounterMode"]
     text = "\n".join(
         [
@@ -215,5 +215,3 @@ def test_a_profile_of_a_compiled_layer():
     compiled(x)[0].sum().backward()
     found = names(lambda: compiled(x)[0].sum().backward())
     assert {"ostinato::gru_forward", "ostinato::gru_backward"} <= found
-
-

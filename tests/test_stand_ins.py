@@ -1,6 +1,7 @@
 """What stands for a tensor: proxies of torch.fx, and objects with __torch_function__."""
 
 import copy
+from typing import ClassVar
 
 import pytest
 import torch
@@ -41,7 +42,9 @@ def by_name(inner, x, hx):
 def twice(inner, x, hx):
     """Hand states on, as they come out of a first call."""
     results = inner(x, hx)
-    return inner(x, results if isinstance(inner, nn.GRUCell | nn.LSTMCell | nn.RNNCell) else results[1])
+    return inner(
+        x, results if isinstance(inner, nn.GRUCell | nn.LSTMCell | nn.RNNCell) else results[1]
+    )
 
 
 def unpacked(inner, x, hx):
@@ -153,7 +156,9 @@ def test_fx_follows_a_packed_sequence():
 
 
 def test_fx_of_the_layer_itself_is_refused_with_a_way_out():
-    with pytest.raises(torch.fx.proxy.TraceError, match=r"a module that holds it.*Sequential\(gru\)"):
+    with pytest.raises(
+        torch.fx.proxy.TraceError, match=r"a module that holds it.*Sequential\(gru\)"
+    ):
         torch.fx.symbolic_trace(nn.GRU(4, 8))
     layer, x = nn.GRU(4, 8), torch.randn(5, 3, 4)
     traced = torch.fx.symbolic_trace(torch.nn.Sequential(layer))
@@ -176,7 +181,7 @@ def test_fx_shapes_reach_past_a_layer():
 class Like:
     """No tensor, but what has one: it writes down which functions are called on it."""
 
-    seen: list = []
+    seen: ClassVar[list] = []
 
     def __init__(self, data):
         self.data = data
@@ -248,7 +253,7 @@ def test_such_objects_with_lengths(name, like):
 class Logged(torch.Tensor):
     """A tensor that writes down which functions it meets."""
 
-    seen: list = []
+    seen: ClassVar[list] = []
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):

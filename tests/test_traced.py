@@ -1,4 +1,4 @@
-"""torch.jit.trace: graphs for any steps and rows, with gradients; and what torch.jit.script is told.
+"""torch.jit.trace: graphs for any steps and rows, with gradients. What torch.jit.script is told.
 
 A trace is checked by torch itself (`check_trace`), and its warnings are errors here.
 """
@@ -102,9 +102,7 @@ def test_cells(name, with_state, grad):
 @pytest.mark.parametrize("name", SIX)
 def test_one_sequence(name):
     module = getattr(nn, name)(4, 8)
-    given = [
-        tuple(t.squeeze(-2) for t in flat(arguments(module, steps, 1))) for steps in (5, 8)
-    ]
+    given = [tuple(t.squeeze(-2) for t in flat(arguments(module, steps, 1))) for steps in (5, 8)]
     if name.startswith("LSTM"):
         given = [(x, (h, c)) for x, h, c in given]
     traced = torch.jit.trace(module, given[0])

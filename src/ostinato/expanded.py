@@ -85,6 +85,7 @@ class _Layer(torch.autograd.Function):
             ctx.cell, ctx.options, weights, (input, h_0, c_0, dy, dh_n, *dc_n), lengths
         )
         dx, dh_0, dc_0, *dw = found
+        assert dx is not None
         for weight, gradient in zip(ctx.wrapped, dw, strict=True):
             expanded_weights_utils.set_grad_sample_if_exists(weight, lambda _, g=gradient: g)
         dx = dx if places is None else dx[places]
@@ -140,14 +141,12 @@ def _gradients(
                 found = ops.cut_layer(*arguments, **options, lengths=length.unsqueeze(0))[:3]
             return tuple(result.squeeze(1) for result in found if result is not None)
 
-        _, pull = torch.func.vjp(run, weights, *[leaves[k] for k in places])
+        pull = torch.func.vjp(run, weights, *[leaves[k] for k in places])[1]
         return pull(tuple(grads))
 
     dims = tuple(None if tensor is None else 1 for tensor in tensors)
+    out_dims = 0, *(dim for dim in dims[:3] if dim is not None)
     in_dims = dims, None if lengths is None else 0
-    mapped = torch.func.vmap(of_one, in_dims=in_dims, out_dims=(0, *[1] * sum(
-        dim is not None for dim in dims[:3]
-    )))
-    dw, *rest = mapped(tensors, lengths)
+    dw, *rest = torch.func.vmap(of_one, in_dims=in_dims, out_dims=out_dims)(tensors, lengths)
     given = iter(rest)
     return [*(None if dim is None else next(given) for dim in dims[:3]), *dw]

@@ -32,10 +32,10 @@ def _register(module: ModuleType) -> None:
 
 def _forward(*arguments: Any, out_val: Any = None, **named: Any) -> int:
     """Count forward: the products with weight_ih, weight_hh and weight_hr."""
-    call, given = _bind("layer", arguments, named)
+    call, _ = _bind("layer", arguments, named)
     sizes = check(call, values=False)
     rows, _ = _rows(call)
-    return sizes.directions * rows * (sum(_per_row(call, sizes)))
+    return sizes.directions * rows * sum(_per_row(call, sizes))
 
 
 def _backward(*arguments: Any, out_val: Any = None, **named: Any) -> int:
@@ -50,7 +50,7 @@ def _backward(*arguments: Any, out_val: Any = None, **named: Any) -> int:
     shared = rows * (input * dx + projection) + sent * state
     if call.recompute:
         shared += rows * (input + state)
-    found = sizes.directions * shared
+    found: int = sizes.directions * shared
     per_direction = len(dw) // sizes.directions
     for first in range(0, len(dw), per_direction):
         of_input, of_state, *others = dw[first : first + per_direction]

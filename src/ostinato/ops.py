@@ -112,7 +112,7 @@ def layer(
     if not is_compiled:
         tensors = (input, batch_sizes, h_0, c_0, *weights)
         if has_torch_function(tensors):
-            return handle_torch_function(  # type: ignore[no-any-return]
+            return handle_torch_function(
                 layer,
                 tensors,
                 *(cell, input, batch_sizes, h_0, c_0, weights),
@@ -196,36 +196,27 @@ def cut_layer(
 
     Source: torch.nn.RNN, GRU and LSTM.
     """
-    arguments = cell, input, batch_sizes, h_0, c_0, weights
-    options = {"has_biases": has_biases, "bidirectional": bidirectional, "recompute": recompute}
-    cuts = {"lengths": lengths, "resets": resets, "reset_h": reset_h, "reset_c": reset_c}
+    arguments: Any = cell, input, batch_sizes, h_0, c_0, weights
+    flags: Any = {
+        "has_biases": has_biases,
+        "bidirectional": bidirectional,
+        "recompute": recompute,
+    }
+    cuts: Any = {"lengths": lengths, "resets": resets, "reset_h": reset_h, "reset_c": reset_c}
     if not torch.compiler.is_compiling():
         tensors = (input, batch_sizes, h_0, c_0, *weights, *cuts.values())
         if has_torch_function(tensors):
-            return handle_torch_function(
-                cut_layer, tensors, *arguments, **options, **cuts, all_c=all_c
-            )
+            options = {**flags, **cuts, "all_c": all_c}
+            return handle_torch_function(cut_layer, tensors, *arguments, **options)
     _require_tensors(input, h_0, c_0, weights)
     for name, tensor in cuts.items():
         if tensor is not None:
             require_tensor(name, tensor)
     if _is_recorded(cell):
-        return traced.record(*arguments, *options.values(), *cuts.values(), all_c)
+        return traced.record(*arguments, *flags.values(), *cuts.values(), all_c)
     batch = batch_of(input, batch_sizes, h_0, c_0)
-    call = Call(
-        input,
-        batch_sizes,
-        batch,
-        h_0,
-        c_0,
-        weights,
-        cell,
-        has_biases,
-        bidirectional,
-        recompute,
-        **cuts,
-    )
-    return _run(call, all_c)
+    places = input, batch_sizes, batch, h_0, c_0, weights, cell
+    return _run(Call(*places, *flags.values(), *cuts.values()), all_c)
 
 
 def _is_recorded(cell: str) -> bool:
@@ -235,7 +226,7 @@ def _is_recorded(cell: str) -> bool:
 
 def _run(call: Call, all_c: bool = False) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Run a layer on an engine, on torch's operator or on the reference."""
-    input, device = call.input, call.input.device.type
+    device = call.input.device.type
     keep = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in call.tensors()
     )
@@ -568,7 +559,9 @@ flops.register()
 # Arrays may lie as inductor likes: every kernel makes those dense that it wants so.
 when_imported(
     "torch._inductor.lowering",
-    lambda module: module.FALLBACK_ALLOW_LIST.update(("ostinato::layer", "ostinato::layer_backward")),
+    lambda module: module.FALLBACK_ALLOW_LIST.update(
+        ("ostinato::layer", "ostinato::layer_backward")
+    ),
 )
 torch.library.register_fake("ostinato::layer", _layer_fake, lib=_library)
 torch.library.register_fake("ostinato::layer_backward", _layer_backward_fake, lib=_library)

@@ -52,12 +52,14 @@ def unrecorded(function: Callable[_P, _R]) -> Callable[_P, _R]:
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         if not is_recorded():
             return function(*args, **kwargs)
-        state = torch._C._get_tracing_state()
-        torch._C._set_tracing_state(None)
+        # torch declares the one of these and not the other.
+        switch: Any = torch._C
+        state = switch._get_tracing_state()
+        switch._set_tracing_state(None)
         try:
             return function(*args, **kwargs)
         finally:
-            torch._C._set_tracing_state(state)
+            switch._set_tracing_state(state)
 
     return run
 
@@ -97,8 +99,9 @@ def _run(
             # The module's cast is no part of a graph that was traced without autocast.
             stack.enter_context(without_autocast(input))
             dtype = weights[0].dtype
-            tensors = input, h_0, c_0, reset_h, reset_c
-            input, h_0, c_0, reset_h, reset_c = (t if t is None else t.to(dtype) for t in tensors)
+            input = input.to(dtype)
+            states = h_0, c_0, reset_h, reset_c
+            h_0, c_0, reset_h, reset_c = (t if t is None else t.to(dtype) for t in states)
         arguments = cell, input, batch_sizes, h_0, c_0, weights
         if lengths is None and resets is None and not all_c:
             found = *layer(*arguments, **options), None

@@ -11,7 +11,6 @@ from torch import Tensor
 from ostinato.nn._stand_ins import is_symbolic, is_tensor_like
 from ostinato.traced import unrecorded
 
-
 States = tuple[Tensor | None, Tensor | None]
 
 

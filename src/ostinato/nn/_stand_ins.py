@@ -50,5 +50,7 @@ def leaf(module: torch.nn.Module, *arguments: Any, **named: Any) -> Any:
         )
     while arguments and arguments[-1] is None:
         arguments = arguments[:-1]
-    named = {name: value for name, value in named.items() if value is not None and value is not False}
+    named = {
+        name: value for name, value in named.items() if value is not None and value is not False
+    }
     return tracer.create_proxy("call_module", path, arguments, named)
