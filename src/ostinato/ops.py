@@ -221,7 +221,13 @@ def cut_layer(
 
 def _is_recorded(cell: str) -> bool:
     """Whether torch.jit.trace gets one node for this layer (`ostinato.traced`)."""
-    return cell in CELLS and traced.is_recorded() and not transforms.is_active()
+    return (
+        cell in CELLS
+        and traced.is_recorded()
+        and not transforms.is_active()
+        # The exporter by TorchScript records too, and knows other nodes.
+        and not torch.onnx.is_in_onnx_export()
+    )
 
 
 def _run(call: Call, all_c: bool = False) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
