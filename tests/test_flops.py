@@ -197,15 +197,15 @@ def test_a_profile_names_cell_and_direction(name):
         assert f"ostinato::{cell}_backward" not in names(lambda: module(x, hx))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is:DeprecationWarning")  # of torch's jvp
-@pytest.mark.cpu("what no engine serves")
-def test_a_profile_names_what_the_reference_runs():
+@pytest.mark.cpu("what no engine serves, and the rules for the CPU engine")
+def test_a_profile_names_what_runs_past_the_operator():
     module, x = nn.GRU(4, 8), torch.randn(5, 3, 4)
-    found = names(lambda: torch.func.jvp(lambda x: module(x)[0], (x,), (x,)))
-    assert "ostinato::gru_forward" in found
-    assert "ostinato::layer" not in found
     found = names(lambda: torch.func.vmap(lambda x: module(x)[0])(x[None]))
     assert "ostinato::gru_forward" in found
+    module, x = nn.GRU(4, 8, dtype=torch.complex64), x.to(torch.complex64)
+    found = names(lambda: module(x))
+    assert "ostinato::gru_forward" in found
+    assert "ostinato::layer" not in found
 
 
 @pytest.mark.cpu("what the compiler makes of it is named on the CPU")
