@@ -141,6 +141,19 @@ def test_fx_follows_a_state_beside_a_tensor(name):
         assert torch.equal(mine, other)
 
 
+@pytest.mark.parametrize("name", SIX)
+def test_fx_looks_at_no_weights(name):
+    """A parametrization runs within the layer's node and nowhere else."""
+    model = Stateless(getattr(nn, name)(4, 8), by_position)
+    weight = "weight_hh" if name in CELLS else "weight_hh_l0"
+    torch.nn.utils.parametrizations.weight_norm(model.inner, weight)
+    traced = torch.fx.symbolic_trace(model)
+    assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["first", "inner"]
+    x, _ = shapes(name)
+    for mine, other in zip(flat(traced(x)), flat(model(x)), strict=True):
+        assert torch.equal(mine, other)
+
+
 def test_fx_follows_a_packed_sequence():
     class Packs(torch.nn.Module):
         def __init__(self):
