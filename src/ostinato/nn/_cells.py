@@ -158,6 +158,10 @@ class _Cell(Neighbour, torch.nn.modules.rnn.RNNCellBase):
         )
 
     def _reject_size(self, index: int, batch: int, state: Tensor) -> NoReturn:
+        if state.dim() != 2:
+            raise RuntimeError(
+                f"Expected 2D hidden{index} (batch x hidden_size), but got {state.dim()}D tensor"
+            )
         if state.size(0) != batch:
             raise RuntimeError(
                 f"Input batch size {batch} doesn't match hidden{index} batch size {state.size(0)}"
