@@ -21,11 +21,14 @@ from ostinato.nn._arguments import (
     reject_type,
     state_pair,
 )
+from ostinato.nn._neighbours import Neighbour
+from ostinato.nn._stand_ins import is_symbolic, is_tensor_like, leaf
+from ostinato.traced import unrecorded
 
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-class _Cell(torch.nn.modules.rnn.RNNCellBase):
+class _Cell(Neighbour, torch.nn.modules.rnn.RNNCellBase):
     """What the cells share: every check, then a layer of one step."""
 
     # Stands in messages; the class name would differ in a parametrized or derived module.
@@ -64,7 +67,7 @@ class _Cell(torch.nn.modules.rnn.RNNCellBase):
         Returns:
             h' and c', shaped as h and c.
         """
-        if not isinstance(input, Tensor):
+        if not isinstance(input, Tensor) and not is_tensor_like(input):
             reject_type(self._kind, "input", "a Tensor", input)
         dim = input.dim()
         if dim not in (1, 2):
@@ -122,6 +125,7 @@ class _Cell(torch.nn.modules.rnn.RNNCellBase):
             given = [torch.zeros_like(given[0]) if bias is None else bias for bias in biases]
         return weights + given
 
+    @unrecorded
     def _check(
         self, weights: list[Tensor], input: Tensor, h: Tensor | None, c: Tensor | None
     ) -> None:
@@ -228,7 +232,9 @@ class RNNCell(_Cell):
         found = self._short(f"rnn_{self.nonlinearity}", input, hx, None)
         if found is not None:
             return found[0]
-        if hx is not None and not isinstance(hx, Tensor):
+        if is_symbolic(input, hx):
+            return leaf(self, input, hx)  # type: ignore[no-any-return]
+        if hx is not None and not is_tensor_like(hx):
             reject_type(self._kind, "hx", "a Tensor or None", hx)
         # As in torch, the attribute counts when it is used, not when it is set.
         if self.nonlinearity not in ("tanh", "relu"):
@@ -288,7 +294,9 @@ class GRUCell(_Cell):
         found = self._short("gru", input, hx, None)
         if found is not None:
             return found[0]
-        if hx is not None and not isinstance(hx, Tensor):
+        if is_symbolic(input, hx):
+            return leaf(self, input, hx)  # type: ignore[no-any-return]
+        if hx is not None and not is_tensor_like(hx):
             reject_type(self._kind, "hx", "a Tensor or None", hx)
         return self._step("gru", input, hx, None)[0]
 
@@ -347,9 +355,13 @@ class LSTMCell(_Cell):
         self, input: Tensor, hx: tuple[Tensor, Tensor] | list[Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return (h', c') of one step."""
-        h, c = state_pair(self._kind, hx)
-        found = self._short("lstm", input, h, c)
-        h, c = (found[0], found[2]) if found is not None else self._step("lstm", input, h, c)
+        states = state_pair(self._kind, hx)
+        if states is None:
+            return leaf(self, input, hx)  # type: ignore[no-any-return]
+        found = self._short("lstm", input, *states)
+        if found is None and is_symbolic(input):
+            return leaf(self, input, hx)  # type: ignore[no-any-return]
+        h, c = (found[0], found[2]) if found is not None else self._step("lstm", input, *states)
         assert c is not None
         return h, c
 
