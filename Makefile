@@ -23,7 +23,7 @@ CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -
 # What runs without torch: the engine by itself and the NumPy face of it.
 ENGINE_TESTS := tests/test_core.py tests/test_narrow.py tests/test_numpy.py tests/test_lengths.py
 
-.PHONY: help demo test lint bench bench-quick bench-gpu test-gpu gpu-ready docs features wheel test-versions sanitize clean
+.PHONY: help demo test lint bench bench-quick bench-gpu test-gpu test-arm gpu-ready docs features wheel test-versions sanitize clean
 .DELETE_ON_ERROR:
 
 help:
@@ -35,6 +35,7 @@ help:
 	@echo 'make bench-gpu    ours beside torch.nn on a GPU, with GPU_PYTHON as it is; tables in benchmarks/results'
 	@echo 'make test-gpu     the tests of the GPU engine, and all others that can run on CUDA tensors, likewise'
 	@echo 'make gpu-ready    what GPU_PYTHON lacks for these two, and the build that they run'
+	@echo 'make test-arm  the engine compiled for aarch64 and tested under emulation; ARM=bits or a test file for a part of it'
 	@echo 'make docs      doctests, examples in Markdown, links, and the table of features'
 	@echo 'make features  that table again, into docs/features.md, and what the features cost'
 	@echo 'make wheel     sdist and manylinux_2_28 wheels in dist/, tried in empty environments'
@@ -153,3 +154,9 @@ $(VENV)/demo.stamp: $(VENV)/package.stamp
 	$(PIP) install -c constraints.txt matplotlib safetensors tqdm
 	$(PIP) install -c constraints.txt --no-deps sktime
 	touch $@
+
+# The engine for aarch64, cross-compiled, its bits beside those of this machine and its tests, all under emulation.
+# Minutes; ARM names the parts: "bits", files of tests, or nothing to compile alone.
+ARM ?= bits $(ENGINE_TESTS)
+test-arm: $(VENV)/package.stamp
+	$(BIN)/python tools/arm/run.py $(BUILD) $(ARM) -- $(ARGS)
