@@ -196,7 +196,7 @@ struct Fresh {
         look(t);
     }
     // Shaped like it, too.
-    explicit Fresh(nb::handle like) : tensor(nb::steal(PyObject_CallOneArg(g_empty_like, like.ptr()))) {
+    explicit Fresh(nb::handle like) : tensor(nb::steal(PyObject_CallFunctionObjArgs(g_empty_like, like.ptr(), nullptr))) {
         if (!tensor.is_valid()) throw nb::python_error();
         DlTensor t;
         look(t);

@@ -26,15 +26,15 @@ _unsafe_view = torch.ops.aten._unsafe_view.default
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-def _alone(state: Tensor, dim: int) -> Tensor:
+def _alone(state: Tensor, size: int, dim: int) -> Tensor:
     """Bring (1, B, H) to (B, H), or (1, 1, H) to (H,), as a tensor that is no view of another.
 
     A view could not be detached in place. Nobody else holds this memory.
     """
-    size = state.shape[2]
     # A trace must not take the rows of its example for those of every call.
-    rows = -1 if size else state.shape[1]
-    return _unsafe_view(state, (size,) if dim == 1 else (rows, size))
+    shape = (size,) if dim == 1 else (-1 if size else state.shape[1], size)
+    found: Tensor = _unsafe_view(state, shape)
+    return found
 
 
 class _Cell(torch.nn.modules.rnn.RNNCellBase):
@@ -43,14 +43,6 @@ class _Cell(torch.nn.modules.rnn.RNNCellBase):
     # Stands in messages; the class name would differ in a parametrized or derived module.
     _kind: ClassVar[str]
     _gates: ClassVar[int]
-
-    def _fast(
-        self, cell: str, weights: tuple[Any, ...], input: Any, h: Any, c: Any
-    ) -> tuple[Tensor, None, Tensor | None] | None:
-        """Take the fast path (`ostinato.short`), if it serves these arguments."""
-        sizes = (self.input_size, self.hidden_size, 0, 1)
-        biases = len(weights) == 4
-        return short.run(cell, sizes, input, None, h, c, weights, biases, is_cell=True)
 
     def _step(
         self,
@@ -119,31 +111,31 @@ class _Cell(torch.nn.modules.rnn.RNNCellBase):
             has_biases=len(weights) == 4,
             bidirectional=False,
         )
-        return _alone(h_n, dim), None if c_n is None else _alone(c_n, dim)
+        size = self.hidden_size
+        return _alone(h_n, size, dim), None if c_n is None else _alone(c_n, size, dim)
 
     def _weights(self) -> tuple[Any, ...]:
         """Return weight_ih, weight_hh and, unless there are none, bias_ih and bias_hh."""
         # nn.Module takes 0.6 us to answer an attribute, its dict 0.05.
-        plain = self._parameters
+        plain: dict[str, Any] = self._parameters
+        found: tuple[Any, ...]
         try:
-            weights: tuple[Any, ...] = plain["weight_ih"], plain["weight_hh"]
-            biases: tuple[Any, ...] = plain["bias_ih"], plain["bias_hh"]
+            found = plain["weight_ih"], plain["weight_hh"], plain["bias_ih"], plain["bias_hh"]
         except KeyError:  # buffers, parametrized, or replaced by plain tensors
-            found = [self._any_attribute(name) for name in _NAMES]
-            weights, biases = tuple(found[:2]), tuple(found[2:])
-        if biases[0] is None or biases[1] is None:
-            given = biases[0] if biases[0] is not None else biases[1]
-            if given is None:
-                return weights
-            # torch's cells take a bias on one side alone.
-            biases = tuple(torch.zeros_like(given) if bias is None else bias for bias in biases)
-        return weights + biases
+            found = tuple(map(self._any_attribute, _NAMES))
+        one, other = found[2:]
+        if one is not None and other is not None:
+            return found
+        given = other if one is None else one
+        if given is None:
+            return found[:2]
+        # torch's cells take a bias on one side alone.
+        biases = (torch.zeros_like(given) if bias is None else bias for bias in (one, other))
+        return *found[:2], *biases
 
     def _any_attribute(self, name: str) -> Any:
         """Return a weight wherever the module keeps it; a bias may be None."""
-        found = self._parameters.get(name)
-        if found is None:
-            found = self._buffers.get(name)
+        found = self._buffers.get(name)
         return getattr(self, name) if found is None else found
 
     def _check(
@@ -246,8 +238,10 @@ class RNNCell(_Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Return h' of one step."""
-        weights = self._weights()
-        found = self._fast(f"rnn_{self.nonlinearity}", weights, input, hx, None)
+        cell, weights = f"rnn_{self.nonlinearity}", self._weights()
+        sizes = self.input_size, self.hidden_size, 0, 1
+        biases = len(weights) == 4
+        found = short.run(cell, sizes, input, None, hx, None, weights, biases, is_cell=True)
         if found is not None:
             return found[0]
         if hx is not None and not isinstance(hx, Tensor):
@@ -255,7 +249,7 @@ class RNNCell(_Cell):
         # As in torch, the attribute counts when it is used, not when it is set.
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return self._step(f"rnn_{self.nonlinearity}", weights, input, hx, None)[0]
+        return self._step(cell, weights, input, hx, None)[0]
 
 
 class GRUCell(_Cell):
@@ -308,7 +302,9 @@ class GRUCell(_Cell):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Return h' of one step."""
         weights = self._weights()
-        found = self._fast("gru", weights, input, hx, None)
+        sizes = self.input_size, self.hidden_size, 0, 1
+        biases = len(weights) == 4
+        found = short.run("gru", sizes, input, None, hx, None, weights, biases, is_cell=True)
         if found is not None:
             return found[0]
         if hx is not None and not isinstance(hx, Tensor):
@@ -372,7 +368,9 @@ class LSTMCell(_Cell):
         """Return (h', c') of one step."""
         h, c = state_pair(self._kind, hx)
         weights = self._weights()
-        found = self._fast("lstm", weights, input, h, c)
+        sizes = self.input_size, self.hidden_size, 0, 1
+        biases = len(weights) == 4
+        found = short.run("lstm", sizes, input, None, h, c, weights, biases, is_cell=True)
         if found is None:
             h, c = self._step("lstm", weights, input, h, c)
         else:
