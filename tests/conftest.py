@@ -28,7 +28,7 @@ CPU_ALONE = {
     "the short way past torch's dispatcher": "tensors",
     "NumPy": "math numpy numpy_input",
     "ONNX Runtime": "onnx",
-    "the package, its commands and documents": "bench documents init main",
+    "the package, its commands and documents": "bench documents init main report",
     "no operator of torch's runs, which is cuDNN's way": "seams",
     "they choose their devices themselves": (
         "bench_gpu cuda_compiler cuda_kernels cuda_launch cuda_layer cuda_report gpu"
