@@ -58,7 +58,7 @@ def run(
     has_biases: bool,
     recompute: bool = False,
     is_cell: bool = False,
-) -> tuple[Any, Any, Any] | None:
+) -> tuple[Tensor, Any, Any] | None:
     """Run a layer, or one step of a cell, past the dispatcher: a tenth of its cost per call.
 
     Everything is checked in C++ against `shape`, the sizes that the module was made with.

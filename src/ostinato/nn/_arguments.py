@@ -89,7 +89,7 @@ def check_devices(input: Tensor, weight: Tensor, h_0: Tensor | None, c_0: Tensor
 def check_weights(
     kind: str,
     names: Sequence[str],
-    weights: list[Tensor],
+    weights: Sequence[Tensor],
     shapes: Sequence[tuple[int, ...]],
     input: Tensor,
 ) -> None:
