@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ostinato import _core, fallback, short, transforms
+from ostinato import _core, fallback, onnx_node, short, transforms
 from ostinato.call import (
     DTYPES,
     Call,
@@ -33,6 +33,7 @@ from ostinato.call import (
     batch_of,
     check,
     check_backward,
+    is_traced,
     require_tensor,
     reserve_bytes,
     thread_count,
@@ -106,14 +107,14 @@ def layer(
 
     Source: torch.nn.RNN, GRU and LSTM.
     """
-    is_traced = torch.compiler.is_compiling()  # a compiler pays for each line, in each layer
-    if not is_traced:
+    is_compiled = torch.compiler.is_compiling()  # a compiler pays for each line, in each layer
+    if not is_compiled:
         _require_tensors(input, h_0, c_0, weights)
     batch = batch_of(input, batch_sizes, h_0, c_0)
     call = Call(
         input, batch_sizes, batch, h_0, c_0, weights, cell, has_biases, bidirectional, recompute
     )
-    if is_traced:
+    if is_compiled:
         return _run(call)[:3]
     if _has_engine(call) and (shape := short.shape_of(call)) is not None:
         found = short.run(
@@ -208,7 +209,15 @@ def cut_layer(
     return _run(call, all_c)
 
 
-def _run(call: Call, all_c: bool = False) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def _run(call: Call, all_c: bool = False) -> Results:
+    """Run a layer, or write it down where torch.onnx.export traces it."""
+    if is_traced() and onnx_node.is_wanted(call):
+        check(call, values=False)
+        return onnx_node.trace(call, all_c, lambda: _compute(call, all_c))
+    return _compute(call, all_c)
+
+
+def _compute(call: Call, all_c: bool) -> Results:
     """Run a layer on an engine, on torch's operator or on the reference."""
     input, device = call.input, call.input.device.type
     keep = torch.is_grad_enabled() and any(

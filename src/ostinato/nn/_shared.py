@@ -84,7 +84,7 @@ class Layers(torch.nn.RNNBase):
         self,
         input: Any,
         hx: Any = None,
-        *,
+        # By name, as documented. torch's exporter by TorchScript hands on every default by place.
         lengths: Any = None,
         resets: Any = None,
         reset_to: Any = None,
