@@ -37,9 +37,10 @@ _TAKEN = {
     *("input", "batch", "lengths", "h_0", "c_0", "weights", "cell", "has_biases", "bidirectional"),
     *("recompute", "keep"),
 }
+_PACKED = "ONNX has no packed sequences; give the layer a padded batch and lengths="
 # Why no node takes the other arguments of the operator.
 _REFUSED = {
-    "batch_sizes": "ONNX has no packed sequences; give the layer a padded batch and lengths=",
+    "batch_sizes": _PACKED,
     "resets": "ONNX has no resets within a sequence",
     "all_c": "ONNX's LSTM returns the last c alone",
 }
@@ -60,6 +61,9 @@ class Form(NamedTuple):
 
 class Writer(Protocol):
     """How one of the three ways writes what `node` says."""
+
+    # Whether batch_sizes may stand for sequence_lens.
+    takes_packed: bool
 
     def ordered(self, weight: Any, rows: list[int]) -> Any:
         """Take these rows of a weight."""
@@ -98,8 +102,9 @@ def node(write: Writer, call: dict[str, Any]) -> tuple[Any, ...]:
     Raises:
         NoCounterpartError: ONNX has no node for such a layer.
     """
+    taken = _TAKEN | {"batch_sizes"} if write.takes_packed else _TAKEN
     for name, given in call.items():
-        if name not in _TAKEN and given is not None and given is not False:
+        if name not in taken and given is not None and given is not False:
             raise NoCounterpartError(f"{name}: {_REFUSED.get(name, 'ONNX has nothing like it')}")
     cell, weights, lengths = call["cell"], call["weights"], call.get("lengths")
     if weights[0].dtype in (_BFLOAT16, torch.bfloat16):
@@ -126,7 +131,7 @@ def node(write: Writer, call: dict[str, Any]) -> tuple[Any, ...]:
         joined(slice(0, 1), rows, -1),
         joined(slice(1, 2), rows, hidden),
         joined(slice(2, 4), 2 * rows) if call["has_biases"] else None,
-        None if lengths is None else write.small(lengths),
+        call["batch_sizes"] if lengths is None else write.small(lengths),
         call["h_0"],
         *([call["c_0"]] if cell == "lstm" else []),
     ]
@@ -154,6 +159,8 @@ def _attributes(cell: str, directions: int) -> dict[str, Any]:
 
 class Values:
     """Values of an ONNX model, by onnxscript's operators."""
+
+    takes_packed = False
 
     def __init__(self, op: Any) -> None:
         self._op = op
@@ -186,9 +193,7 @@ class Values:
     def kept(self, lengths: Any, first: Any, last: Any) -> Any:
         """Return the last states, and the first ones for rows of no steps."""
         column = self._op.Reshape(lengths, self._ints(-1, 1))
-        return self._op.Where(
-            self._op.Equal(column, self._op.Constant(value_int=0)), first, last
-        )
+        return self._op.Where(self._op.Equal(column, self._op.Constant(value_int=0)), first, last)
 
 
 class _Tensors:
@@ -210,6 +215,8 @@ class _Tensors:
 
 class _Traced(_Tensors):
     """Tensors of torch.export."""
+
+    takes_packed = False
 
     def recur(self, form: Form, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         x = inputs[0]
@@ -237,7 +244,13 @@ class _Traced(_Tensors):
 
 
 class _Scripted(_Tensors):
-    """Tensors of torch.jit's tracer, which want their values."""
+    """Tensors of torch.jit's tracer, which want their values.
+
+    Rows that the model itself packs and pads again are rows with lengths there: torch moves the
+    packing behind a node whose sequence_lens are batch_sizes, where padding takes it back.
+    """
+
+    takes_packed = True
 
     def __init__(self, run: Callable[[], Results]) -> None:
         self._run = run
@@ -245,8 +258,8 @@ class _Scripted(_Tensors):
     def recur(self, form: Form, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         # The tracer takes no value for a constant that has a gradient.
         with torch.no_grad():
-            output, *states = _Node.apply(self._run, form, *inputs)  # type: ignore[no-untyped-call]
-        return output.squeeze(1) if form.directions == 1 else output, *states
+            found: tuple[Tensor, ...] = _Node.apply(self._run, form, *inputs)  # type: ignore[no-untyped-call]
+        return found
 
 
 class _Node(torch.autograd.Function):
@@ -260,9 +273,7 @@ class _Node(torch.autograd.Function):
         state = torch._C._get_tracing_state()
         torch._C._set_tracing_state(None)
         try:
-            output, *states = run()[:3]
-            output = output.unsqueeze(1) if form.directions == 1 else output
-            return output, *(state for state in states if state is not None)
+            return tuple(found for found in run()[:3] if found is not None)
         finally:
             torch._C._set_tracing_state(state)
 
@@ -272,17 +283,25 @@ class _Node(torch.autograd.Function):
             name + ("_s" if isinstance(value, (str, list)) else "_i"): value
             for name, value in form.attributes.items()
         }
+        steps = inputs[4]
+        if steps is not None and inputs[0].type().dim() == 2 and not _is_packed_here(steps):
+            raise NoCounterpartError(f"batch_sizes: {_PACKED}")
         absent = g.op("prim::Constant")
         absent.setType(torch._C.OptionalType.ofTensor())
         given = [absent if value is None else value for value in inputs]
         count = 3 if form.kind == "LSTM" else 2
         output, *states = g.op(form.kind, *given, outputs=count, **attributes)
         if form.directions == 1:
-            # A squeeze is written differently in each version of ONNX: left to torch.
-            return output, *states
+            # A squeeze is written differently in each version of ONNX.
+            return torch.onnx.symbolic_helper._squeeze_helper(g, output, [1]), *states
         output = g.op("Transpose", output, perm_i=[0, 2, 1, 3])
         shape = g.op("Constant", value_t=torch.tensor([0, 0, -1]))
         return g.op("Reshape", output, shape), *states
+
+
+def _is_packed_here(batch_sizes: Any) -> bool:
+    """Whether pack_padded_sequence within the model made these."""
+    return bool(batch_sizes.node().kind() == "prim::PackPadded")
 
 
 # A compiler that traces Python takes the answer for constant, as torch.export's strict mode must.
