@@ -78,7 +78,13 @@ def _layer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 def _widened(call: Call) -> Call:
     """Return the call in float32."""
-    states = ("input", "h_0", "c_0", "reset_h", "reset_c")
-    given = {name: getattr(call, name) for name in states}
-    wide = {name: None if t is None else t.float() for name, t in given.items()}
-    return call._replace(**wide, weights=[weight.float() for weight in call.weights])
+    states = (None if t is None else t.float() for t in call.tensors()[1:5])
+    h_0, c_0, reset_h, reset_c = states
+    return call._replace(
+        input=call.input.float(),
+        h_0=h_0,
+        c_0=c_0,
+        reset_h=reset_h,
+        reset_c=reset_c,
+        weights=[weight.float() for weight in call.weights],
+    )

@@ -21,8 +21,9 @@ def from_r(weights: Mapping[str, _Array]) -> dict[str, _Array]:
     counts layers from 1. Shapes, the order of the gates and everything else are the same.
 
     Args:
-        weights: by R's names, as a reader of safetensors returns what R's `torch_save(module, path)`
-            has written, or of any part of it. Tensors or arrays; they are not touched.
+        weights: by R's names: what a reader of safetensors makes of a file that R's
+            `torch_save(module, path)` has written, or any part of it. Tensors or arrays; they are
+            not touched.
 
     Returns:
         A new dict in the same order, for `load_state_dict` and `ostinato.numpy`. Names of anything

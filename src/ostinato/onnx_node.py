@@ -103,6 +103,8 @@ def node(write: Writer, call: dict[str, Any]) -> tuple[Any, ...]:
         NoCounterpartError: ONNX has no node for such a layer.
     """
     taken = _TAKEN | {"batch_sizes"} if write.takes_packed else _TAKEN
+    if call["cell"] != "lstm":
+        taken = taken | {"all_c"}  # there is no c
     for name, given in call.items():
         if name not in taken and given is not None and given is not False:
             raise NoCounterpartError(f"{name}: {_REFUSED.get(name, 'ONNX has nothing like it')}")
@@ -219,28 +221,37 @@ class _Traced(_Tensors):
     takes_packed = False
 
     def recur(self, form: Form, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-        x = inputs[0]
-        assert x is not None
-        steps, batch = x.shape[0], x.shape[1]
-        each = 2 if form.kind == "LSTM" else 1
-        state = form.directions, batch, form.hidden
-        output, *states = torch.onnx.ops.symbolic_multi_out(
-            form.kind,
-            inputs,
-            form.attributes,
-            dtypes=(x.dtype,) * (1 + each),
-            shapes=((steps, form.directions, batch, form.hidden), *[state] * each),
-        )
-        if form.directions == 1:
-            return output.squeeze(1), *states
-        # Not torch's reshape: of sizes that may change it would write a node for each.
-        output = torch.onnx.ops.symbolic(
-            "Reshape",
-            (output.transpose(1, 2), torch.tensor([0, 0, 2 * form.hidden])),
-            dtype=x.dtype,
-            shape=(steps, batch, 2 * form.hidden),
-        )
+        output, *states = _symbols(*form, *inputs)
         return output, *states
+
+
+# The strict mode of torch.export reads Python, and refuses to read torch.onnx.
+@torch.compiler.allow_in_graph
+def _symbols(
+    kind: str, hidden: int, directions: int, attributes: dict[str, Any], *inputs: Tensor | None
+) -> list[Tensor]:
+    """Put torch's symbols in the place of a node and of what brings its output to (T, B, D * H)."""
+    x = inputs[0]
+    assert x is not None
+    steps, batch = x.shape[0], x.shape[1]
+    each = 2 if kind == "LSTM" else 1
+    output, *states = torch.onnx.ops.symbolic_multi_out(
+        kind,
+        inputs,
+        attributes,
+        dtypes=(x.dtype,) * (1 + each),
+        shapes=((steps, directions, batch, hidden), *[(directions, batch, hidden)] * each),
+    )
+    if directions == 1:
+        return [output.squeeze(1), *states]
+    # Not torch's reshape: of sizes that may change it would write a node for each.
+    output = torch.onnx.ops.symbolic(
+        "Reshape",
+        (output.transpose(1, 2), torch.tensor([0, 0, 2 * hidden])),
+        dtype=x.dtype,
+        shape=(steps, batch, 2 * hidden),
+    )
+    return [output, *states]
 
 
 class _Scripted(_Tensors):
@@ -269,13 +280,14 @@ class _Node(torch.autograd.Function):
     def forward(
         ctx: Any, run: Callable[[], Results], form: Form, *inputs: Tensor | None
     ) -> tuple[Tensor, ...]:
-        # What computes the values is no part of the model.
-        state = torch._C._get_tracing_state()
-        torch._C._set_tracing_state(None)
+        # What computes the values is no part of the model. torch declares one of these two.
+        tracer: Any = torch._C
+        state = tracer._get_tracing_state()
+        tracer._set_tracing_state(None)
         try:
             return tuple(found for found in run()[:3] if found is not None)
         finally:
-            torch._C._set_tracing_state(state)
+            tracer._set_tracing_state(state)
 
     @staticmethod
     def symbolic(g: Any, run: Any, form: Form, *inputs: Any) -> tuple[Any, ...]:
