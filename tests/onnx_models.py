@@ -75,3 +75,41 @@ CELLS = {
     "GRU": (nn.GRU, {}),
     "LSTM": (nn.LSTM, {}),
 }
+
+
+class Model(torch.nn.Module):
+    """A batch-first stack among other layers, a parametrized layer, and a cell."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(3, 6)
+        self.gru = nn.GRU(6, 5, 2, batch_first=True, bidirectional=True, dropout=0.5)
+        self.rnn = torch.nn.utils.parametrizations.weight_norm(nn.RNN(10, 4), "weight_hh_l0")
+        self.cell = nn.LSTMCell(4, 3)
+
+    def forward(self, x):
+        y, h_n = self.gru(torch.nn.functional.gelu(self.first(x)))
+        y, _ = self.rnn(y.transpose(0, 1))
+        return torch.tanh(y), h_n, *self.cell(y[-1])
+
+
+class Resets(torch.nn.Module):
+    """Rows that begin anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.GRU(3, 4)
+
+    def forward(self, x, resets):
+        return self.layer(x, resets=resets)
+
+
+class Ragged(torch.nn.Module):
+    """Rows of different lengths; `cls` may have two directions."""
+
+    def __init__(self, cls, **options):
+        super().__init__()
+        self.layer = cls(3, 4, 2, **options)
+
+    def forward(self, x, hx, lengths):
+        return self.layer(x, hx, lengths=lengths)

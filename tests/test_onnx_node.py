@@ -11,14 +11,14 @@ from conftest import tolerance
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_leaves
 
-from ostinato import nn
+from ostinato import fallback, nn
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 from onnx.reference import ReferenceEvaluator  # noqa: E402
-from onnx_models import CELLS, RECURRENT, B, Several, T, run  # noqa: E402
+from onnx_models import CELLS, RECURRENT, B, Model, Ragged, Resets, Several, T, run  # noqa: E402
 
 pytestmark = [
     # torch's exporter, where one Dim stands at several arguments.
@@ -130,17 +130,6 @@ def test_a_cell_is_a_node_of_one_step(name, with_states, bias, export):
         compare(proto, cell, *arguments(batch))
 
 
-class Ragged(torch.nn.Module):
-    """Rows of different lengths; `cls` may have two directions."""
-
-    def __init__(self, cls, **options):
-        super().__init__()
-        self.layer = cls(3, 4, 2, **options)
-
-    def forward(self, x, hx, lengths):
-        return self.layer(x, hx, lengths=lengths)
-
-
 @ways
 @pytest.mark.parametrize("name", CELLS)
 def test_lengths(name, export):
@@ -187,25 +176,9 @@ def test_rows_that_the_model_packs(name, options, is_sorted):
         compare(proto, model, torch.randn(max(lengths), len(lengths), 3), torch.tensor(lengths))
 
 
-class Around(torch.nn.Module):
-    """A batch-first stack among other layers, a parametrized layer, and a cell."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = torch.nn.Linear(3, 6)
-        self.gru = nn.GRU(6, 5, 2, batch_first=True, bidirectional=True)
-        self.rnn = torch.nn.utils.parametrizations.weight_norm(nn.RNN(10, 4), "weight_hh_l0")
-        self.cell = nn.LSTMCell(4, 3)
-
-    def forward(self, x):
-        y, h_n = self.gru(torch.nn.functional.gelu(self.first(x)))
-        y, _ = self.rnn(y.transpose(0, 1))
-        return torch.tanh(y), h_n, *self.cell(y[-1])
-
-
 @ways
 def test_a_model(export):
-    model = Around()
+    model = Model()
     proto = export(model, (torch.randn(2, 5, 3),), ({0: B, 1: T},))
     assert recurrent(proto) == ["GRU", "GRU", "RNN", "LSTM"]
     compare(proto, model, torch.randn(3, 8, 3))
@@ -265,17 +238,6 @@ def test_older_versions_of_onnx(opset):
     proto = by_script(layer, args, ({0: T, 1: B},), opset_version=opset)
     assert proto.opset_import[0].version == opset
     compare(proto, layer, torch.randn(7, 3, 3))
-
-
-class Resets(torch.nn.Module):
-    """Rows that begin anew."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.GRU(3, 4)
-
-    def forward(self, x, resets):
-        return self.layer(x, resets=resets)
 
 
 class PackedOutside(torch.nn.Module):
@@ -344,6 +306,20 @@ def test_the_strict_mode_of_torch_export_writes_nodes_too():
         expected = tree_leaves((y, states, model.cell(y[-1])))
     for a, e in zip(run(proto.SerializeToString(), x), expected, strict=True):
         torch.testing.assert_close(a, e, **tolerance(e.dtype, 16))
+
+
+def test_a_stack_on_a_gpu_is_written_layer_by_layer(monkeypatch):
+    """Where cuDNN would run it as one."""
+    layer = nn.GRU(3, 4, 2)
+    arguments = "gru", _X, None, None, None, list(layer.parameters())
+    options = {"layers": 2, "has_biases": True, "bidirectional": False, "dropout": 0.0}
+    monkeypatch.setattr(fallback, "serves", lambda call: True)
+    monkeypatch.setattr(fallback, "run", lambda *call: ("one call",) * 4)
+    assert fallback.stack(*arguments, **options) == ("one call",) * 3
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert fallback.stack(*arguments, **options) == ("one call",) * 3
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    assert fallback.stack(*arguments, **options) is None
 
 
 def test_nothing_changes_outside_an_export_to_onnx():
