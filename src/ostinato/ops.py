@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.checkpoint import checkpoint
 
-from ostinato import _core, fallback, flops, profile, short, traced, transforms
+from ostinato import _core, fallback, flops, onnx_node, profile, short, traced, transforms
 from ostinato.call import (
     DTYPES,
     Call,
@@ -34,6 +34,7 @@ from ostinato.call import (
     batch_of,
     check,
     check_backward,
+    is_traced,
     require_tensor,
     reserve_bytes,
     thread_count,
@@ -230,7 +231,15 @@ def _is_recorded(cell: str) -> bool:
     )
 
 
-def _run(call: Call, all_c: bool = False) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def _run(call: Call, all_c: bool = False) -> Results:
+    """Run a layer, or write it down where torch.onnx.export traces it."""
+    if is_traced() and onnx_node.is_wanted(call):
+        check(call, values=False)
+        return onnx_node.trace(call, all_c, lambda: _compute(call, all_c))
+    return _compute(call, all_c)
+
+
+def _compute(call: Call, all_c: bool) -> Results:
     """Run a layer on an engine, on torch's operator or on the reference."""
     device = call.input.device.type
     keep = torch.is_grad_enabled() and any(

@@ -88,7 +88,7 @@ class Layers(Neighbour, torch.nn.RNNBase):
         self,
         input: Any,
         hx: Any = None,
-        *,
+        # By name, as documented. torch's exporter by TorchScript hands on every default by place.
         lengths: Any = None,
         resets: Any = None,
         reset_to: Any = None,
