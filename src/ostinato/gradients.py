@@ -134,14 +134,17 @@ def _gradients(
 
 def _reference_cell(call: Call) -> tuple[Tensor, None, Tensor | None, None]:
     """Run the reference on (B, I) or (I,) and (B, H) or (H,)."""
-    lead = (1, 1) if call.input.dim() == 1 else (1,)
-    h_0, c_0 = (None if t is None else t.reshape(*lead, *t.shape) for t in (call.h_0, call.c_0))
-    input = call.input.reshape(*lead, *call.input.shape)
-    layer_call = call._replace(input=input, batch=input.shape[1], h_0=h_0, c_0=c_0)
-    check(layer_call)
-    output, _, c_n, _ = reference_results(layer_call)
-    shape = (*call.input.shape[:-1], output.shape[-1])
-    return output.reshape(shape), None, None if c_n is None else c_n.reshape(shape), None
+    shape = call.input.shape[:-1]
+    input, h, c = (
+        t.unsqueeze(0) if t is not None and not shape else t
+        for t in (call.input, call.h_0, call.c_0)
+    )
+    checked = [None if t is None else t.unsqueeze(0) for t in (h, c)]
+    # what hooks of saved tensors return need not be what was saved
+    check(call._replace(input=input.unsqueeze(0), batch=len(input), h_0=checked[0], c_0=checked[1]))
+    found = reference.one_step(call.cell, input, h, c, call.weights, has_biases=call.has_biases)
+    h, c = (*(t if shape else t.squeeze(0) for t in found), None)[:2]
+    return h, None, c, None
 
 
 def differentiable_again(call: Call, results: Results, layers: int = 1) -> Results:

@@ -503,7 +503,10 @@ def _layer_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     grads = (*grads[:3], grads[3] if ctx.all_c else None)
     found: Sequence[Tensor | None]
     if is_beyond_engine(grads):
-        found = reference_gradients(call, grads, wanted)
+        if call.input.device.type == "cpu" and any(grad is not None for grad in grads):
+            found = transforms.gradients(call, grads, y, reserve, wanted)
+        else:
+            found = reference_gradients(call, grads, wanted)
     elif any(grad is not None for grad in grads):
         # A state that is absent has no gradient, but a place in the list.
         wanted = [bool(want) for want in wanted]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ostinato import _core
+from ostinato import _core, transforms
 from ostinato.call import Call, batch_of, thread_count
 from ostinato.engine import CELLS, GATES
 from ostinato.gradients import is_beyond_engine, reference_gradients
@@ -219,9 +219,14 @@ class _Short(torch.autograd.Function):
                 cell,
                 has_biases,
                 shape[3] == 2,
+                recompute,
             )
             places = [*wanted[:3], False, False, *wanted[3:]]
-            grads = dy, dh_n, dc_n, None
-            dx, dh_0, dc_0, _, _, *dw = reference_gradients(call, grads, places, is_cell)
+            arrived = dy, dh_n, dc_n, None
+            if is_cell:
+                all_found = reference_gradients(call, arrived, places, is_cell)
+            else:
+                all_found = transforms.gradients(call, arrived, output, reserve, places)
+            dx, dh_0, dc_0, _, _, *dw = all_found
             found = dx, dh_0, dc_0, *dw
         return (None, None, *found)

@@ -26,6 +26,8 @@ from torch import Tensor
 from torch._C._functorch import TransformType
 
 from ostinato import _core
+from ostinato.adjoint import current_level, is_batch, over_batches, tangents, unbatched
+from ostinato.adjoint import gradients as adjoint_gradients
 from ostinato.call import (
     DTYPES,
     Call,
@@ -36,11 +38,14 @@ from ostinato.call import (
     is_wrapped,
     reserve_bytes,
     thread_count,
+    without_autocast,
 )
 from ostinato.engine import CELLS, Sizes, five_per_direction
 from ostinato.gradients import Results, reference_results
 
 _functorch = torch._C._functorch
+_peek_transform = _functorch.peek_interpreter_stack
+_forward_ad = torch.autograd.forward_ad
 
 _Maybe = Sequence[Tensor | None]
 
@@ -50,16 +55,14 @@ _Maybe = Sequence[Tensor | None]
 _FLAGS, _WEIGHTS = 3, 8
 # What the gradient takes in front of them: four gradients, output and reserve.
 _FRONT = 6
+_KINDS = TransformType.Vmap, TransformType.Grad, TransformType.Jvp
 
 
 def is_active() -> bool:
     """Whether vmap, torch.func or forward-mode differentiation is at work."""
     if torch.compiler.is_compiling():
         return False
-    return (
-        _functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    return _peek_transform() is not None or _forward_ad._current_level >= 0
 
 
 def serves(call: Call) -> bool:
@@ -69,7 +72,7 @@ def serves(call: Call) -> bool:
         call: whose tensors may be wrapped by transforms.
 
     Returns:
-        True if there is nothing but vmap and reverse mode, and plain CPU tensors below them.
+        True if plain CPU tensors are below the transforms; in forward mode, if no row is cut.
 
     Example:
         >>> weights = list(torch.nn.GRUCell(3, 4).parameters())
@@ -82,8 +85,8 @@ def serves(call: Call) -> bool:
         call.input.device.type == "cpu"
         and torch._C._get_tracing_state() is None
         and not torch._C._len_torch_dispatch_stack()
-        and not _is_forward_mode()
-        and all(kind in (TransformType.Vmap, TransformType.Grad) for kind in _transforms())
+        and not (call.is_cut and _is_forward_mode())
+        and all(kind in _KINDS for kind in _transforms())
         and all(
             type(_unwrapped(t)).__torch_dispatch__ is Tensor.__torch_dispatch__
             for t in call.tensors()
@@ -115,11 +118,44 @@ def run(call: Call, all_c: bool) -> Results:
         torch.is_grad_enabled()
         and any(t is not None and _unwrapped(t).requires_grad for t in call.tensors())
     )
-    plan = _Plan(call[2], call[6:10], all_c and call.cell == "lstm", keep, gradients)
+    has_c = call.cell == "lstm" and (all_c or _is_forward_mode())  # what tangents are made of
+    plan = _Plan(call[2], call[6:10], has_c, keep, gradients)
     tensors = call.batch_sizes, call.lengths, call.resets, *call.tensors()
     *found, _ = _Layer.apply(plan, *tensors)  # type: ignore[no-untyped-call]
     output, h_n, c_n, cells = (*found, None, None)[:4]
-    return output, h_n, c_n, cells
+    return output, h_n, c_n, cells if all_c else None
+
+
+def gradients(
+    call: Call,
+    arrived: Sequence[Tensor | None],
+    output: Tensor,
+    reserve: Tensor | None,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Differentiate a call of the engine: gradients of any order, and of batches of gradients.
+
+    Args:
+        call: that the engine ran.
+        arrived: gradients of output, h_n, c_n and c at every step; at least one.
+        output: of the engine.
+        reserve: what it kept, or None where that is nothing.
+        wanted: whether each of `call.tensors()` needs a gradient.
+
+    Returns:
+        The gradients, None where not wanted.
+    """
+    tensors = call.tensors()
+    flags = tuple(bool(w) and t is not None for w, t in zip(wanted, tensors, strict=True))
+    plan = _Plan(call[2], call[6:10], False, True, (), wanted=(False,) * _FLAGS + flags)
+    if reserve is None:
+        kept = output.new_empty((0,), dtype=torch.uint8)
+    else:
+        kept = reserve.view(torch.uint8)  # the short way has numbers of the input's dtype
+    front = (*arrived, output.detach(), kept)
+    values = *front, call.batch_sizes, call.lengths, call.resets, *tensors
+    found = iter(_apply_backward(plan, values))
+    return [next(found) if flag else None for flag in flags]
 
 
 @dataclass(frozen=True)
@@ -135,6 +171,11 @@ class _Plan:
     stacked: tuple[bool, ...] = ()  # which of the tensors have V as their first dimension
     wanted: tuple[bool, ...] = ()  # which of a call's tensors are to have a gradient
 
+    @staticmethod
+    def is_cut(tensors: Sequence[Any]) -> bool:
+        """Whether rows end early or begin anew."""
+        return tensors[1] is not None or tensors[2] is not None
+
     def call(self, tensors: Sequence[Any]) -> Call:
         """Return the call on these tensors."""
         batch_sizes, lengths, resets, input, h_0, c_0, reset_h, reset_c, *weights = tensors
@@ -148,7 +189,7 @@ def _transforms() -> list[Any]:
 
 
 def _is_forward_mode() -> bool:
-    return torch.autograd.forward_ad._current_level >= 0 or TransformType.Jvp in _transforms()
+    return _forward_ad._current_level >= 0 or TransformType.Jvp in _transforms()
 
 
 def _unwrapped(tensor: Tensor) -> Tensor:
@@ -175,11 +216,13 @@ class _Layer(torch.autograd.Function):
         ctx.mark_non_differentiable(reserve)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(y, reserve, *tensors)
+        if not ctx.plan.is_cut(tensors):
+            ctx.save_for_forward(y, output[3] if ctx.plan.all_c else None, *tensors)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, plan: _Plan, *tensors: Tensor | None) -> tuple[Any, Any]:
         size, dims = info.batch_size, in_dims[1:]
-        is_cut = tensors[1] is not None or tensors[2] is not None
+        is_cut = plan.is_cut(tensors)
         below = len(_transforms())
         is_stack = (
             any(dim is not None for dim in dims[_WEIGHTS:])
@@ -211,13 +254,7 @@ class _Layer(torch.autograd.Function):
         shared = plan.stacked or (False,) * len(tensors)
         plan = replace(plan, stacked=(bool(plan.models),) * _FRONT + shared, wanted=wanted)
         values = *arrived, y, reserve, *tensors
-        found: Sequence[Tensor]
-        if _is_forward_mode() or any(
-            grad is not None and _functorch.is_legacy_batchedtensor(grad) for grad in arrived
-        ):
-            found = _reference_gradients(plan, values)
-        else:
-            found = _LayerBackward.apply(plan, *values)  # type: ignore[no-untyped-call]
+        found = _apply_backward(plan, values)
         rest = iter(found)
         gradients = [next(rest) if want else None for want in wanted]
         if plan.models:
@@ -227,6 +264,41 @@ class _Layer(torch.autograd.Function):
                 for g, is_stacked in zip(gradients, shared, strict=True)
             ]
         return None, *gradients
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *moves: Tensor | None) -> tuple[Tensor | None, ...]:
+        # torch switches forward mode off here, with it that of transforms around this one. So it is
+        # switched on again, and what moves in this one is taken without its tangent.
+        with _forward_ad._set_fwd_grad_enabled(True):
+            values = [
+                None if t is None else _forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors
+            ]
+            return *_tangents(ctx.plan, values, moves), None
+
+
+def _apply_backward(plan: _Plan, values: _Maybe) -> Sequence[Tensor]:
+    """Return the gradients that the plan names, so that they can be differentiated."""
+    if _is_forward_mode():
+        return _again(plan, values, ())()
+    if not torch.is_grad_enabled() and any(map(is_batch, values[:_FRONT])) and not plan.models:
+        return _engine_batch(plan, values)
+    found: Sequence[Tensor] = over_batches(
+        lambda *values: _LayerBackward.apply(plan, *values),  # type: ignore[no-untyped-call]
+        values,
+    )
+    return found
+
+
+def _engine_batch(plan: _Plan, values: _Maybe) -> list[Tensor]:
+    """Run the engine on a batch of gradients that torch.autograd.grad made, as a stack."""
+    level = current_level()
+    plain = unbatched(values, level)
+    dims = [0 if is_batch(value) else None for value in values]
+    size = next(len(p) for p, dim in zip(plain, dims, strict=True) if p is not None and dim == 0)
+    stacked_plan, stacked = _stack(size, dims, plan, plain, _FRONT)
+    return [
+        torch._add_batch_dim(grad, 0, level) for grad in _run_stack_backward(stacked_plan, stacked)
+    ]
 
 
 class _LayerBackward(torch.autograd.Function):
@@ -245,7 +317,7 @@ class _LayerBackward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, plan: _Plan, *values: Tensor | None) -> tuple[Any, Any]:
         size, dims = info.batch_size, in_dims[1:]
-        is_cut = values[_FRONT + 1] is not None or values[_FRONT + 2] is not None
+        is_cut = plan.is_cut(values[_FRONT:])
         is_stack = (
             is_cut
             or any(plan.wanted[_WEIGHTS:])
@@ -260,18 +332,18 @@ class _LayerBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         plan, values = ctx.plan, ctx.saved_tensors
-        # Output and reserve are what the reference makes of the others.
+        # Output and reserve are what a layer makes of the others.
         asked = [
             index
             for index, need in enumerate(ctx.needs_input_grad[1:])
             if need and index not in (4, 5)
         ]
 
-        def gradients(*chosen: Tensor) -> tuple[Tensor, ...]:
-            return _reference_gradients(plan, _replaced(values, asked, chosen))
+        def found(*grads: Tensor) -> tuple[Tensor, ...]:
+            gradients = _again(plan, values, asked)
+            return _pulled_back(gradients, [values[index] for index in asked], grads)
 
-        found = _pulled_back(gradients, [values[index] for index in asked], grads)
-        return None, *_replaced([None] * len(values), asked, found)
+        return None, *_replaced([None] * len(values), asked, over_batches(found, grads))
 
 
 def _replaced(values: _Maybe, places: Sequence[int], new: Sequence[Any]) -> list[Any]:
@@ -519,6 +591,62 @@ def _run_stack_backward(plan: _Plan, values: _Maybe) -> tuple[Tensor, ...]:
     return tuple(grad for grad in found if grad is not None)
 
 
+# ---- derivatives of both ----
+
+
+def _tangents(plan: _Plan, values: _Maybe, moves: _Maybe) -> tuple[Tensor, ...]:
+    """Return how the results of `_Layer` move, but for what it keeps.
+
+    Args:
+        plan: of the layer.
+        values: output, c at every step of an LSTM, and what the layer takes.
+        moves: how that moves.
+    """
+
+    def of_one(*values: Any) -> tuple[Tensor, ...]:
+        values, moves = values[:count], values[count:]
+        y, cells, *tensors = values
+        found = tangents(plan.call(tensors), y, cells, moves[_FLAGS:])
+        return tuple(t for t in found if t is not None)
+
+    count = len(values)
+    if not plan.models:
+        return of_one(*values, *moves)
+    is_stacked = True, True, *plan.stacked, *plan.stacked
+    dims = tuple(
+        0 if value is not None and stacked else None
+        for value, stacked in zip((*values, *moves), is_stacked, strict=True)
+    )
+    return torch.func.vmap(of_one, in_dims=dims)(*values, *moves)  # type: ignore[no-any-return]
+
+
+def _again(plan: _Plan, values: _Maybe, asked: Sequence[int]) -> Callable[..., tuple[Tensor, ...]]:
+    """Return what `_LayerBackward` does as a function of some values that any transform sees."""
+
+    def of_one(*values: Any) -> tuple[Tensor, ...]:
+        grads, tensors = values[: _FRONT - 2], values[_FRONT:]
+        call = plan.call(tensors)
+        output, _, _, cells = run(call, all_c=True)
+        found = adjoint_gradients(call, output, cells, grads, plan.wanted[_FLAGS:])
+        return tuple(grad for grad in found if grad is not None)
+
+    def function(*chosen: Any) -> tuple[Tensor, ...]:
+        replaced = _replaced(values, asked, chosen)
+        # Backward may stand in a region of autocast that forward did not see.
+        with without_autocast(replaced[_FRONT + _FLAGS]):
+            if plan.is_cut(values[_FRONT:]):
+                return _reference_gradients(plan, replaced)
+            if not plan.models:
+                return of_one(*replaced)
+            dims = tuple(
+                0 if value is not None and stacked else None
+                for value, stacked in zip(replaced, plan.stacked, strict=True)
+            )
+            return torch.func.vmap(of_one, in_dims=dims)(*replaced)  # type: ignore[no-any-return]
+
+    return function
+
+
 # ---- the reference ----
 
 
@@ -561,12 +689,18 @@ def _pulled_back(
     cotangents: tuple[Tensor, ...],
 ) -> tuple[Tensor, ...]:
     """Return the gradients of a function's arguments under any transform."""
-    if not any(map(_functorch.is_legacy_batchedtensor, cotangents)):
+    if is_active():
         return torch.func.vjp(function, *primals)[1](cotangents)  # type: ignore[no-any-return]
-    # Many at once by torch.autograd.grad, which has a vmap of its own.
     higher = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Aliases: these derivatives stop at these arguments, higher ones go on.
-        aliases = [primal.view_as(primal) for primal in primals]
+        # Aliases: these derivatives stop at these arguments, higher ones go on; but not through what
+        # a transform left behind that has ended.
+        views = [primal.view_as(primal) for primal in primals]
+        aliases = [v if v.requires_grad else v.detach().requires_grad_() for v in views]
+        pairs = zip(function(*aliases), cotangents, strict=True)
+        moving = [(result, grad) for result, grad in pairs if result.requires_grad]
+        if not moving:
+            return tuple(map(torch.zeros_like, primals))
+        results, grads = zip(*moving, strict=True)
         options = {"create_graph": higher, "materialize_grads": True}
-        return torch.autograd.grad(function(*aliases), aliases, cotangents, **options)
+        return torch.autograd.grad(results, aliases, grads, **options)
