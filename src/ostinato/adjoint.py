@@ -41,7 +41,8 @@ class _Jacobian(NamedTuple):
     on one state of that unit: the last one, h of a GRU or c of an LSTM.
     """
 
-    gates: list[Tensor]  # of each state, (T, B, G, H): by the hidden product of each gate
+    # Of each state, (T, B, G, H), of an RNN (T, B, H): by the hidden product of each gate.
+    gates: list[Tensor]
     carry: list[Tensor]  # of each state, (T, B, H): by the last state; none for an RNN
     weight_hh: Tensor  # (G * H, O)
     weight_hr: Tensor | None  # (O, H)
@@ -61,6 +62,8 @@ class _Jacobian(NamedTuple):
 
     def weighted(self, units: Sequence[Tensor]) -> Tensor:
         """Return gradients of the hidden products, (B, G * H), from those of the new states."""
+        if not self.carry:
+            return self.gates[0] * units[0]
         found = self.gates[0] * units[0].unsqueeze(-2)
         for factor, unit in zip(self.gates[1:], units[1:], strict=True):
             found = torch.addcmul(found, factor, unit.unsqueeze(-2))
@@ -85,9 +88,12 @@ class _Jacobian(NamedTuple):
         """Return how new states move, before the projection.
 
         Args:
-            product: how the hidden products move, (B, G, H).
+            product: how the hidden products move, (B, G * H).
             last: how the last state moves, (B, H).
         """
+        if not self.carry:
+            return [self.gates[0] * product]
+        product = product.view(self.gates[0].shape)
         found = [(factor * product).sum(-2) for factor in self.gates]
         for k, factor in enumerate(self.carry):
             found[k] = torch.addcmul(found[k], factor, last)
@@ -95,7 +101,9 @@ class _Jacobian(NamedTuple):
 
     def push(self, states: Sequence[Tensor], onto: Sequence[Tensor]) -> list[Tensor]:
         """Return `onto` + A states."""
-        product = (states[0] @ self.weight_hh.T).unflatten(-1, self.gates[0].shape[-2:])
+        product = states[0] @ self.weight_hh.T
+        if not self.carry:
+            return [torch.addcmul(onto[0], self.gates[0], product)]
         h, *rest = self.moved(product, states[-1])
         if self.weight_hr is None:
             h = onto[0] + h
@@ -105,13 +113,14 @@ class _Jacobian(NamedTuple):
 
     def gradients(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> _Jacobian:
         """Return the gradients of <after, A before>, summed over rows where weights are shared."""
-        product = (before[0] @ self.weight_hh.T).unflatten(-1, self.gates[0].shape[-2:])
+        product = before[0] @ self.weight_hh.T
         units = self.units(after)
         of_hr = None
         if self.weight_hr is not None:
             of_hr = after[0].T @ self.moved(product, before[-1])[0]
+        product = product.view(self.gates[0].shape)
         return _Jacobian(
-            [product * unit.unsqueeze(-2) for unit in units],
+            [product * (unit.unsqueeze(-2) if self.carry else unit) for unit in units],
             [before[-1] * unit for unit in units][: len(self.carry)],
             self.weighted(units).T @ before[0],
             of_hr,
@@ -351,9 +360,9 @@ def _directions(call: Call, output: Tensor, cells: Tensor | None) -> list[_Direc
         gates_x = reference.linear(x, weight.ih, weight.bias_ih)
         gates_h = reference.linear(before[0], weight.hh, weight.bias_hh)
         new, inputs, gates, carry = _slopes(call.cell, gates_x, gates_h, before[-1])
-        shape = (order.steps, order.batch)
+        shape, per_unit = (order.steps, order.batch), [GATES[call.cell]] * bool(carry)
         jacobian = _Jacobian(
-            [g.view(*shape, GATES[call.cell], new.shape[-1]) for g in gates],
+            [g.view(*shape, *per_unit, new.shape[-1]) for g in gates],
             [c.unflatten(0, shape) for c in carry],
             weight.hh,
             weight.hr,
@@ -548,15 +557,17 @@ def _moved(one: _Direction, dx: Tensor | None, weight_ih: Tensor, moves: _Maybe)
         (by_input, [dx, one.x if dih is not None else None], [weight_ih, dih], db_ih),
         (jacobian.gates, [one.before if dhh is not None else None], [dhh], db_hh),
     )
-    found = [torch.zeros_like(g[..., 0, :]) for g in jacobian.gates]
+    nothing = torch.zeros_like(one.new)
+    found = [nothing] * len(jacobian.gates)
     for factors, values, weights, bias in sides:
         parts = [
             v @ w.T for v, w in zip(values, weights, strict=True) if v is not None and w is not None
         ]
         parts += [] if bias is None else [bias.expand(like.shape[0], -1)]
         if parts:
-            product = sum(parts[1:], parts[0]).view_as(like)
-            found = [f + (g * product).sum(-2) for f, g in zip(found, factors, strict=True)]
+            product = sum(parts[1:], parts[0])
+            moved = jacobian._replace(gates=factors).moved(product, nothing)
+            found = [f + m for f, m in zip(found, moved, strict=True)]
     if jacobian.weight_hr is not None:
         found[0] = found[0] @ jacobian.weight_hr.T
         if dhr is not None:

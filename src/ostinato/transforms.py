@@ -17,6 +17,7 @@ D directions, V models of a stack, or elements of a mapped dimension.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -54,7 +55,7 @@ _Maybe = Sequence[Tensor | None]
 # rows; in all others features follow.
 _FLAGS, _WEIGHTS = 3, 8
 # What the gradient takes in front of them: four gradients, output and reserve.
-_FRONT = 6
+_FRONT, _OUTPUT, _RESERVE = 6, 4, 5
 _KINDS = TransformType.Vmap, TransformType.Grad, TransformType.Jvp
 
 
@@ -152,7 +153,7 @@ def gradients(
         kept = output.new_empty((0,), dtype=torch.uint8)
     else:
         kept = reserve.view(torch.uint8)  # the short way has numbers of the input's dtype
-    front = (*arrived, output.detach(), kept)
+    front = (*arrived, output, kept)
     values = *front, call.batch_sizes, call.lengths, call.resets, *tensors
     found = iter(_apply_backward(plan, values))
     return [next(found) if flag else None for flag in flags]
@@ -175,6 +176,10 @@ class _Plan:
     def is_cut(tensors: Sequence[Any]) -> bool:
         """Whether rows end early or begin anew."""
         return tensors[1] is not None or tensors[2] is not None
+
+    def knows_states(self, values: Sequence[Any]) -> bool:
+        """Whether what the gradient takes holds every state: all but c of an LSTM."""
+        return self.config[0] != "lstm" and not self.is_cut(values[_FRONT:])
 
     def call(self, tensors: Sequence[Any]) -> Call:
         """Return the call on these tensors."""
@@ -332,11 +337,13 @@ class _LayerBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         plan, values = ctx.plan, ctx.saved_tensors
-        # Output and reserve are what a layer makes of the others.
+        # What is kept is what the layer makes of the others; so is the output, but where it stands in
+        # for the states it leads back to the layer, and is differentiated by the engine.
+        apart = (_RESERVE,) if plan.knows_states(values) else (_OUTPUT, _RESERVE)
         asked = [
             index
             for index, need in enumerate(ctx.needs_input_grad[1:])
-            if need and index not in (4, 5)
+            if need and index not in apart
         ]
 
         def found(*grads: Tensor) -> tuple[Tensor, ...]:
@@ -352,6 +359,11 @@ def _replaced(values: _Maybe, places: Sequence[int], new: Sequence[Any]) -> list
     for place, value in zip(places, new, strict=True):
         replaced[place] = value
     return replaced
+
+
+# torch asks for the signature in each call, and would find it anew each time.
+for _function in (_Layer, _LayerBackward):
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]
 
 
 # ---- the two ways in which a dimension is mapped ----
@@ -626,7 +638,9 @@ def _again(plan: _Plan, values: _Maybe, asked: Sequence[int]) -> Callable[..., t
     def of_one(*values: Any) -> tuple[Tensor, ...]:
         grads, tensors = values[: _FRONT - 2], values[_FRONT:]
         call = plan.call(tensors)
-        output, _, _, cells = run(call, all_c=True)
+        output, cells = values[_OUTPUT], None
+        if call.cell == "lstm":
+            output, _, _, cells = run(call, all_c=True)
         found = adjoint_gradients(call, output, cells, grads, plan.wanted[_FLAGS:])
         return tuple(grad for grad in found if grad is not None)
 
