@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ostinato import _core, fallback, short, transforms
+from ostinato import _core, fallback, reference, short, transforms
 from ostinato.call import (
     DTYPES,
     Call,
@@ -122,6 +122,27 @@ def layer(
         if found is not None:
             return found
     return _run(call)[:3]
+
+
+def one_step(
+    cell: str, input: Tensor, h: Tensor | None, c: Tensor | None, weights: list[Tensor]
+) -> tuple[Tensor, Tensor | None] | None:
+    """Run one step of a cell by elementary operators, where transforms are at work that want these.
+
+    Args:
+        cell: as in `layer`.
+        input: (B, I). All is checked by the caller.
+        h: (B, H), or None for zeros.
+        c: likewise; LSTM only.
+        weights: weight_ih, weight_hh[, bias_ih, bias_hh].
+
+    Returns:
+        h', and c' or None; or None instead where the step is to run as a layer.
+    """
+    if not transforms.is_active() or not transforms.sees_through_step():
+        return None
+    found = reference.one_step(cell, input, h, c, weights, has_biases=len(weights) == 4)
+    return found[0], found[1] if cell == "lstm" else None
 
 
 def cut_layer(

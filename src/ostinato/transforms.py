@@ -96,6 +96,16 @@ def serves(call: Call) -> bool:
     )
 
 
+def sees_through_step() -> bool:
+    """Whether one step is best left to torch's elementary operators, which transforms see through.
+
+    They take less time than the rules. vmap alone, and gradients for each of its elements, have the
+    engine: its bits are those of a loop.
+    """
+    kinds = _transforms()
+    return _is_forward_mode() or bool(kinds) and TransformType.Vmap not in kinds
+
+
 def run(call: Call, all_c: bool) -> Results:
     """Run a layer by the rules.
 
@@ -157,6 +167,45 @@ def gradients(
     values = *front, call.batch_sizes, call.lengths, call.resets, *tensors
     found = iter(_apply_backward(plan, values))
     return [next(found) if flag else None for flag in flags]
+
+
+def cell_gradients(
+    call: Call,
+    arrived: Sequence[Tensor | None],
+    output: Tensor | None,
+    reserve: Tensor | None,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """`gradients` of one step of a cell.
+
+    Args:
+        call: of a cell: input and states without dimensions for steps and directions.
+        arrived: as in `gradients`; no array has these dimensions.
+        output: of the engine, or None where it is not read.
+        reserve: as in `gradients`.
+        wanted: likewise.
+
+    Returns:
+        The gradients, None where not wanted.
+    """
+    missing = 3 - call.input.dim()
+
+    def lifted(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor[(None,) * missing]
+
+    input, h_0, c_0 = map(lifted, (call.input, call.h_0, call.c_0))
+    assert input is not None
+    step = call._replace(input=input, batch=input.shape[1], h_0=h_0, c_0=c_0)
+    if output is None:
+        size = call.weights[1].shape[1]
+        output = call.input.new_empty((*call.input.shape[:-1], size))  # only its shape is read
+    result = lifted(output)
+    assert result is not None
+    found = gradients(step, list(map(lifted, arrived)), result, reserve, wanted)
+    return [
+        None if g is None else g[(0,) * missing] if k < _WEIGHTS - _FLAGS else g
+        for k, g in enumerate(found)
+    ]
 
 
 @dataclass(frozen=True)

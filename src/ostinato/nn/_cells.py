@@ -95,6 +95,9 @@ class _Cell(torch.nn.modules.rnn.RNNCellBase):
         self, cell: str, weights: list[Tensor], input: Tensor, h: Tensor | None, c: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Run one step of (B, I), (B, H) as a layer of (1, B, I), (1, B, H)."""
+        found = ops.one_step(cell, input, h, c, weights)
+        if found is not None:
+            return found
         output, _, c_n = ops.layer(
             cell,
             input.unsqueeze(0),
