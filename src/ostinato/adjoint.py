@@ -105,10 +105,8 @@ class _Jacobian(NamedTuple):
         if not self.carry:
             return [torch.addcmul(onto[0], self.gates[0], product)]
         h, *rest = self.moved(product, states[-1])
-        if self.weight_hr is None:
-            h = onto[0] + h
-        else:
-            h = torch.addmm(onto[0], h, self.weight_hr.T)
+        hr = self.weight_hr
+        h = onto[0] + h if hr is None else torch.addmm(onto[0], h, hr.T)
         return [h, *(b + c for b, c in zip(onto[1:], rest, strict=True))]
 
     def gradients(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> _Jacobian:
@@ -269,7 +267,11 @@ class _Order:
         if self.rows is None:
             return tensor.flip(0) if self.is_reverse else tensor
         padded = torch.cat([tensor, tensor.new_zeros((1, *tensor.shape[1:]))])
-        return padded.index_select(0, self.rows).unflatten(0, (self.steps, self.batch))
+        return self.steps_of(padded.index_select(0, self.rows))
+
+    def steps_of(self, rows: Tensor) -> Tensor:
+        """Bring rows in walk order, (T * B, ...), to (T, B, ...)."""
+        return rows.view(self.steps, self.batch, *rows.shape[1:])
 
     def given(self, tensor: Tensor) -> Tensor:
         """Bring (T, B, ...) in walk order to the layout of the call."""
@@ -363,7 +365,7 @@ def _directions(call: Call, output: Tensor, cells: Tensor | None) -> list[_Direc
         shape, per_unit = (order.steps, order.batch), [GATES[call.cell]] * bool(carry)
         jacobian = _Jacobian(
             [g.view(*shape, *per_unit, new.shape[-1]) for g in gates],
-            [c.unflatten(0, shape) for c in carry],
+            [order.steps_of(c) for c in carry],
             weight.hh,
             weight.hr,
         )
@@ -391,7 +393,7 @@ def _slopes(
         )
 
     if _peek_transform() is not None or torch.autograd.forward_ad._current_level >= 0:
-        new, pull = torch.func.vjp(step, gates_x, gates_h, last)
+        new, pull = torch.func.vjp(step, gates_x, gates_h, last)  # type: ignore[misc]
         found = [pull(one(k, new)) for k in range(len(new))]
     else:
         higher = torch.is_grad_enabled()
@@ -450,7 +452,7 @@ def gradients(
         dw += found
         if wanted[0]:
             rows = dgates_x @ call.weights[d * width]
-            part = one.order.given(rows.unflatten(0, (one.order.steps, one.order.batch)))
+            part = one.order.given(one.order.steps_of(rows))
             dx = part if dx is None else dx + part
     initial = [torch.stack(each) for each in zip(*first, strict=True)]
     dh_0, dc_0 = initial[0] if wanted[1] else None, initial[-1] if wanted[2] else None
@@ -476,7 +478,7 @@ def _of_weights(
         return dgates_x, [None] * len(wanted)
     dgates_h = rows.weighted(units)
     has_biases = len(wanted) - has_hr == 4
-    pairs = [(dgates_x, one.x), (dgates_h, one.before)]
+    pairs: list[tuple[Tensor, Tensor | None]] = [(dgates_x, one.x), (dgates_h, one.before)]
     pairs += [(dgates_x, None), (dgates_h, None)] if has_biases else []
     pairs += [(states[0], one.new)] if has_hr else []
     return dgates_x, [
@@ -524,10 +526,9 @@ def tangents(
         order, weights = one.order, slice(d * width, (d + 1) * width)
         rows = None if dx is None else order.walked(dx).flatten(0, 1)
         right = _moved(one, rows, call.weights[d * width], dw[weights])
-        shape = order.steps, order.batch
         starts = [None if s is None else s[d] for s in (dh_0, dc_0)]
         ordered = [
-            order.right(start, b.unflatten(0, shape), None)
+            order.right(start, order.steps_of(b), None)
             for start, b in zip(starts, right, strict=False)
         ]
         found = _solve(one.jacobian, ordered, is_adjoint=False)

@@ -166,16 +166,17 @@ def _gradients(
 def _reference_cell(call: Call) -> tuple[Tensor, None, Tensor | None, None]:
     """Run the reference on (B, I) or (I,) and (B, H) or (H,)."""
     shape = call.input.shape[:-1]
-    input, h, c = (
-        t.unsqueeze(0) if t is not None and not shape else t
-        for t in (call.input, call.h_0, call.c_0)
-    )
-    checked = [None if t is None else t.unsqueeze(0) for t in (h, c)]
+
+    def row(tensor: Tensor) -> Tensor:
+        return tensor if shape else tensor.unsqueeze(0)
+
+    input, h, c = row(call.input), *(s if s is None else row(s) for s in (call.h_0, call.c_0))
+    h_0, c_0 = (None if state is None else state.unsqueeze(0) for state in (h, c))
     # what hooks of saved tensors return need not be what was saved
-    check(call._replace(input=input.unsqueeze(0), batch=len(input), h_0=checked[0], c_0=checked[1]))
+    check(call._replace(input=input.unsqueeze(0), batch=len(input), h_0=h_0, c_0=c_0))
     found = reference.one_step(call.cell, input, h, c, call.weights, has_biases=call.has_biases)
-    h, c = (*(t if shape else t.squeeze(0) for t in found), None)[:2]
-    return h, None, c, None
+    output, c_n = (*(t if shape else t.squeeze(0) for t in found), None)[:2]
+    return output, None, c_n, None
 
 
 def differentiable_again(call: Call, results: Results, layers: int = 1) -> Results:

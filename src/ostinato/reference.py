@@ -45,7 +45,7 @@ def namespace(array: Array) -> Any:
     """
     if hasattr(array, "__array_namespace__"):
         return array.__array_namespace__()
-    return _library(type(array))
+    return _library(type(array))  # type: ignore[arg-type]
 
 
 @lru_cache

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ostinato import _core, transforms
+from ostinato.adjoint import is_batch
 from ostinato.call import Call, batch_of, thread_count
 from ostinato.engine import CELLS, GATES
-from ostinato.adjoint import is_batch
 from ostinato.gradients import is_asked, is_beyond_engine, reference_gradients
 
 # Looked up once: a cell's whole call takes a few microseconds.
