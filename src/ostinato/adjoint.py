@@ -4,12 +4,13 @@ A layer's states solve S_t = step(x_t, S_(t-1)). An engine has found them; so al
 looked at at once, by a few operators on whole sequences. What follows the order of the steps is one
 linear recurrence,
 
-    adjoint:  L_(t-1) = g_(t-1) + A_t^T L_t        what reaches a state in all
-    tangent:  s_t     = b_t     + A_t   s_(t-1)    how a state moves
+    adjoint:  L_(t-1) = g_(t-1) + A_t^T L_t        what reaches a state in all      (41)
+    tangent:  s_t     = b_t     + A_t   s_(t-1)    how a state moves                (42)
 
 where A_t, the Jacobian of a step, is weight_hh (and weight_hr) between factors for each unit. These
 factors are derivatives of the reference's step, asked of torch: no gate is named here. Each
 recurrence is the derivative of the other, so all of it can be differentiated any number of times.
+Equation numbers refer to docs/math.md.
 
 Legend: T steps, B batch, N packed rows, I input, H hidden, O output of a step (proj_size, or H),
 D directions, G gates. "Walk order": steps in the order in which a direction takes them, each row
@@ -76,7 +77,7 @@ class _Jacobian(NamedTuple):
         return [states[0] @ self.weight_hr, *states[1:]]
 
     def pull(self, states: Sequence[Tensor], onto: Sequence[Tensor]) -> list[Tensor]:
-        """Return `onto` + A^T states."""
+        """Return `onto` + A^T states (39)."""
         units = self.units(states)
         found = list(onto)
         for factor, unit in zip(self.carry, units, strict=bool(self.carry)):
@@ -100,7 +101,7 @@ class _Jacobian(NamedTuple):
         return found
 
     def push(self, states: Sequence[Tensor], onto: Sequence[Tensor]) -> list[Tensor]:
-        """Return `onto` + A states."""
+        """Return `onto` + A states (40)."""
         product = states[0] @ self.weight_hh.T
         if not self.carry:
             return [torch.addcmul(onto[0], self.gates[0], product)]
@@ -110,7 +111,7 @@ class _Jacobian(NamedTuple):
         return [h, *(b + c for b, c in zip(onto[1:], rest, strict=True))]
 
     def gradients(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> _Jacobian:
-        """Return the gradients of <after, A before>, summed over rows where weights are shared."""
+        """Return the gradients of <after, A before>, weights' summed over rows (44)."""
         product = before[0] @ self.weight_hh.T
         units = self.units(after)
         of_hr = None
@@ -423,7 +424,7 @@ def gradients(
 ) -> list[Tensor | None]:
     """Differentiate a layer whose states are known; the result is differentiable, too.
 
-    L_(t-1) = g_(t-1) + A_t^T L_t, then the gradients of (4), (6) and (24) in docs/math.md.
+    Equation (41), then the gradients of (4), (6) and (24).
 
     Args:
         call: without cuts.
@@ -506,7 +507,7 @@ def tangents(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return how the results of a layer move whose states are known.
 
-    s_t = b_t + A_t s_(t-1), where b_t is how the step moves by its input and weights alone.
+    Equation (42), where b_t is how a step moves by its input and weights alone.
 
     Args:
         call: without cuts.
