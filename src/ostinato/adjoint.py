@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
 
 from ostinato import reference
 from ostinato.call import Call
@@ -124,6 +125,28 @@ class _Jacobian(NamedTuple):
             self.weighted(units).T @ before[0],
             of_hr,
         )
+
+
+def autograd_alone(*tensors: Tensor) -> bool:
+    """Whether torch.autograd.grad can differentiate by these tensors where a function stands.
+
+    So it is without transforms, and where the innermost is a gradient of which all are variables.
+    It saves a transform around all that is differentiated.
+
+    Args:
+        tensors: by which something is to be differentiated.
+
+    Example:
+        >>> autograd_alone(torch.ones(2))
+        True
+    """
+    if torch.autograd.forward_ad._current_level >= 0:
+        return False
+    innermost = _peek_transform()
+    if innermost is None:
+        return True
+    is_grad = innermost.key() == TransformType.Grad
+    return is_grad and all(t.requires_grad for t in tensors)
 
 
 # ---- the recurrence ----
@@ -393,7 +416,7 @@ def _slopes(
             torch.ones_like(t) if j == k else torch.zeros_like(t) for j, t in enumerate(new)
         )
 
-    if _peek_transform() is not None or torch.autograd.forward_ad._current_level >= 0:
+    if not autograd_alone(gates_x, gates_h, *[last] * has_carry):
         new, pull = torch.func.vjp(step, gates_x, gates_h, last)  # type: ignore[misc]
         found = [pull(one(k, new)) for k in range(len(new))]
     else:

@@ -162,10 +162,9 @@ def gru_step(gates_x: Array, gates_h: Array, h: Array) -> Array:
     """
     rz_x, n_x = _cut(gates_x, 2 * h.shape[-1])
     rz_h, n_h = _cut(gates_h, 2 * h.shape[-1])
-    # r and z in one, and (10) as n + z * (h - n): fewer operators
-    r, z = _gates(sigmoid(rz_x + rz_h), 2)
-    n = namespace(h).tanh(n_x + r * n_h)
-    return n + z * (h - n)
+    r, z = _gates(sigmoid(rz_x + rz_h), 2)  # both in one: fewer operators
+    n = namespace(h).tanh(_add_product(n_x, r, n_h))
+    return _between(n, h, z)
 
 
 def lstm_step(
@@ -200,7 +199,7 @@ def lstm_step(
     f = sigmoid(a_f)
     g = xp.tanh(a_g)
     o = sigmoid(a_o)
-    c = f * c + i * g
+    c = _add_product(f * c, i, g)
     h = o * xp.tanh(c)
     return (h if weight_hr is None else h @ weight_hr.T), c
 
@@ -400,6 +399,18 @@ def _gates(a: Array, count: int) -> list[Array]:
         return a.chunk(count, -1)  # type: ignore[no-any-return]
     hidden = a.shape[-1] // count
     return [a[..., k * hidden : (k + 1) * hidden] for k in range(count)]
+
+
+def _add_product(a: Array, b: Array, c: Array) -> Array:
+    """A + b * c."""
+    xp = namespace(a)
+    return xp.addcmul(a, b, c) if hasattr(xp, "addcmul") else a + b * c
+
+
+def _between(a: Array, b: Array, z: Array) -> Array:
+    """(1 - z) * a + z * b."""
+    xp = namespace(a)
+    return xp.lerp(a, b, z) if hasattr(xp, "lerp") else (1 - z) * a + z * b
 
 
 def _cut(a: Array, at: int) -> tuple[Array, Array]:

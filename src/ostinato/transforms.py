@@ -27,7 +27,14 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
 
-from ostinato.adjoint import current_level, is_batch, over_batches, tangents, unbatched
+from ostinato.adjoint import (
+    autograd_alone,
+    current_level,
+    is_batch,
+    over_batches,
+    tangents,
+    unbatched,
+)
 from ostinato.adjoint import gradients as adjoint_gradients
 from ostinato.call import (
     Call,
@@ -480,7 +487,7 @@ def _pulled_back(
     cotangents: tuple[Tensor, ...],
 ) -> tuple[Tensor, ...]:
     """Return the gradients of a function's arguments under any transform."""
-    if is_active():
+    if not autograd_alone(*primals):
         return torch.func.vjp(function, *primals)[1](cotangents)  # type: ignore[no-any-return]
     higher = torch.is_grad_enabled()
     with torch.enable_grad():
