@@ -415,8 +415,8 @@ def _between(a: Array, b: Array, z: Array) -> Array:
 
 def _cut(a: Array, at: int) -> tuple[Array, Array]:
     """Cut (..., n) into (..., at) and (..., n - at)."""
-    if hasattr(a, "split"):
-        first, rest = a.split([at, a.shape[-1] - at], -1)
+    if hasattr(a, "split_with_sizes"):
+        first, rest = a.split_with_sizes([at, a.shape[-1] - at], -1)
         return first, rest
     return a[..., :at], a[..., at:]
 

@@ -110,8 +110,10 @@ def sees_through_step() -> bool:
     They take less time than the rules. vmap alone, and gradients for each of its elements, have the
     engine: its bits are those of a loop.
     """
+    if _forward_ad._current_level >= 0:  # those of torch.func count, too
+        return True
     kinds = _transforms()
-    return _is_forward_mode() or (bool(kinds) and TransformType.Vmap not in kinds)
+    return bool(kinds) and TransformType.Vmap not in kinds
 
 
 def run(call: Call, all_c: bool) -> Results:
