@@ -26,7 +26,17 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.checkpoint import checkpoint
 
-from ostinato import _core, fallback, flops, onnx_node, profile, short, traced, transforms
+from ostinato import (
+    _core,
+    fallback,
+    flops,
+    onnx_node,
+    profile,
+    reference,
+    short,
+    traced,
+    transforms,
+)
 from ostinato.call import (
     DTYPES,
     Call,
@@ -138,6 +148,27 @@ def layer(
         if found is not None:
             return found
     return _run(call)[:3]
+
+
+def one_step(
+    cell: str, input: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None] | None:
+    """Run one step of a cell by elementary operators, where transforms are at work that want these.
+
+    Args:
+        cell: as in `layer`.
+        input: (B, I). All is checked by the caller.
+        h: (B, H), or None for zeros.
+        c: likewise; LSTM only.
+        weights: weight_ih, weight_hh[, bias_ih, bias_hh].
+
+    Returns:
+        h', and c' or None; or None instead where the step is to run as a layer.
+    """
+    if not transforms.is_active() or not transforms.sees_through_step():
+        return None
+    found = reference.one_step(cell, input, h, c, weights, has_biases=len(weights) == 4)
+    return found[0], found[1] if cell == "lstm" else None
 
 
 def cut_layer(
@@ -544,7 +575,10 @@ def _layer_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     grads = (*grads[:3], grads[3] if ctx.all_c else None)
     found: Sequence[Tensor | None]
     if is_beyond_engine(grads):
-        found = reference_gradients(call, grads, wanted)
+        if call.input.device.type == "cpu" and any(grad is not None for grad in grads):
+            found = transforms.gradients(call, grads, y, reserve, wanted)
+        else:
+            found = reference_gradients(call, grads, wanted)
     elif any(grad is not None for grad in grads):
         # A state that is absent has no gradient, but a place in the list.
         wanted = [bool(want) for want in wanted]
