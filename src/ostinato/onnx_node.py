@@ -226,7 +226,7 @@ class _Traced(_Tensors):
 
 
 # The strict mode of torch.export reads Python, and refuses to read torch.onnx.
-@torch.compiler.allow_in_graph
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def _symbols(
     kind: str, hidden: int, directions: int, attributes: dict[str, Any], *inputs: Tensor | None
 ) -> list[Tensor]:
