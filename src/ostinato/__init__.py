@@ -6,6 +6,8 @@
 - `ostinato.numpy`: inference and streaming on NumPy arrays, without torch.
 - `ostinato.ops`: the operators under the modules. `ostinato.cuda`: what runs on a GPU.
 - `ostinato.onnx`: ONNX models with one node for each layer.
+- `ostinato.opacus`: gradients of each sample for Opacus.
+- `ostinato.bench`: what a shape would gain.
 - `ostinato.reference`: the specification, each cell's step and the plain loop.
 
 Modules are loaded when they are first used, so `import ostinato` never imports torch.
@@ -19,17 +21,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from typing import Any
 
-    from ostinato import cuda, nn, numpy, onnx, ops, reference
+    from ostinato import bench, cuda, nn, numpy, onnx, opacus, ops, reference
     from ostinato.switch import replace, restore
 
 __version__ = "0.1.0"
 
 __all__ = [
     "__version__",
+    "bench",
     "cuda",
     "nn",
     "numpy",
     "onnx",
+    "opacus",
     "ops",
     "reference",
     "replace",
