@@ -13,7 +13,7 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import SANITIZED, assert_close, assert_same_bits
+from conftest import INSTRUCTION_SETS, SANITIZED, assert_close, assert_same_bits
 from engine import (
     CELLS,
     COTANGENTS,
@@ -232,6 +232,8 @@ def test_bits_do_not_depend_on_threads_or_instruction_set(rng, kind, dtype, shap
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_backward_reads_what_another_instruction_set_kept(rng, kind):
+    if len(_core.instruction_sets()) == 1:
+        pytest.skip(f"{_core.isa()} is the only instruction set here")
     layer = Layer.draw(rng, kind, 5, 4, 3, 19, directions=2, dtype="float32")
     cotangents = layer.cotangents(rng)
     expected = layer.backward(layer.forward(), cotangents)
@@ -492,7 +494,7 @@ def test_wrong_types_raise():
             _core.reserve_bytes(2, False, sizes)
     with pytest.raises(TypeError):
         _core.layer_forward(0)
-    with pytest.raises(ValueError, match=r"must be one of .*portable, got sse9"):
+    with pytest.raises(ValueError, match=rf"must be one of .*{INSTRUCTION_SETS[-1]}, got sse9"):
         _core.set_isa("sse9")
 
 
