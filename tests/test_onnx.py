@@ -188,3 +188,10 @@ except ImportError as error:
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "ostinato.onnx needs onnxscript: pip install onnxscript"
+
+
+def test_the_older_exporter_is_refused_in_words():
+    x = torch.randn(5, 2, 3)
+    with pytest.raises(ValueError, match=r"dynamo: expected True, got False.*torch.onnx.export"):
+        export(nn.GRU(3, 4).eval(), (x,), dynamo=False)
+    assert export(nn.GRU(3, 4).eval(), (x,), dynamo=True).model.graph

@@ -8,6 +8,8 @@
 - `ostinato.decompositions()`: a program of torch.export in operators of ATen alone.
 - `ostinato.from_r(weights)`: weights from R's torch, which counts layers from 1.
 - `ostinato.onnx`: ONNX models with one node for each layer.
+- `ostinato.opacus`: gradients of each sample for Opacus.
+- `ostinato.bench`: what a shape would gain.
 - `ostinato.reference`: the specification, each cell's step and the plain loop.
 
 Modules are loaded when they are first used, so `import ostinato` never imports torch.
@@ -21,7 +23,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from typing import Any
 
-    from ostinato import cuda, nn, numpy, onnx, ops, reference
+    from ostinato import bench, cuda, nn, numpy, onnx, opacus, ops, reference
     from ostinato.aten import decompositions
     from ostinato.names import from_r
     from ostinato.switch import replace, restore
@@ -30,12 +32,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "__version__",
+    "bench",
     "cuda",
     "decompositions",
     "from_r",
     "nn",
     "numpy",
     "onnx",
+    "opacus",
     "ops",
     "reference",
     "replace",

@@ -85,6 +85,7 @@ def export(
 
     Raises:
         ImportError: onnxscript is not installed.
+        ValueError: `dynamo` is False.
         NotImplementedError: ONNX has no counterpart: an LSTM with proj_size, a PackedSequence,
             resets, bfloat16.
         torch.onnx.OnnxExporterError: anything else that cannot be exported.
@@ -103,6 +104,11 @@ def export(
 
     Source: ONNX operators RNN, GRU and LSTM, version 14.
     """
+    if not options.pop("dynamo", True):
+        raise ValueError(
+            "dynamo: expected True, got False: this function works on a program of torch.export; "
+            "for the exporter by TorchScript call torch.onnx.export itself"
+        )
     table = {**translations(), **(options.pop("custom_translation_table", None) or {})}
     options.setdefault("verbose", False)
     try:

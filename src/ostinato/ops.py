@@ -45,6 +45,7 @@ from ostinato.call import (
     check,
     check_backward,
     is_traced,
+    reject_nested,
     require_tensor,
     reserve_bytes,
     thread_count,
@@ -326,6 +327,8 @@ def _run_gpu(call: Call, all_c: bool, keep: bool) -> Results:
 
 def _require_tensors(input: object, h_0: object, c_0: object, weights: Sequence[object]) -> None:
     require_tensor("input", input)
+    if getattr(input, "is_nested", False):
+        reject_nested("input:")
     if h_0 is not None:
         require_tensor("h_0", h_0)
     if c_0 is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,9 +108,25 @@ def check_weights(
             )
 
 
+def named_copy(function: Callable[..., Any], owner: str) -> Any:
+    """Copy a method that a private class shares, under the name of the public class `owner`."""
+    assert isinstance(function, FunctionType)
+    code, name = function.__code__, function.__name__
+    copy = FunctionType(
+        code, function.__globals__, name, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    copy.__annotations__ = function.__annotations__
+    copy.__doc__, copy.__module__ = function.__doc__, function.__module__
+    copy.__qualname__ = f"{owner}.{name}"
+    return copy
+
+
 def reject_type(kind: str, argument: str, expected: str, got: object) -> NoReturn:
     """Raise for an argument of another Python type."""
-    raise TypeError(f"{kind}: {argument} must be {expected}, got {type(got).__name__}")
+    # NumPy's scalar types have names that Python's have too.
+    name = f"{'numpy.' * isinstance(got, np.generic)}{type(got).__name__}"
+    raise TypeError(f"{kind}: {argument} must be {expected}, got {name}")
 
 
 def reject_dtype(kind: str, argument: str, got: Tensor, dtype: torch.dtype) -> NoReturn:

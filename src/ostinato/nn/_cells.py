@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ostinato import ops, short
-from ostinato.call import without_autocast
+from ostinato.call import reject_nested, without_autocast
 from ostinato.nn._arguments import (
     attribute,
     cast,
@@ -70,9 +70,11 @@ class _Cell(Neighbour, torch.nn.modules.rnn.RNNCellBase):
         """
         if not isinstance(input, Tensor) and not is_tensor_like(input):
             reject_type(self._kind, "input", "a Tensor", input)
+        elif getattr(input, "is_nested", False) and input.dim() in (1, 2):
+            reject_nested(f"{self._kind}: input")
         dim = input.dim()
         if dim not in (1, 2):
-            raise ValueError(f"{self._kind}: Expected input to be 1D or 2D, got {dim}D instead")
+            self._reject_dim(dim)
         if h is not None and h.dim() not in (1, 2):
             self._reject_dims(0, h)
         if c is not None and c.dim() not in (1, 2):
@@ -92,6 +94,36 @@ class _Cell(Neighbour, torch.nn.modules.rnn.RNNCellBase):
             return self._call(cell, weights, input, h, c, dim)
         with without_autocast(input):
             return self._call(cell, weights, input, h, c, dim)
+
+    def explained(self, input: Any, lengths: Any, resets: Any) -> tuple[Tensor, None, list[Tensor]]:
+        """Refuse what forward refuses, and run nothing: for `ostinato.cuda.explain`.
+
+        Args:
+            input: of forward.
+            lengths: must be None, since a cell takes none.
+            resets: likewise.
+
+        Returns:
+            input, (1, B, I), no batch_sizes, and the weights.
+        """
+        for name, given in (("lengths", lengths), ("resets", resets)):
+            if given is not None:
+                reject_type(self._kind, name, "None for a cell", given)
+        if not isinstance(input, Tensor):
+            reject_type(self._kind, "input", "a Tensor", input)
+        if input.dim() not in (1, 2):
+            self._reject_dim(input.dim())
+        if input.is_nested:
+            reject_nested(f"{self._kind}: input")
+        rows = input.unsqueeze(0) if input.dim() == 1 else input
+        weights = self._weights()
+        if torch._C._is_any_autocast_enabled():
+            rows, _, _ = cast(weights[0].dtype, rows, None, None)
+        self._check(weights, rows, None, None)
+        return rows.unsqueeze(0), None, list(weights)
+
+    def _reject_dim(self, dim: int) -> NoReturn:
+        raise ValueError(f"{self._kind}: Expected input to be 1D or 2D, got {dim}D instead")
 
     def _call(
         self,

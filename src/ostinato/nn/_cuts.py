@@ -5,9 +5,10 @@ Legend: T steps, B batch, N packed rows, L layers, D directions, O output of a s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -60,7 +61,8 @@ def padded_lengths(kind: str, lengths: Any, steps: int, batch: int, batched: boo
 
     Args:
         kind: name of the layer, for messages.
-        lengths: None, a tensor on any device, a list or a tuple of ints; an int for one sequence.
+        lengths: None; a tensor on any device, a NumPy array or a sequence of whole numbers, which
+            may be Python's, NumPy's or tensors of one element; one number for one sequence.
         steps: T.
         batch: B.
         batched: whether the input has a batch dimension.
@@ -70,22 +72,47 @@ def padded_lengths(kind: str, lengths: Any, steps: int, batch: int, batched: boo
     """
     if lengths is None:
         return None
-    if isinstance(lengths, int) and not isinstance(lengths, bool) and not batched:
+    if not batched and _is_whole(lengths):
         lengths = [lengths]
-    if isinstance(lengths, (list, tuple)):
-        for length in lengths:
-            if not isinstance(length, (int, torch.SymInt)) or isinstance(length, bool):
-                reject_type(kind, "lengths", "a Tensor or a list of ints", length)
-        lengths = torch.tensor(lengths, dtype=torch.int64, device="cpu")
+    if isinstance(lengths, (list, tuple, range)):
+        lengths = _of_sequence(kind, lengths)
+    elif isinstance(lengths, np.ndarray):
+        if lengths.dtype.kind not in "iu":
+            raise ValueError(f"{kind}: lengths must be whole numbers, got {lengths.dtype}")
+        # torch takes neither the other byte order nor strides that run backwards.
+        lengths = torch.from_numpy(lengths.astype(np.int64, order="C"))
     if not isinstance(lengths, Tensor):
         reject_type(kind, "lengths", "a Tensor or a list of ints", lengths)
-    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
-        raise ValueError(f"{kind}: lengths must be whole numbers, got {lengths.dtype}")
+    _check_whole(kind, lengths)
     if not batched and lengths.dim() == 0:
         lengths = lengths.reshape(1)
     found: Tensor = lengths.to("cpu", torch.int64)
     _check_lengths(kind, found, steps, batch)
     return found
+
+
+def _is_whole(number: object) -> bool:
+    return isinstance(number, (int, np.integer, torch.SymInt)) and not isinstance(number, bool)
+
+
+def _check_whole(kind: str, lengths: Tensor) -> None:
+    dtype = lengths.dtype
+    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+        raise ValueError(f"{kind}: lengths must be whole numbers, got {dtype}")
+
+
+def _of_sequence(kind: str, lengths: Sequence[Any]) -> Tensor:
+    """Return what a list holds as one tensor."""
+    for length in lengths:
+        if isinstance(length, Tensor) and length.numel() == 1:
+            _check_whole(kind, length)
+        elif not _is_whole(length):
+            reject_type(kind, "lengths", "a Tensor or a list of ints", length)
+    if not any(isinstance(length, Tensor) for length in lengths):
+        return torch.tensor(lengths, dtype=torch.int64, device="cpu")
+    # Stacked rather than read, which a compiler or a transform could not.
+    each = (torch.as_tensor(length).reshape(()).to("cpu", torch.int64) for length in lengths)
+    return torch.stack(list(each))
 
 
 @unrecorded
@@ -96,7 +123,7 @@ def _check_lengths(kind: str, lengths: Tensor, steps: int, batch: int) -> None:
             f"got {tuple(lengths.shape)}"
         )
     if not torch.compiler.is_compiling() and not call.is_wrapped(lengths):
-        call.check_lengths(lengths, steps)
+        call.check_lengths(lengths, steps, f"{kind}: lengths must be")
 
 
 @unrecorded

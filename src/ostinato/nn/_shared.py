@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ostinato import fallback, ops, short
+from ostinato import call, fallback, ops, short
 from ostinato.call import without_autocast
 from ostinato.nn._arguments import (
     States,
@@ -22,6 +22,7 @@ from ostinato.nn._arguments import (
     cast,
     check_devices,
     check_weights,
+    named_copy,
     reject_dtype,
     reject_type,
 )
@@ -40,6 +41,11 @@ def _per_layer(state: Tensor | None, layers: int) -> Sequence[Tensor | None]:
     return (state,) * layers if state is None or layers == 1 else state.chunk(layers)
 
 
+def _check_memory(memory: object) -> None:
+    if memory not in ("keep", "recompute"):
+        raise ValueError(f"memory: expected 'keep' or 'recompute', got {memory!r}")
+
+
 class Layers(Neighbour, torch.nn.RNNBase):
     """What RNN, GRU and LSTM share: every check, and the way through layers and directions."""
 
@@ -51,10 +57,21 @@ class Layers(Neighbour, torch.nn.RNNBase):
     if not TYPE_CHECKING:
 
         def __init__(self, *args, memory="keep", **kwargs):
-            if memory not in ("keep", "recompute"):
-                raise ValueError(f"memory: expected 'keep' or 'recompute', got {memory!r}")
+            _check_memory(memory)
             super().__init__(*args, **kwargs)
             self.memory = memory
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Give each public class a forward of its own name, which Python puts into messages."""
+        super().__init_subclass__(**kwargs)
+        if "_kind" in cls.__dict__ and "forward" not in cls.__dict__:
+            cls.forward = named_copy(cls.forward, cls.__name__)  # type: ignore[method-assign]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Checked where it is set, so that forward can read it at no cost.
+        if name == "memory":
+            _check_memory(value)
+        super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         """Say what torch's layers say, and `memory` where it is not the default."""
@@ -96,7 +113,12 @@ class Layers(Neighbour, torch.nn.RNNBase):
     ) -> Any:
         """Check the arguments in torch's order, bring them to (T, B, I), and run the layers."""
         cuts = None
-        if lengths is not None or resets is not None or reset_to is not None or return_all_states:
+        if (
+            lengths is not None
+            or resets is not None
+            or reset_to is not None
+            or return_all_states is not False
+        ):
             if is_symbolic(input, hx, lengths, resets, reset_to):
                 return leaf(
                     self,
@@ -115,13 +137,11 @@ class Layers(Neighbour, torch.nn.RNNBase):
                 return leaf(self, input, hx)
             if not is_tensor_like(input):
                 reject_type(self._kind, "input", "a Tensor or a PackedSequence", input)
+        elif input.is_nested:
+            call.reject_nested(f"{self._kind}: input")
         dim = input.dim()
         if dim not in (2, 3):
-            # torch's RNN says one word more than its siblings.
-            word = " tensor" if self._kind == "RNN" else ""
-            raise ValueError(
-                f"{self._kind}: Expected input to be 2D or 3D, got {dim}D{word} instead"
-            )
+            self._reject_dim(dim)
         states = self._states(hx)
         if states is None:
             return leaf(self, input, hx)
@@ -146,8 +166,13 @@ class Layers(Neighbour, torch.nn.RNNBase):
     ) -> Cuts | None:
         """Check what cuts the rows; None where forward is to say first what is wrong with input."""
         kind = self._kind
+        if not isinstance(return_all_states, bool):
+            reject_type(kind, "return_all_states", "a bool", return_all_states)
+        if lengths is None and resets is None and reset_to is None and not return_all_states:
+            return None
         data = input.data if isinstance(input, PackedSequence) else input
-        if not is_tensor_like(data) or data.dim() not in (2, 3):
+        is_nested = getattr(data, "is_nested", False)
+        if not is_tensor_like(data) or is_nested or data.dim() not in (2, 3):
             return None
         if isinstance(input, PackedSequence):
             if lengths is not None:
@@ -335,6 +360,46 @@ class Layers(Neighbour, torch.nn.RNNBase):
         if self.num_layers > 1:
             shapes += [(rows, directions * out), *rest] * (directions * (self.num_layers - 1))
         check_weights(self._kind, self._flat_weights_names, weights, shapes, input)
+
+    def explained(
+        self, input: Any, lengths: Any, resets: Any
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """Refuse what forward refuses, and run nothing: for `ostinato.cuda.explain`.
+
+        Args:
+            input: of forward.
+            lengths: likewise.
+            resets: likewise.
+
+        Returns:
+            What the first layer gets: input, (T, B, I) or (N, I); batch_sizes, or None; and the
+            weights of all layers.
+        """
+        self._cuts(input, lengths, resets, None, False)
+        data, batch_sizes = input, None
+        if isinstance(input, PackedSequence):
+            data, batch_sizes = input.data, input.batch_sizes
+        if not isinstance(data, Tensor):
+            reject_type(self._kind, "input", "a Tensor or a PackedSequence", input)
+        if data.is_nested:
+            call.reject_nested(f"{self._kind}: input")
+        if batch_sizes is None:
+            if data.dim() not in (2, 3):
+                self._reject_dim(data.dim())
+            if data.dim() == 2:
+                data = data.unsqueeze(1)
+            elif self.batch_first:
+                data = data.transpose(0, 1)
+        weights = self._weights()
+        if torch._C._is_any_autocast_enabled():
+            data, _, _ = cast(weights[0].dtype, data, None, None)
+        self._check(weights, data, batch_sizes, None, None)
+        return data, batch_sizes, weights
+
+    def _reject_dim(self, dim: int) -> NoReturn:
+        # torch's RNN says one word more than its siblings.
+        word = " tensor" if self._kind == "RNN" else ""
+        raise ValueError(f"{self._kind}: Expected input to be 2D or 3D, got {dim}D{word} instead")
 
     def _reject_dims(self, dim: int, h_0: Tensor | None, c_0: Tensor | None) -> NoReturn:
         assert h_0 is not None
