@@ -168,7 +168,8 @@ def gradients(
     """
     tensors = call.tensors()
     flags = tuple(bool(w) and t is not None for w, t in zip(wanted, tensors, strict=True))
-    plan = Plan(call[2], call[6:10], False, True, (), wanted=(False,) * FLAGS + flags)
+    has_c = arrived[3] is not None
+    plan = Plan(call[2], call[6:10], has_c, True, (), wanted=(False,) * FLAGS + flags)
     if reserve is None:
         kept = output.new_empty((0,), dtype=torch.uint8)
     else:
