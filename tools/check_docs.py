@@ -10,6 +10,7 @@ its summary.
 """
 
 import json
+import linecache
 import os
 import re
 import sys
@@ -93,10 +94,13 @@ def run_examples(page: Path) -> int:
     text = page.read_text(encoding="utf-8")
     names: dict[str, object] = {"__name__": page.stem}
     blocks = [block for block in FENCE.finditer(text) if block[1] == "python"]
+    # Tracebacks show the page's lines. Not by its path: torch's compiler would read it as Python.
+    name = f"<{page.relative_to(ROOT)}>"
+    linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
     for block in blocks:
-        # Blank lines in front, so that a traceback shows the line of the page.
+        # Blank lines in front, so that a traceback has the line's number.
         source = "\n" * (text.count("\n", 0, block.start()) + 1) + block[2]
-        exec(compile(source, str(page), "exec"), names)
+        exec(compile(source, name, "exec"), names)
     return len(blocks)
 
 
