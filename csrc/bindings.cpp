@@ -182,11 +182,12 @@ std::vector<std::string> instruction_sets() {
     return names;
 }
 
-void set_isa(const std::string& name) {
+// `what` is how the caller knows the name.
+void set_isa(const std::string& name, const char* what) {
     if (select_isa(name.c_str())) return;
     std::string known;
     for (const std::string& isa : instruction_sets()) known += (known.empty() ? "" : ", ") + isa;
-    throw std::invalid_argument("instruction set must be one of " + known + ", got " + name);
+    throw std::invalid_argument(std::string(what) + " must be one of " + known + " on this processor, got " + name);
 }
 
 // OSTINATO_NUM_THREADS, or 0 where it is not set.
@@ -233,8 +234,10 @@ NB_MODULE(_core, m) {
         "Bytes that forward keeps for backward.");
     m.def("instruction_sets", &instruction_sets, "Instruction sets that this processor can run, best first.");
     m.def("isa", [] { return std::string(active_isa()); }, "The instruction set in use.");
-    m.def("set_isa", &set_isa, nb::arg("name"), "Uses another instruction set from now on, in every thread.");
+    m.def(
+        "set_isa", [](const std::string& name) { set_isa(name, "instruction set"); }, nb::arg("name"),
+        "Uses another instruction set from now on, in every thread.");
     define_tensors(m);
     m.attr("forced_threads") = forced_threads();
-    if (const char* forced = std::getenv("OSTINATO_ISA"); forced && *forced) set_isa(forced);
+    if (const char* forced = std::getenv("OSTINATO_ISA"); forced && *forced) set_isa(forced, "OSTINATO_ISA");
 }

@@ -1,8 +1,11 @@
 """The operators' CUDA side and who runs a layer, on CPU tensors and stand-ins for the device."""
 
 import emulation
+import numpy as np
 import pytest
 import torch
+from devices import pack
+from pairs import SIX
 
 from ostinato import cuda, nn, ops
 from ostinato.call import check
@@ -226,4 +229,70 @@ def test_explain_names_kernels(monkeypatch):
         assert "ostinato_backward in bf16" in text
         with torch.no_grad():
             assert "ostinato_backward" not in cuda.explain(gru, x)
-        assert "a cell is one step" in cuda.explain(nn.GRUCell(32, 64), x[0])
+        assert "a cell is one step" in cuda.explain(nn.GRUCell(32, 64).bfloat16(), x[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "got"),
+    [
+        ((torch.nn.GRU(3, 4), torch.zeros(5, 2, 3)), "torch.nn.modules.rnn.GRU"),
+        ((torch.nn.Linear(3, 4), torch.zeros(5, 3)), "torch.nn.modules.linear.Linear"),
+        ((torch.zeros(5, 2, 3), nn.GRU(3, 4)), "torch.Tensor"),
+    ],
+    ids=["torch's layer", "no layer", "swapped"],
+)
+def test_explain_takes_our_modules_alone(arguments, got):
+    match = f"explain: layer must be RNN, GRU, LSTM or a cell of ostinato.nn.*got {got}"
+    with pytest.raises(TypeError, match=match):
+        cuda.explain(*arguments)
+
+
+BAD_INPUTS = {
+    "another size": torch.zeros(5, 2, 7),
+    "another size of one row": torch.zeros(2, 7),
+    "four dimensions": torch.zeros(1, 5, 2, 3),
+    "no dimension": torch.zeros(()),
+    "another dtype": torch.zeros(5, 2, 3, dtype=torch.float64),
+    "an array": np.zeros((5, 2, 3)),
+    "a list": [1.0],
+    "a layer": nn.GRU(3, 4),
+    "packed of another size": pack([torch.zeros(2, 7)]),
+    "packed of another dtype": pack([torch.zeros(2, 3, dtype=torch.float64)]),
+    "another device": torch.zeros(5, 3, device="meta"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+@pytest.mark.parametrize("name", SIX)
+def test_explain_refuses_an_input_as_forward_does(name, case):
+    module, x = getattr(nn, name)(3, 4), BAD_INPUTS[case]
+    with pytest.raises((TypeError, ValueError, RuntimeError)) as expected:
+        module(x)
+    with pytest.raises(type(expected.value)) as found:
+        cuda.explain(module, x)
+    assert str(found.value) == str(expected.value)
+
+
+def test_explain_refuses_cuts_and_weights_as_forward_does():
+    gru, x = nn.GRU(3, 4, 2, batch_first=True), torch.zeros(2, 5, 3)
+    assert cuda.explain(gru, x, lengths=[5, 2]) == "the CPU engine"
+    for cuts in ({"lengths": [6, 2]}, {"lengths": [1]}, {"resets": torch.zeros(5, 2).bool()}):
+        with pytest.raises((ValueError, RuntimeError)) as expected:
+            gru(x, **cuts)
+        with pytest.raises(type(expected.value)) as found:
+            cuda.explain(gru, x, **cuts)
+        assert str(found.value) == str(expected.value)
+    with pytest.raises(TypeError, match="GRUCell: lengths must be None for a cell, got list"):
+        cuda.explain(nn.GRUCell(3, 4), x[0], lengths=[1])
+    gru.weight_hh_l1 = torch.nn.Parameter(torch.zeros(12, 5))
+    with pytest.raises(RuntimeError, match="GRU: weight_hh_l1 must have shape"):
+        cuda.explain(gru, x)
+
+
+def test_explain_takes_every_form_of_input_that_forward_takes():
+    layer = nn.LSTM(3, 4, 2, bidirectional=True, batch_first=True)
+    for x in (torch.zeros(5, 3), torch.zeros(2, 5, 3), pack([torch.zeros(n, 3) for n in (2, 1)])):
+        assert cuda.explain(layer, x) == "the CPU engine"
+    assert cuda.explain(nn.LSTMCell(3, 4), torch.zeros(3)) == "the CPU engine"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cuda.explain(layer, torch.zeros(5, 3).bfloat16()) == "the CPU engine"

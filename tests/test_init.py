@@ -1,11 +1,15 @@
 """The package itself: what it imports, what it names, what it says where there is no torch."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import ostinato
+
+ROOT = Path(__file__).parents[1]
 
 # Python finds no torch, as if it were not installed.
 WITHOUT_TORCH = """
@@ -62,6 +66,21 @@ def test_every_public_name_is_there_and_listed():
     assert set(ostinato.__all__) <= set(dir(ostinato))
     for name in ostinato.__all__:
         assert getattr(ostinato, name) is not None
+
+
+@pytest.mark.parametrize("name", ["opacus", "bench"])
+def test_a_submodule_is_there_after_importing_the_package_alone(name):
+    code = f"import sys, ostinato; before = 'torch' in sys.modules; print(before, ostinato.{name})"
+    assert python(code).startswith(f"False <module 'ostinato.{name}'")
+
+
+def test_what_the_documents_name_is_there_after_importing_the_package_alone():
+    text = (ROOT / "docs" / "api.md").read_text()
+    named = set(re.findall(r"^\| `ostinato\.(\w+)`", text, re.M))
+    assert {"nn", "opacus", "bench"} <= named
+    names = sorted(named)
+    code = f"import operator, ostinato; operator.attrgetter(*{names})(ostinato); print('found')"
+    assert python(code) == "found"
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -201,3 +201,13 @@ def test_batch_sizes_of_more_rows_than_the_states_have(rng):
         weights = list(draw_parameters(rng, cell, 5, 9).values())
         with pytest.raises(ValueError, match=r"from at most 1 to at least 0, got \[2, 2\]"):
             layer(cell, np.zeros((4, 5)), [2, 2], *states, weights, **options)
+
+
+@pytest.mark.parametrize("kind", ["rnn_tanh", "gru", "lstm"])
+def test_a_transposed_weight_is_told_by_the_sizes_of_the_others(rng, kind):
+    parameters = draw_parameters(rng, kind, 4, 6)
+    rows = parameters["weight_ih_l0"].shape[0]
+    parameters["weight_ih_l0"] = parameters["weight_ih_l0"].T
+    message = rf"weight_ih_l0: expected shape \({rows}, 4\), got \(4, {rows}\)"
+    with pytest.raises(RuntimeError, match=message):
+        call(kind, np.zeros((7, 3, 4)), parameters)

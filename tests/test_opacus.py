@@ -111,3 +111,21 @@ def test_the_privacy_engine_trains(kind):
         optimizer.step()
     assert engine.get_epsilon(delta=1e-3) > 0
     assert not any(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
+def test_dropout_between_layers_is_refused_in_words():
+    layer = nn.GRU(I, H, 2, batch_first=True, dropout=0.5)
+    private = opacus.GradSampleModule(layer)
+    output, _ = private(torch.randn(B, T, I))
+    with pytest.raises(ValueError, match="dropout: expected 0 between the layers"):
+        output.sum().backward()
+    (error,) = opacus.validators.ModuleValidator.validate(layer)
+    assert "dropout: expected 0 between the layers" in str(error)
+    assert opacus.validators.ModuleValidator.is_valid(nn.GRU(I, H, 2))
+
+
+def test_one_sequence_is_no_batch_of_samples():
+    private = opacus.GradSampleModule(nn.GRU(I, H, batch_first=True))
+    output, _ = private(torch.randn(T, I))
+    with pytest.raises(ValueError, match="input: expected a padded batch of 3 dimensions"):
+        output.sum().backward()

@@ -176,3 +176,13 @@ def test_it_is_told_and_carried_along():
 def test_refusals(kind):
     with pytest.raises(ValueError, match="memory: expected 'keep' or 'recompute', got 'less'"):
         kind(3, 4, memory="less")
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_it_is_refused_after_construction_too(kind):
+    layer = kind(3, 4)
+    with pytest.raises(ValueError, match="memory: expected 'keep' or 'recompute', got 'foo'"):
+        layer.memory = "foo"
+    assert layer.memory == "keep"
+    layer.memory = "recompute"
+    assert layer.memory == "recompute"

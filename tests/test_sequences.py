@@ -6,6 +6,7 @@ Legend: T steps, B batch, L layers, D directions, H hidden.
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from devices import assert_equal, device_type, moved, pack
@@ -77,13 +78,32 @@ def test_lengths_are_packing_in_one_call(name, options):
 
 @pytest.mark.parametrize(
     "given",
-    [list(LENGTHS), LENGTHS, *(torch.tensor(LENGTHS, dtype=d) for d in (torch.int32, torch.uint8))],
-    ids=str,
+    [
+        list(LENGTHS),
+        LENGTHS,
+        *(torch.tensor(LENGTHS, dtype=d) for d in (torch.int32, torch.uint8)),
+        *(np.array(LENGTHS, dtype=d) for d in ("i8", "i4", "u1", "u8", ">i8")),
+        np.array(LENGTHS[::-1])[::-1],
+        [*map(np.int64, LENGTHS)],
+        (np.int32(3), 7, np.uint8(1), 5),
+        [*map(torch.tensor, LENGTHS)],
+        [torch.tensor([n], dtype=torch.int32) for n in LENGTHS],
+        [3, torch.tensor(7), np.int64(1), torch.tensor(5, dtype=torch.uint8)],
+        range(3, 7),
+    ],
+    ids=repr,
 )
 def test_every_form_of_lengths(given):
     gru = build("GRU")
     x, h = arguments(gru, "GRU")
-    expected = gru(x, h, lengths=torch.tensor(LENGTHS))
+    numbers = torch.tensor([int(n) for n in given])
+    expected = gru(x, h, lengths=numbers)
+    if not (
+        isinstance(given, np.ndarray) and (given.dtype.byteorder, given.strides) != ("=", (8,))
+    ):
+        # torch's own function is not stricter.
+        packed = pack_padded_sequence(x, given, enforce_sorted=False)
+        assert_equal(packed.batch_sizes, pack_padded_sequence(x, numbers, enforce_sorted=False)[1])
     for one, other in zip(flat(gru(x, h, lengths=given)), flat(expected), strict=True):
         assert_equal(one, other)
 
@@ -120,7 +140,7 @@ def test_one_sequence():
     gru = build("GRU")
     x = torch.randn(7, 4)
     expected, h_n = gru(x[:3])
-    for length in (3, [3], torch.tensor(3), torch.tensor([3])):
+    for length in (3, [3], torch.tensor(3), torch.tensor([3]), np.int32(3), np.array([3])):
         output, last = gru(x, lengths=length)
         assert_equal(output[:3], expected)
         assert not output[3:].any()
@@ -130,8 +150,20 @@ def test_one_sequence():
 @pytest.mark.parametrize(
     ("lengths", "error", "message"),
     [
-        ([8, 1, 1, 1], ValueError, "lengths: expected numbers from 0 to 7, the steps, got 8"),
-        ([1, 1, -1, 1], ValueError, "lengths: expected numbers from 0 to 7, the steps, got -1"),
+        ([8, 1, 1, 1], ValueError, "lengths must be numbers from 0 to 7, the steps, got 8"),
+        ([1, 1, -1, 1], ValueError, "lengths must be numbers from 0 to 7, the steps, got -1"),
+        (
+            np.array([1, 1, 9, 1]),
+            ValueError,
+            "lengths must be numbers from 0 to 7, the steps, got 9",
+        ),
+        (np.ones(4), ValueError, "lengths must be whole numbers, got float64"),
+        (np.ones(4, bool), ValueError, "lengths must be whole numbers, got bool"),
+        (np.ones((4, 1), int), RuntimeError, r"lengths must have shape \(4,\), one per row"),
+        ([torch.tensor(1.0)] * 4, ValueError, "lengths must be whole numbers, got torch.float32"),
+        ([torch.ones(2).int()] * 4, TypeError, "lengths must be a Tensor or a list of ints"),
+        ([np.float64(1)] * 4, TypeError, "a list of ints, got numpy.float64"),
+        ([True] * 4, TypeError, "lengths must be a Tensor or a list of ints, got bool"),
         ([1, 1, 1], RuntimeError, r"lengths must have shape \(4,\), one per row, got \(3,\)"),
         (torch.ones(2, 2, dtype=torch.int64), RuntimeError, "lengths must have shape"),
         (torch.ones(4), ValueError, "lengths must be whole numbers, got torch.float32"),
@@ -144,6 +176,13 @@ def test_one_sequence():
 def test_wrong_lengths(lengths, error, message):
     with pytest.raises(error, match=message):
         build("GRU")(torch.randn(7, 4, 4), lengths=lengths)
+
+
+def test_every_message_about_lengths_names_the_layer():
+    gru, x = build("GRU"), torch.randn(7, 4, 4)
+    for lengths in ([8, 1, 1, 1], [1, 1], [1.0] * 4, torch.ones(4), "abcd", 3):
+        with pytest.raises((TypeError, ValueError, RuntimeError), match=r"^GRU: lengths must "):
+            gru(x, lengths=lengths)
 
 
 def test_packed_rows_have_their_own_lengths():
@@ -431,3 +470,22 @@ def test_vmap_over_inputs_and_lengths():
             lambda x, n: gru(x, lengths=n)[0], in_dims=(0, 0 if own else None)
         )(x, given)
         torch.testing.assert_close(actual, torch.stack(expected))
+
+
+@layers
+@pytest.mark.parametrize("given", ["no", 1, 0, None, np.True_, torch.tensor(True)], ids=repr)
+def test_return_all_states_is_a_bool(name, given):
+    with pytest.raises(TypeError, match=f"^{name}: return_all_states must be a bool, got "):
+        build(name)(torch.randn(7, 4, 4), return_all_states=given)
+
+
+def test_lengths_of_single_tensors_in_a_compiled_graph_and_under_vmap():
+    gru, x = build("GRU"), torch.randn(7, 4, 4)
+    expected = gru(x, lengths=LENGTHS)[0]
+    numbers = torch.tensor(LENGTHS)
+
+    def call(x, lengths):
+        return gru(x, lengths=list(lengths.unbind()))[0]
+
+    assert_equal(torch.compile(call, fullgraph=True, backend="eager")(x, numbers), expected)
+    assert_equal(torch.func.vmap(call)(x[None], numbers[None])[0], expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import sys
@@ -11,7 +12,7 @@ from importlib.util import find_spec
 
 import numpy
 
-from ostinato import __version__, _core
+from ostinato import __version__
 
 
 def info() -> dict[str, str]:
@@ -29,6 +30,8 @@ def info() -> dict[str, str]:
         >>> "ostinato" in info()
         True
     """
+    from ostinato import _core
+
     # As `ostinato.numpy` and `ostinato.ops` count them.
     threads = {"NumPy": len(os.sched_getaffinity(0))}
     torch_version = "not installed (pip install ostinato[torch])"
@@ -67,17 +70,17 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("info", help="versions, instruction sets and threads")
     bench = commands.add_parser("bench", help="our layer beside torch.nn's, for a shape of yours")
-    bench.add_argument("--cell", choices=["rnn", "gru", "lstm"], default="gru")
-    bench.add_argument("--input-size", type=_size, default=128)
-    bench.add_argument("--hidden-size", type=_size, default=128)
-    bench.add_argument("--batch", type=_size, default=1)
-    bench.add_argument("--steps", type=_count, default=100, help="0: one step of the cell")
-    bench.add_argument("--layers", type=_size, default=1)
-    bench.add_argument("--bidirectional", action="store_true")
-    bench.add_argument("--train", action="store_true", help="forward and backward")
-    bench.add_argument("--threads", type=_size, help="as torch has them, unless told")
-    bench.add_argument("--seconds", type=float, default=2.0, help="for each of the two")
+    _add_shape(bench)
+    bench.add_argument("--threads", type=_size, help="default: as many as torch takes")
+    bench.add_argument(
+        "--seconds", type=_duration, default=2.0, help="to measure each of the two for; %(default)s"
+    )
     arguments = parser.parse_args(argv)
+    try:
+        from ostinato import _core  # noqa: F401  reads the environment
+    except ImportError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
     if arguments.command == "bench":
         if arguments.steps == 0 and (arguments.layers > 1 or arguments.bidirectional):
             parser.error("--layers and --bidirectional need --steps of 1 or more")
@@ -90,17 +93,55 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"expected 0 or more, got {value}")
+def _add_shape(bench: argparse.ArgumentParser) -> None:
+    """Add the options that say which layer, and on what input."""
+    bench.add_argument(
+        "--cell", choices=["rnn", "gru", "lstm"], default="gru", help="which layer; %(default)s"
+    )
+    for name, default, what in (
+        ("--input-size", 128, "features of an input step"),
+        ("--hidden-size", 128, "features of a state"),
+        ("--batch", 1, "sequences at once"),
+        ("--layers", 1, "layers, each over the output of the one before"),
+    ):
+        bench.add_argument(name, type=_size, default=default, help=f"{what}; %(default)s")
+    bench.add_argument(
+        "--steps",
+        type=_count,
+        default=100,
+        help="steps of a sequence; 0: one step of the cell; %(default)s",
+    )
+    bench.add_argument("--bidirectional", action="store_true", help="walk from both ends")
+    bench.add_argument(
+        "--train", action="store_true", help="forward and backward; without: inference"
+    )
+
+
+def _number(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+    if value < least:
+        raise argparse.ArgumentTypeError(f"expected {least} or more, got {value}")
     return value
 
 
+def _count(text: str) -> int:
+    return _number(text, 0)
+
+
 def _size(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
+    return _number(text, 1)
+
+
+def _duration(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected more than 0, got {text}")
     return value
 
 
@@ -111,7 +152,8 @@ def _bench(arguments: argparse.Namespace) -> int:
         return 1
     import torch
 
-    from ostinato.bench import Shape, gain
+    from ostinato import _core
+    from ostinato.bench import Shape, gain, is_doubtful, is_out_of_memory, least_bytes
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -125,7 +167,21 @@ def _bench(arguments: argparse.Namespace) -> int:
         arguments.bidirectional,
         arguments.train,
     )
-    found = gain(shape, arguments.seconds, _progress())
+    needed, there = least_bytes(shape), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        print(
+            f"bench: at least {_gib(needed)} are needed, and {_gib(there)} there", file=sys.stderr
+        )
+        return 1
+    try:
+        found = gain(shape, arguments.seconds, _progress())
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(
+            f"bench: the memory is not enough: at least {_gib(needed)} are needed", file=sys.stderr
+        )
+        return 1
     low, median, high = found.ratio
     what = "forward and backward" if shape.train else "inference"
     print(f"{what}, float32, {torch.get_num_threads()} threads, {_core.isa()}")
@@ -133,7 +189,16 @@ def _bench(arguments: argparse.Namespace) -> int:
     print(f"ostinato {__version__:<16}{found.ostinato_us:12.1f} us")
     print(f"torch.nn / ostinato      {median:12.2f}    (quartiles {low:.2f} to {high:.2f})")
     print(f"outputs differ by at most {found.difference:.1e}")
+    if is_doubtful(found.ratio):
+        print(
+            "The quartiles are far apart: the machine had other work. Do not trust this ratio; "
+            "measure again when it is quiet, or with more --seconds."
+        )
     return 0
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB of memory"
 
 
 def _progress() -> Callable[[int, int], None] | None:

@@ -116,6 +116,60 @@ class Shape(NamedTuple):
     train: bool = False
 
 
+def least_bytes(shape: Shape) -> int:
+    """Return how much memory a comparison needs at the very least.
+
+    Args:
+        shape: the layer and its input.
+
+    Returns:
+        Bytes of both layers' weights, in training with gradients, of the input and both outputs.
+
+    Example:
+        >>> least_bytes(Shape("rnn", 1, 1, batch=1, steps=1))
+        44
+    """
+    gates, directions = {"rnn": 1, "gru": 3, "lstm": 4}[shape.cell], 1 + shape.bidirectional
+    wide = directions * shape.hidden_size
+    inputs = shape.input_size + (shape.layers - 1) * wide
+    weights = gates * wide * (inputs + shape.layers * (shape.hidden_size + 2))
+    rows = max(1, shape.steps) * shape.batch
+    return 4 * (2 * weights * (1 + shape.train) + rows * (shape.input_size + 2 * wide))
+
+
+def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Say whether an error is that of an allocation.
+
+    Args:
+        error: what a call raised.
+
+    Returns:
+        Whether it is Python's, ours or that of torch's allocator, which is a plain RuntimeError.
+
+    Example:
+        >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("sizes differ"))
+        (True, False)
+    """
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def is_doubtful(quartiles: tuple[float, float, float]) -> bool:
+    """Say whether the rounds of a comparison differ so much that its median says little.
+
+    Args:
+        quartiles: as `ratio` returns them.
+
+    Returns:
+        Whether the upper quartile is more than 1.5 times the lower one.
+
+    Example:
+        >>> is_doubtful((1.9, 2.0, 2.1)), is_doubtful((47.0, 112.0, 2517.0))
+        (False, True)
+    """
+    low, _, high = quartiles
+    return high > 1.5 * low
+
+
 class Gain(NamedTuple):
     """Median microseconds of both, and the quartiles of torch.nn / ours."""
 

@@ -70,9 +70,35 @@ def require_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
 
 
+def reject_nested(name: str) -> NoReturn:
+    """Refuse a nested tensor, whose rows no kernel finds."""
+    raise RuntimeError(
+        f"{name} must not be a nested tensor. Give a padded one with lengths=: "
+        "torch.nested.to_padded_tensor(x, 0.0), lengths=[len(row) for row in x.unbind()]; "
+        "or a PackedSequence: torch.nn.utils.rnn.pack_sequence(x.unbind(), enforce_sorted=False)"
+    )
+
+
+def check_dtype(input: Tensor) -> None:
+    """Refuse a dtype that neither an engine nor the reference computes in."""
+    dtype = input.dtype
+    if not (dtype.is_floating_point or dtype.is_complex):
+        raise ValueError(f"input: expected a floating or complex dtype, got {dtype}")
+    if dtype.itemsize < 2:
+        # As in torch, whose operators for such numbers do not exist.
+        raise NotImplementedError(
+            f"input: nothing computes a layer in {dtype}, which is for storage; "
+            "convert input and weights to torch.bfloat16, for example"
+        )
+
+
 def is_traced() -> bool:
     """Whether what runs becomes a graph, compiled or traced, for sizes that are not known yet."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
+# Known without asking: torch 2.10 to 2.12 cannot compile the question.
+_HAVE_AUTOCAST = ("cpu", "cuda", "xpu")
 
 
 def without_autocast(input: Tensor) -> torch.autocast:
@@ -86,7 +112,8 @@ def without_autocast(input: Tensor) -> torch.autocast:
     """
     kind = input.device.type
     # A device without autocast, such as meta, has nothing to switch off; "cpu" stands in for it.
-    return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)
+    known = kind in _HAVE_AUTOCAST or torch.amp.is_autocast_available(kind)
+    return torch.autocast(kind if known else "cpu", enabled=False)
 
 
 def batch_of(
@@ -114,8 +141,7 @@ def check(call: Call, values: bool = True) -> Sizes:
     if input.dim() != (3 if batch_sizes is None else 2):
         expected = "3D" if batch_sizes is None else "2D (packed)"
         raise RuntimeError(f"input: expected {expected}, got {input.dim()}D")
-    if not (input.is_floating_point() or input.is_complex()):
-        raise ValueError(f"input: expected a floating or complex dtype, got {input.dtype}")
+    check_dtype(input)
     if input.layout is not torch.strided:
         raise RuntimeError(f"input: expected a strided tensor, got layout {input.layout}")
     if batch_sizes is None and batch != input.shape[1]:
@@ -213,11 +239,11 @@ def is_wrapped(tensor: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
-def check_lengths(lengths: Tensor, steps: int) -> None:
-    """Refuse lengths that no row of so many steps can have."""
+def check_lengths(lengths: Tensor, steps: int, what: str = "lengths: expected") -> None:
+    """Refuse lengths that no row of so many steps can have; `what` begins the message."""
     wrong = [n for n in lengths.tolist() if not 0 <= n <= steps]
     if wrong:
-        raise ValueError(f"lengths: expected numbers from 0 to {steps}, the steps, got {wrong[0]}")
+        raise ValueError(f"{what} numbers from 0 to {steps}, the steps, got {wrong[0]}")
 
 
 def _fits(tensor: Tensor, shape: tuple[int, ...], input: Tensor) -> bool:

@@ -458,6 +458,9 @@ def _check_weights(call: _Call, gates: int) -> tuple[int, int, int]:
         shape = per_direction[index % count]
         if index % count == 0 and index >= call.directions * count:
             shape = (rows, call.directions * output)
+        elif index == 0 and weight.shape[0] != rows:
+            # Its columns say nothing then, if it is transposed for example.
+            shape = (rows, call.input.shape[-1])
         if weight.shape != shape:
             raise RuntimeError(f"{name}: expected shape {shape}, got {weight.shape}")
         if weight.dtype != dtype:

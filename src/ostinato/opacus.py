@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+_DROPOUT = (
+    "dropout: expected 0 between the layers, since gradients of each sample are those of a second "
+    "run, which would draw other masks; put torch.nn.Dropout between layers of their own"
+)
+
 
 def register() -> None:
     """Tell Opacus how RNN, GRU and LSTM give a gradient for each sample.
@@ -16,7 +21,9 @@ def register() -> None:
     on `output` (`output[:, -1]` rather than `h_n[-1]`), and give nothing by keyword: what Opacus
     does not see is missing from the gradients. RNN and GRU may have `hx` as the second argument
     where batch_first is False: Opacus looks for rows in the same dimension of every argument.
-    Dropout between layers is refused by vmap, since it would draw other masks.
+    Dropout between layers is refused: the gradients are those of a second run, which would draw
+    other masks. So are packed rows, of which Opacus cannot tell one sample from another. A loss of
+    h_n alone ends in Opacus itself: "'NoneType' object has no attribute 'detach'".
 
     Raises:
         ImportError: Opacus is not installed.
@@ -35,10 +42,20 @@ def register() -> None:
     Source: Yousefpour et al. 2021, arXiv:2109.12298.
     """
     from opacus.grad_sample import register_grad_sampler
+    from opacus.validators import register_module_validator
 
     from ostinato import nn
 
-    register_grad_sampler([nn.RNN, nn.GRU, nn.LSTM])(_gradients_of_samples)
+    layers = [nn.RNN, nn.GRU, nn.LSTM]
+    register_grad_sampler(layers)(_gradients_of_samples)
+    register_module_validator(layers)(_errors_of)
+
+
+def _errors_of(module: Any) -> list[Exception]:
+    """Return what Opacus' validator, which make_private asks, is to say of a layer."""
+    from opacus.validators.errors import UnsupportedModuleError
+
+    return [UnsupportedModuleError(_DROPOUT)] if module.dropout and module.num_layers > 1 else []
 
 
 def _gradients_of_samples(module: Any, activations: list[Any], backprops: Any) -> dict[Any, Any]:
@@ -62,7 +79,14 @@ def _gradients_of_samples(module: Any, activations: list[Any], backprops: Any) -
                 f"batch_first: expected the same for the layer and Opacus, got "
                 f"{module.batch_first} and {told}"
             )
+    if module.dropout and module.num_layers > 1 and module.training:
+        raise ValueError(_DROPOUT)
     input, *states = activations
+    if input.dim() != 3:
+        raise ValueError(
+            "input: expected a padded batch of 3 dimensions, whose rows are the samples, got "
+            f"{input.dim()}; Opacus takes no PackedSequence and no single sequence here"
+        )
     if states and module.batch_first:
         raise ValueError("hx: expected None with batch_first, since its rows are not first")
     # Past the module's __call__, whose hooks are Opacus' own.

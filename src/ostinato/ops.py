@@ -18,14 +18,25 @@ D directions.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.checkpoint import checkpoint
 
-from ostinato import _core, fallback, short, transforms
+from ostinato import (
+    _core,
+    fallback,
+    flops,
+    onnx_node,
+    profile,
+    reference,
+    short,
+    traced,
+    transforms,
+)
 from ostinato.call import (
     DTYPES,
     Call,
@@ -33,6 +44,8 @@ from ostinato.call import (
     batch_of,
     check,
     check_backward,
+    is_traced,
+    reject_nested,
     require_tensor,
     reserve_bytes,
     thread_count,
@@ -41,6 +54,7 @@ from ostinato.cuda import layer as gpu
 from ostinato.cuda.sequence import reserve_bytes as gpu_reserve_bytes
 from ostinato.engine import CELLS, PAD, SAVED, Sizes, five_per_direction
 from ostinato.gradients import Results, is_beyond_engine, reference_gradients, reference_results
+from ostinato.later import when_imported
 
 _log = logging.getLogger("ostinato")
 
@@ -106,14 +120,27 @@ def layer(
 
     Source: torch.nn.RNN, GRU and LSTM.
     """
-    is_traced = torch.compiler.is_compiling()  # a compiler pays for each line, in each layer
-    if not is_traced:
+    is_compiled = torch.compiler.is_compiling()  # a compiler pays for each line, in each layer
+    if not is_compiled:
+        tensors = (input, batch_sizes, h_0, c_0, *weights)
+        if has_torch_function(tensors):
+            return handle_torch_function(
+                layer,
+                tensors,
+                *(cell, input, batch_sizes, h_0, c_0, weights),
+                has_biases=has_biases,
+                bidirectional=bidirectional,
+                recompute=recompute,
+            )
         _require_tensors(input, h_0, c_0, weights)
+        if _is_recorded(cell):
+            flags = has_biases, bidirectional, recompute, *[None] * 4, False
+            return traced.record(cell, input, batch_sizes, h_0, c_0, weights, *flags)[:3]
     batch = batch_of(input, batch_sizes, h_0, c_0)
     call = Call(
         input, batch_sizes, batch, h_0, c_0, weights, cell, has_biases, bidirectional, recompute
     )
-    if is_traced:
+    if is_compiled:
         return _run(call)[:3]
     if _has_engine(call) and (shape := short.shape_of(call)) is not None:
         found = short.run(
@@ -122,6 +149,27 @@ def layer(
         if found is not None:
             return found
     return _run(call)[:3]
+
+
+def one_step(
+    cell: str, input: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None] | None:
+    """Run one step of a cell by elementary operators, where transforms are at work that want these.
+
+    Args:
+        cell: as in `layer`.
+        input: (B, I). All is checked by the caller.
+        h: (B, H), or None for zeros.
+        c: likewise; LSTM only.
+        weights: weight_ih, weight_hh[, bias_ih, bias_hh].
+
+    Returns:
+        h', and c' or None; or None instead where the step is to run as a layer.
+    """
+    if not transforms.is_active() or not transforms.sees_through_step():
+        return None
+    found = reference.one_step(cell, input, h, c, weights, has_biases=len(weights) == 4)
+    return found[0], found[1] if cell == "lstm" else None
 
 
 def cut_layer(
@@ -181,36 +229,51 @@ def cut_layer(
 
     Source: torch.nn.RNN, GRU and LSTM.
     """
+    arguments: Any = cell, input, batch_sizes, h_0, c_0, weights
+    flags: Any = {
+        "has_biases": has_biases,
+        "bidirectional": bidirectional,
+        "recompute": recompute,
+    }
+    cuts: Any = {"lengths": lengths, "resets": resets, "reset_h": reset_h, "reset_c": reset_c}
+    if not torch.compiler.is_compiling():
+        tensors = (input, batch_sizes, h_0, c_0, *weights, *cuts.values())
+        if has_torch_function(tensors):
+            options = {**flags, **cuts, "all_c": all_c}
+            return handle_torch_function(cut_layer, tensors, *arguments, **options)
     _require_tensors(input, h_0, c_0, weights)
-    for name, tensor in (
-        ("lengths", lengths),
-        ("resets", resets),
-        ("reset_h", reset_h),
-        ("reset_c", reset_c),
-    ):
+    for name, tensor in cuts.items():
         if tensor is not None:
             require_tensor(name, tensor)
+    if _is_recorded(cell):
+        return traced.record(*arguments, *flags.values(), *cuts.values(), all_c)
     batch = batch_of(input, batch_sizes, h_0, c_0)
-    cuts = (lengths, resets, reset_h, reset_c)
-    call = Call(
-        input,
-        batch_sizes,
-        batch,
-        h_0,
-        c_0,
-        weights,
-        cell,
-        has_biases,
-        bidirectional,
-        recompute,
-        *cuts,
+    places = input, batch_sizes, batch, h_0, c_0, weights, cell
+    return _run(Call(*places, *flags.values(), *cuts.values()), all_c)
+
+
+def _is_recorded(cell: str) -> bool:
+    """Whether torch.jit.trace gets one node for this layer (`ostinato.traced`)."""
+    return (
+        cell in CELLS
+        and traced.is_recorded()
+        and not transforms.is_active()
+        # The exporter by TorchScript records too, and knows other nodes.
+        and not torch.onnx.is_in_onnx_export()
     )
-    return _run(call, all_c)
 
 
-def _run(call: Call, all_c: bool = False) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def _run(call: Call, all_c: bool = False) -> Results:
+    """Run a layer, or write it down where torch.onnx.export traces it."""
+    if is_traced() and onnx_node.is_wanted(call):
+        check(call, values=False)
+        return onnx_node.trace(call, all_c, lambda: _compute(call, all_c))
+    return _compute(call, all_c)
+
+
+def _compute(call: Call, all_c: bool) -> Results:
     """Run a layer on an engine, on torch's operator or on the reference."""
-    input, device = call.input, call.input.device.type
+    device = call.input.device.type
     keep = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in call.tensors()
     )
@@ -220,6 +283,15 @@ def _run(call: Call, all_c: bool = False) -> tuple[Tensor, Tensor, Tensor | None
             return _run_operator(call, all_c, keep)
         if device == "cuda" and gpu.decide(call, is_training=keep, all_c=all_c).is_ours:
             return _run_gpu(call, all_c, keep)
+    if not profile.is_on():
+        return _run_elsewhere(call, all_c, keep, is_engines)
+    with profile.shown(call.cell, "forward"):
+        return _run_elsewhere(call, all_c, keep, is_engines)
+
+
+def _run_elsewhere(call: Call, all_c: bool, keep: bool, is_engines: bool) -> Results:
+    """Run a layer past the operator: under a transform, on torch's operator, on the reference."""
+    input, device = call.input, call.input.device.type
     sizes = check(call)
     if is_engines and transforms.serves(call):
         return transforms.run(call, all_c)
@@ -255,12 +327,15 @@ def _run_gpu(call: Call, all_c: bool, keep: bool) -> Results:
 
 def _require_tensors(input: object, h_0: object, c_0: object, weights: Sequence[object]) -> None:
     require_tensor("input", input)
+    if getattr(input, "is_nested", False):
+        reject_nested("input:")
     if h_0 is not None:
         require_tensor("h_0", h_0)
     if c_0 is not None:
         require_tensor("c_0", c_0)
     for weight in weights:
-        require_tensor("weights", weight)
+        if not isinstance(weight, Tensor):
+            require_tensor("weights", weight)
 
 
 def _has_engine(call: Call) -> bool:
@@ -503,7 +578,10 @@ def _layer_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     grads = (*grads[:3], grads[3] if ctx.all_c else None)
     found: Sequence[Tensor | None]
     if is_beyond_engine(grads):
-        found = reference_gradients(call, grads, wanted)
+        if call.input.device.type == "cpu" and any(grad is not None for grad in grads):
+            found = transforms.gradients(call, grads, y, reserve, wanted)
+        else:
+            found = reference_gradients(call, grads, wanted)
     elif any(grad is not None for grad in grads):
         # A state that is absent has no gradient, but a place in the list.
         wanted = [bool(want) for want in wanted]
@@ -518,10 +596,25 @@ def _layer_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 
 # ---- registration: one line per backend ----
 
-_library.impl("layer", _layer_cpu, "CPU")  # type: ignore[no-untyped-call]
-_library.impl("layer_backward", _layer_backward_cpu, "CPU")  # type: ignore[no-untyped-call]
-_library.impl("layer", _layer_cuda, "CUDA")  # type: ignore[no-untyped-call]
-_library.impl("layer_backward", _layer_backward_cuda, "CUDA")  # type: ignore[no-untyped-call]
+
+def _register(operator: str, kernel: Callable[..., Any], key: str) -> None:
+    _library.impl(operator, profile.named(operator, kernel), key)  # type: ignore[no-untyped-call]
+
+
+_register("layer", _layer_cpu, "CPU")
+_register("layer_backward", _layer_backward_cpu, "CPU")
+_register("layer", _layer_cuda, "CUDA")
+_register("layer_backward", _layer_backward_cuda, "CUDA")
+traced.define(_library, layer, cut_layer)
+flops.register()
+# In what inductor compiles they stay calls, also where its `implicit_fallbacks` are switched off.
+# Arrays may lie as inductor likes: every kernel makes those dense that it wants so.
+when_imported(
+    "torch._inductor.lowering",
+    lambda module: module.FALLBACK_ALLOW_LIST.update(
+        ("ostinato::layer", "ostinato::layer_backward")
+    ),
+)
 torch.library.register_fake("ostinato::layer", _layer_fake, lib=_library)
 torch.library.register_fake("ostinato::layer_backward", _layer_backward_fake, lib=_library)
 torch.library.register_autograd(

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ostinato import _core
+from ostinato import _core, transforms
+from ostinato.adjoint import is_batch
 from ostinato.call import Call, batch_of, thread_count
 from ostinato.engine import CELLS, GATES
-from ostinato.gradients import is_beyond_engine, reference_gradients
+from ostinato.gradients import is_asked, is_beyond_engine, reference_gradients
 
 # Looked up once: a cell's whole call takes a few microseconds.
 _interpreter = torch._C._functorch.peek_interpreter_stack
@@ -24,6 +25,8 @@ _forward_ad = torch.autograd.forward_ad
 _is_autocast = torch._C._is_any_autocast_enabled
 _tracing_state = torch._C._get_tracing_state
 _modes = torch._C._len_torch_dispatch_stack
+# Looks at tensors alone, and does not ask a class of tensors that has its own way with functions.
+_any_requires_grad = torch._C._any_requires_grad
 _is_profiled = torch._C._autograd._profiler_enabled
 
 # input_size, hidden_size, proj_size, directions
@@ -81,7 +84,7 @@ def run(
         return None
     config = cell, is_cell, shape, has_biases, recompute
     arguments = batch_sizes, input, h_0, c_0, *weights
-    if torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in arguments):
+    if torch.is_grad_enabled() and _any_requires_grad(*arguments):
         try:
             found: Any = _Short.apply(config, *arguments)  # type: ignore[no-untyped-call]
         except _DeclinedError:
@@ -219,9 +222,17 @@ class _Short(torch.autograd.Function):
                 cell,
                 has_biases,
                 shape[3] == 2,
+                recompute,
             )
+            _, *wanted = is_asked(ctx, (batch_sizes, input, h_0, c_0, *weights))
             places = [*wanted[:3], False, False, *wanted[3:]]
-            grads = dy, dh_n, dc_n, None
-            dx, dh_0, dc_0, _, _, *dw = reference_gradients(call, grads, places, is_cell)
+            arrived = dy, dh_n, dc_n, None
+            if is_cell and (torch.is_grad_enabled() or not any(map(is_batch, arrived))):
+                # One step is its own graph: torch's elementary operators.
+                all_found = reference_gradients(call, arrived, places, is_cell)
+            else:
+                run = transforms.cell_gradients if is_cell else transforms.gradients
+                all_found = run(call, arrived, output, reserve, places)
+            dx, dh_0, dc_0, _, _, *dw = all_found
             found = dx, dh_0, dc_0, *dw
         return (None, None, *found)

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ostinato.call import DTYPES, Call, check
+from ostinato.call import DTYPES, Call, batch_of, check, check_dtype
 from ostinato.cuda import choice, cudnn, launch, sequence
 from ostinato.cuda.config import Config
 from ostinato.cuda.plan import Device, at_once, plan
 from ostinato.engine import GATES, Sizes
+from ostinato.later import when_imported
 
 _MATHS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 # A compiled graph keeps its choice for every batch.
@@ -113,7 +114,6 @@ def _form(call: Call) -> str:
     return "bidirectional" if call.bidirectional else "padded"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _decide(
     cell: str,
     math: str,
@@ -142,6 +142,11 @@ def _decide(
         return Decision(found, reason)
     # What cuDNN does not have is not compared with it, but was anything run on this device at all?
     return Decision(choice.is_known(name), f"cuDNN has no such layer; {reason}")
+
+
+# A compiled graph keeps the answer. torch's decorator would load the compiler, which takes as long
+# as the rest of torch.
+when_imported("torch._dynamo", lambda compiler: compiler.assume_constant_result(_decide))
 
 
 _devices: dict[int, Device] = {}
@@ -294,20 +299,35 @@ def explain(layer: Any, x: Any, *, lengths: Any = None, resets: Any = None) -> s
     """Say which kernel a layer's call would run, and why.
 
     Args:
-        layer: one of the six modules.
-        x: its input, a tensor or a PackedSequence.
+        layer: one of the six modules of `ostinato.nn`.
+        x: its input, a tensor or, but for a cell, a PackedSequence.
         lengths: as in the module's call.
         resets: likewise.
 
     Returns:
         A line for each layer that differs from the one before.
 
+    Raises:
+        TypeError: another module, or an argument that forward refuses so.
+        ValueError: input of another dtype or number of dimensions than forward takes.
+        RuntimeError: sizes that do not fit.
+        NotImplementedError: a dtype that nothing computes in.
+
     Example:
         >>> from ostinato import nn
         >>> explain(nn.GRU(3, 4), torch.zeros(5, 2, 3))
         'the CPU engine'
     """
-    data = x if isinstance(x, Tensor) else x.data
+    # The modules stand above this one, which knows them by this method.
+    explained: Any = getattr(layer, "explained", None)
+    if explained is None:
+        kind = type(layer)
+        raise TypeError(
+            "explain: layer must be RNN, GRU, LSTM or a cell of ostinato.nn, followed by its "
+            f"input, got {kind.__module__}.{kind.__qualname__}"
+        )
+    data, sizes, flat = explained(x, lengths, resets)
+    check_dtype(data)
     if not _is_cuda(data):
         has_engine = data.device.type == "cpu" and data.dtype in DTYPES
         return "the CPU engine" if has_engine else "the reference"
@@ -316,14 +336,10 @@ def explain(layer: Any, x: Any, *, lengths: Any = None, resets: Any = None) -> s
     is_training = torch.is_grad_enabled() and (
         data.requires_grad or any(weight.requires_grad for weight in layer.parameters())
     )
-    batch = data.shape[0 if layer.batch_first else 1] if data is x and x.dim() == 3 else 1
-    sizes = None if data is x else x.batch_sizes
-    if sizes is not None:
-        batch = int(sizes[0])
+    batch = batch_of(data, sizes, None, None)
     cell = layer.mode.lower()
     lines: list[str] = []
-    per_layer = len(layer.all_weights[0]) * (1 + layer.bidirectional)
-    flat: list[Tensor] = [weight for group in layer.all_weights for weight in group]
+    per_layer = len(flat) // layer.num_layers
     for k in range(layer.num_layers):
         call = Call(
             data,

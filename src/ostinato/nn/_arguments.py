@@ -2,30 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ostinato.nn._stand_ins import is_symbolic, is_tensor_like
+from ostinato.traced import unrecorded
 
-def state_pair(kind: str, hx: Any, name: str = "hx") -> tuple[Tensor | None, Tensor | None]:
-    """Return h and c of an LSTM's hx: None, or two tensors in a tuple, a list or one stack."""
+States = tuple[Tensor | None, Tensor | None]
+
+
+def state_pair(kind: str, hx: Any, name: str = "hx") -> States | None:
+    """Return h and c of an LSTM's hx: None, or two tensors in a tuple, a list or one stack.
+
+    Return None instead of the pair where torch.fx follows what is computed from hx.
+    """
     if hx is None:
         return None, None
-    if isinstance(hx, Tensor) and hx.dim() and hx.size(0) == 2:
+    if isinstance(hx, Tensor) and _is_pair(hx):
         # torch indexes hx, so a stack of both states has always worked for unbatched input.
         hx = hx.unbind(0)
     if not isinstance(hx, (tuple, list)):
+        if is_symbolic(hx):
+            return None
         reject_type(kind, name, "a tuple or list of two Tensors (h_0, c_0), or None", hx)
     if len(hx) != 2:
         raise RuntimeError(f"{kind}: expected {name} to hold two states (h_0, c_0), got {len(hx)}")
     h, c = hx
-    if not isinstance(h, Tensor):
+    if isinstance(h, Tensor) and isinstance(c, Tensor):
+        return h, c
+    if is_symbolic(h, c):
+        return None
+    if not is_tensor_like(h):
         reject_type(kind, f"{name}[0]", "a Tensor", h)
-    if not isinstance(c, Tensor):
+    if not is_tensor_like(c):
         reject_type(kind, f"{name}[1]", "a Tensor", c)
     return h, c
+
+
+@unrecorded
+def _is_pair(stack: Tensor) -> bool:
+    return stack.dim() > 0 and stack.size(0) == 2
 
 
 def attribute(module: torch.nn.Module, name: str) -> Tensor:
@@ -87,9 +108,25 @@ def check_weights(
             )
 
 
+def named_copy(function: Callable[..., Any], owner: str) -> Any:
+    """Copy a method that a private class shares, under the name of the public class `owner`."""
+    assert isinstance(function, FunctionType)
+    code, name = function.__code__, function.__name__
+    copy = FunctionType(
+        code, function.__globals__, name, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    copy.__annotations__ = function.__annotations__
+    copy.__doc__, copy.__module__ = function.__doc__, function.__module__
+    copy.__qualname__ = f"{owner}.{name}"
+    return copy
+
+
 def reject_type(kind: str, argument: str, expected: str, got: object) -> NoReturn:
     """Raise for an argument of another Python type."""
-    raise TypeError(f"{kind}: {argument} must be {expected}, got {type(got).__name__}")
+    # NumPy's scalar types have names that Python's have too.
+    name = f"{'numpy.' * isinstance(got, np.generic)}{type(got).__name__}"
+    raise TypeError(f"{kind}: {argument} must be {expected}, got {name}")
 
 
 def reject_dtype(kind: str, argument: str, got: Tensor, dtype: torch.dtype) -> NoReturn:

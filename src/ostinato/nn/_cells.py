@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ostinato import ops, short
-from ostinato.call import without_autocast
+from ostinato.call import reject_nested, without_autocast
 from ostinato.nn._arguments import (
     attribute,
     cast,
@@ -21,6 +21,9 @@ from ostinato.nn._arguments import (
     reject_type,
     state_pair,
 )
+from ostinato.nn._neighbours import Neighbour
+from ostinato.nn._stand_ins import is_symbolic, is_tensor_like, leaf
+from ostinato.traced import unrecorded
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -37,7 +40,7 @@ def _alone(state: Tensor, size: int, dim: int) -> Tensor:
     return found
 
 
-class _Cell(torch.nn.modules.rnn.RNNCellBase):
+class _Cell(Neighbour, torch.nn.modules.rnn.RNNCellBase):
     """What the cells share: every check, then a layer of one step."""
 
     # Stands in messages; the class name would differ in a parametrized or derived module.
@@ -65,11 +68,13 @@ class _Cell(torch.nn.modules.rnn.RNNCellBase):
             h' and c', shaped as h and c: no views, and backward does not read them, so that they
             may be changed or detached in place.
         """
-        if not isinstance(input, Tensor):
+        if not isinstance(input, Tensor) and not is_tensor_like(input):
             reject_type(self._kind, "input", "a Tensor", input)
+        elif getattr(input, "is_nested", False) and input.dim() in (1, 2):
+            reject_nested(f"{self._kind}: input")
         dim = input.dim()
         if dim not in (1, 2):
-            raise ValueError(f"{self._kind}: Expected input to be 1D or 2D, got {dim}D instead")
+            self._reject_dim(dim)
         if h is not None and h.dim() not in (1, 2):
             self._reject_dims(0, h)
         if c is not None and c.dim() not in (1, 2):
@@ -90,6 +95,36 @@ class _Cell(torch.nn.modules.rnn.RNNCellBase):
         with without_autocast(input):
             return self._call(cell, weights, input, h, c, dim)
 
+    def explained(self, input: Any, lengths: Any, resets: Any) -> tuple[Tensor, None, list[Tensor]]:
+        """Refuse what forward refuses, and run nothing: for `ostinato.cuda.explain`.
+
+        Args:
+            input: of forward.
+            lengths: must be None, since a cell takes none.
+            resets: likewise.
+
+        Returns:
+            input, (1, B, I), no batch_sizes, and the weights.
+        """
+        for name, given in (("lengths", lengths), ("resets", resets)):
+            if given is not None:
+                reject_type(self._kind, name, "None for a cell", given)
+        if not isinstance(input, Tensor):
+            reject_type(self._kind, "input", "a Tensor", input)
+        if input.dim() not in (1, 2):
+            self._reject_dim(input.dim())
+        if input.is_nested:
+            reject_nested(f"{self._kind}: input")
+        rows = input.unsqueeze(0) if input.dim() == 1 else input
+        weights = self._weights()
+        if torch._C._is_any_autocast_enabled():
+            rows, _, _ = cast(weights[0].dtype, rows, None, None)
+        self._check(weights, rows, None, None)
+        return rows.unsqueeze(0), None, list(weights)
+
+    def _reject_dim(self, dim: int) -> NoReturn:
+        raise ValueError(f"{self._kind}: Expected input to be 1D or 2D, got {dim}D instead")
+
     def _call(
         self,
         cell: str,
@@ -100,6 +135,10 @@ class _Cell(torch.nn.modules.rnn.RNNCellBase):
         dim: int,
     ) -> tuple[Tensor, Tensor | None]:
         """Run one step of (B, I), (B, H) as a layer of (1, B, I), (1, B, H)."""
+        found = ops.one_step(cell, input, h, c, weights)
+        if found is not None:
+            h, c = found
+            return found if dim == 2 else (h.squeeze(0), None if c is None else c.squeeze(0))
         # Not the output, which backward may read: h_n is memory of its own in every backend.
         _, h_n, c_n = ops.layer(
             cell,
@@ -138,6 +177,7 @@ class _Cell(torch.nn.modules.rnn.RNNCellBase):
         found = self._buffers.get(name)
         return getattr(self, name) if found is None else found
 
+    @unrecorded
     def _check(
         self, weights: tuple[Tensor, ...], input: Tensor, h: Tensor | None, c: Tensor | None
     ) -> None:
@@ -171,6 +211,10 @@ class _Cell(torch.nn.modules.rnn.RNNCellBase):
         )
 
     def _reject_size(self, index: int, batch: int, state: Tensor) -> NoReturn:
+        if state.dim() != 2:
+            raise RuntimeError(
+                f"Expected 2D hidden{index} (batch x hidden_size), but got {state.dim()}D tensor"
+            )
         if state.size(0) != batch:
             raise RuntimeError(
                 f"Input batch size {batch} doesn't match hidden{index} batch size {state.size(0)}"
@@ -244,7 +288,9 @@ class RNNCell(_Cell):
         found = short.run(cell, sizes, input, None, hx, None, weights, biases, is_cell=True)
         if found is not None:
             return found[0]
-        if hx is not None and not isinstance(hx, Tensor):
+        if is_symbolic(input, hx):
+            return leaf(self, input, hx)  # type: ignore[no-any-return]
+        if hx is not None and not is_tensor_like(hx):
             reject_type(self._kind, "hx", "a Tensor or None", hx)
         # As in torch, the attribute counts when it is used, not when it is set.
         if self.nonlinearity not in ("tanh", "relu"):
@@ -307,7 +353,9 @@ class GRUCell(_Cell):
         found = short.run("gru", sizes, input, None, hx, None, weights, biases, is_cell=True)
         if found is not None:
             return found[0]
-        if hx is not None and not isinstance(hx, Tensor):
+        if is_symbolic(input, hx):
+            return leaf(self, input, hx)  # type: ignore[no-any-return]
+        if hx is not None and not is_tensor_like(hx):
             reject_type(self._kind, "hx", "a Tensor or None", hx)
         return self._step("gru", weights, input, hx, None)[0]
 
@@ -366,13 +414,17 @@ class LSTMCell(_Cell):
         self, input: Tensor, hx: tuple[Tensor, Tensor] | list[Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return (h', c') of one step."""
-        h, c = state_pair(self._kind, hx)
+        states = state_pair(self._kind, hx)
+        if states is None:
+            return leaf(self, input, hx)  # type: ignore[no-any-return]
         weights = self._weights()
         sizes = self.input_size, self.hidden_size, 0, 1
         biases = len(weights) == 4
-        found = short.run("lstm", sizes, input, None, h, c, weights, biases, is_cell=True)
+        found = short.run("lstm", sizes, input, None, *states, weights, biases, is_cell=True)
         if found is None:
-            h, c = self._step("lstm", weights, input, h, c)
+            if is_symbolic(input):
+                return leaf(self, input, hx)  # type: ignore[no-any-return]
+            h, c = self._step("lstm", weights, input, *states)
         else:
             h, c = found[0], found[2]
         assert c is not None

@@ -5,15 +5,17 @@ Legend: T steps, B batch, N packed rows, L layers, D directions, O output of a s
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ostinato import call
 from ostinato.nn._arguments import reject_type, state_pair
+from ostinato.traced import is_recorded, unrecorded
 
 
 class Cuts(NamedTuple):
@@ -47,12 +49,20 @@ class Cuts(NamedTuple):
         return first.masked_fill(begins, 0) if reset is None else torch.where(begins, reset, first)
 
 
+def first_size(batch_sizes: Tensor) -> Any:
+    """Return B of a packed batch; while torch.jit.trace records, what it can follow."""
+    if is_recorded():
+        return batch_sizes[0]
+    return int(batch_sizes[0]) if len(batch_sizes) else 0
+
+
 def padded_lengths(kind: str, lengths: Any, steps: int, batch: int, batched: bool) -> Tensor | None:
     """Return lengths as the operators take them, after every check.
 
     Args:
         kind: name of the layer, for messages.
-        lengths: None, a tensor on any device, a list or a tuple of ints; an int for one sequence.
+        lengths: None; a tensor on any device, a NumPy array or a sequence of whole numbers, which
+            may be Python's, NumPy's or tensors of one element; one number for one sequence.
         steps: T.
         batch: B.
         batched: whether the input has a batch dimension.
@@ -62,29 +72,61 @@ def padded_lengths(kind: str, lengths: Any, steps: int, batch: int, batched: boo
     """
     if lengths is None:
         return None
-    if isinstance(lengths, int) and not isinstance(lengths, bool) and not batched:
+    if not batched and _is_whole(lengths):
         lengths = [lengths]
-    if isinstance(lengths, (list, tuple)):
-        for length in lengths:
-            if not isinstance(length, (int, torch.SymInt)) or isinstance(length, bool):
-                reject_type(kind, "lengths", "a Tensor or a list of ints", length)
-        lengths = torch.tensor(lengths, dtype=torch.int64, device="cpu")
+    if isinstance(lengths, (list, tuple, range)):
+        lengths = _of_sequence(kind, lengths)
+    elif isinstance(lengths, np.ndarray):
+        if lengths.dtype.kind not in "iu":
+            raise ValueError(f"{kind}: lengths must be whole numbers, got {lengths.dtype}")
+        # torch takes neither the other byte order nor strides that run backwards.
+        lengths = torch.from_numpy(lengths.astype(np.int64, order="C"))
     if not isinstance(lengths, Tensor):
         reject_type(kind, "lengths", "a Tensor or a list of ints", lengths)
-    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
-        raise ValueError(f"{kind}: lengths must be whole numbers, got {lengths.dtype}")
+    _check_whole(kind, lengths)
     if not batched and lengths.dim() == 0:
         lengths = lengths.reshape(1)
-    if lengths.shape != (batch,):
-        raise RuntimeError(
-            f"{kind}: lengths must have shape {(batch,)}, one per row, got {tuple(lengths.shape)}"
-        )
     found: Tensor = lengths.to("cpu", torch.int64)
-    if not torch.compiler.is_compiling() and not call.is_wrapped(found):
-        call.check_lengths(found, steps)
+    _check_lengths(kind, found, steps, batch)
     return found
 
 
+def _is_whole(number: object) -> bool:
+    return isinstance(number, (int, np.integer, torch.SymInt)) and not isinstance(number, bool)
+
+
+def _check_whole(kind: str, lengths: Tensor) -> None:
+    dtype = lengths.dtype
+    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+        raise ValueError(f"{kind}: lengths must be whole numbers, got {dtype}")
+
+
+def _of_sequence(kind: str, lengths: Sequence[Any]) -> Tensor:
+    """Return what a list holds as one tensor."""
+    for length in lengths:
+        if isinstance(length, Tensor) and length.numel() == 1:
+            _check_whole(kind, length)
+        elif not _is_whole(length):
+            reject_type(kind, "lengths", "a Tensor or a list of ints", length)
+    if not any(isinstance(length, Tensor) for length in lengths):
+        return torch.tensor(lengths, dtype=torch.int64, device="cpu")
+    # Stacked rather than read, which a compiler or a transform could not.
+    each = (torch.as_tensor(length).reshape(()).to("cpu", torch.int64) for length in lengths)
+    return torch.stack(list(each))
+
+
+@unrecorded
+def _check_lengths(kind: str, lengths: Tensor, steps: int, batch: int) -> None:
+    if lengths.shape != (batch,):
+        raise RuntimeError(
+            f"{kind}: lengths must have shape {(int(batch),)}, one per row, "
+            f"got {tuple(lengths.shape)}"
+        )
+    if not torch.compiler.is_compiling() and not call.is_wrapped(lengths):
+        call.check_lengths(lengths, steps, f"{kind}: lengths must be")
+
+
+@unrecorded
 def resets_of(kind: str, resets: Any, input: Any, shape: tuple[int, ...]) -> Tensor | None:
     """Return resets in the layout of the caller's input, after every check.
 
@@ -141,7 +183,8 @@ def reset_states(
     if resets is None:
         raise ValueError(f"{kind}: reset_to says what resets bring, but resets is None")
     if len(shapes) == 2:
-        given: tuple[Any, ...] = state_pair(kind, reset_to, "reset_to")
+        # None would be a proxy of torch.fx, with which forward does not come here.
+        given: tuple[Any, ...] = state_pair(kind, reset_to, "reset_to") or ()
     else:
         given = (reset_to,)
     found: list[Tensor | None] = []
@@ -149,22 +192,25 @@ def reset_states(
         if not isinstance(state, Tensor):
             reject_type(kind, "reset_to", "a Tensor or None", state)
         full = state.unsqueeze(1) if state.dim() == 2 else state
-        if full.dim() != 3 or full.shape not in ((rows, batch, size), (rows, 1, size)):
-            _reject_reset(kind, (rows, batch, size), state)
-        # In a region of autocast all are cast to the dtype of the weights.
-        if full.dtype != input.dtype and not torch._C._is_any_autocast_enabled():
-            raise ValueError(
-                f"{kind}: reset_to must have input's dtype, {input.dtype}, got {full.dtype}"
-            )
-        if full.device != input.device:
-            raise RuntimeError(f"{kind}: reset_to must be on input's device, got {full.device}")
+        _check_reset_state(kind, full, state, (rows, batch, size), input)
         found.append(full.expand(rows, batch, size))
     return (found[0], found[1]) if len(found) == 2 else (found[0], None)
 
 
-def _reject_reset(kind: str, expected: tuple[int, int, int], got: Tensor) -> NoReturn:
-    rows, batch, size = expected
-    raise RuntimeError(
-        f"{kind}: reset_to must have shape {(rows, batch, size)} or {(rows, size)}, "
-        f"got {tuple(got.shape)}"
-    )
+@unrecorded
+def _check_reset_state(
+    kind: str, full: Tensor, given: Tensor, shape: tuple[int, int, int], input: Tensor
+) -> None:
+    rows, batch, size = shape
+    if full.dim() != 3 or full.shape not in ((rows, batch, size), (rows, 1, size)):
+        raise RuntimeError(
+            f"{kind}: reset_to must have shape {(rows, batch, size)} or {(rows, size)}, "
+            f"got {tuple(given.shape)}"
+        )
+    # In a region of autocast all are cast to the dtype of the weights.
+    if full.dtype != input.dtype and not torch._C._is_any_autocast_enabled():
+        raise ValueError(
+            f"{kind}: reset_to must have input's dtype, {input.dtype}, got {full.dtype}"
+        )
+    if full.device != input.device:
+        raise RuntimeError(f"{kind}: reset_to must be on input's device, got {full.device}")

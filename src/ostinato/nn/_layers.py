@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from ostinato.nn._arguments import state_pair
+from ostinato.nn._arguments import States, state_pair
 from ostinato.nn._shared import Layers
 
 
@@ -39,9 +39,9 @@ class RNN(Layers):
 
     - input: (T, B, I), (B, T, I) with batch_first, (T, I) for one sequence, or a PackedSequence.
     - hx: h_0, (L * D, B, H), or (L * D, H) for one sequence; None means zeros.
-    - lengths: (B,), steps of each row, unsorted, from 0 to T: a tensor on any device or a list.
-      Past its end a row's output is zero; h_n is its last state; the reverse direction starts
-      there.
+    - lengths: (B,), steps of each row, unsorted, from 0 to T: a tensor on any device, a NumPy
+      array, or a list of whole numbers. Past its end a row's output is zero; h_n is its last state;
+      the reverse direction starts there.
     - resets: bool, (T, B) in the layout of `input`: a row begins anew before this step.
     - reset_to: shaped as hx, or (L * D, H) for all rows: the state with which it does; None means
       zeros.
@@ -137,9 +137,9 @@ class GRU(Layers):
 
     - input: (T, B, I), (B, T, I) with batch_first, (T, I) for one sequence, or a PackedSequence.
     - hx: h_0, (L * D, B, H), or (L * D, H) for one sequence; None means zeros.
-    - lengths: (B,), steps of each row, unsorted, from 0 to T: a tensor on any device or a list.
-      Past its end a row's output is zero; h_n is its last state; the reverse direction starts
-      there.
+    - lengths: (B,), steps of each row, unsorted, from 0 to T: a tensor on any device, a NumPy
+      array, or a list of whole numbers. Past its end a row's output is zero; h_n is its last state;
+      the reverse direction starts there.
     - resets: bool, (T, B) in the layout of `input`: a row begins anew before this step.
     - reset_to: shaped as hx, or (L * D, H) for all rows: the state with which it does; None means
       zeros.
@@ -226,9 +226,9 @@ class LSTM(Layers):
     - input: (T, B, I), (B, T, I) with batch_first, (T, I) for one sequence, or a PackedSequence.
     - hx: (h_0, c_0) as a tuple or a list, (L * D, B, O) and (L * D, B, H), without B for one
       sequence; None means zeros.
-    - lengths: (B,), steps of each row, unsorted, from 0 to T: a tensor on any device or a list.
-      Past its end a row's output is zero; h_n is its last state; the reverse direction starts
-      there.
+    - lengths: (B,), steps of each row, unsorted, from 0 to T: a tensor on any device, a NumPy
+      array, or a list of whole numbers. Past its end a row's output is zero; h_n is its last state;
+      the reverse direction starts there.
     - resets: bool, (T, B) in the layout of `input`: a row begins anew before this step.
     - reset_to: shaped as hx, or (L * D, O) and (L * D, H) for all rows: the states with which it
       does; None means zeros.
@@ -291,7 +291,7 @@ class LSTM(Layers):
         def __init__(self, *args, **kwargs):
             super().__init__("LSTM", *args, **kwargs)
 
-    def _states(self, hx: Any) -> tuple[Tensor | None, Tensor | None]:
+    def _states(self, hx: Any) -> States | None:
         return state_pair(self._kind, hx)
 
     def _result(
