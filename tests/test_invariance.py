@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from conftest import INSTRUCTION_SETS, seed_of
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from ostinato import _core, nn
 
@@ -368,6 +368,46 @@ def test_packed_of_equal_lengths_against_padded(name, bidirectional, threads):
     leaves = [data, *inits, *module.parameters()]
     grads = torch.autograd.grad(results, leaves, cotangents(results))
     same([*results, *grads], padded)
+
+
+class Packed:
+    """A layer whose one step is packed: the engine does not cut that into pieces."""
+
+    def __init__(self, module):
+        self.module, self.parameters = module, module.parameters
+
+    def __call__(self, x, hx):
+        rows = PackedSequence(x[0], torch.tensor([x.shape[1]], device="cpu"))
+        output, ends = self.module(rows, hx)
+        return output.data[None], ends
+
+
+# Rows and units that run in pieces (csrc/cpu/dispatch.cpp, run_rows): in backward several and a
+# rest, in forward side by side, and one row more than these can share evenly.
+PIECES = [(16_501, 16), (3_500, 48), (257, 24)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "memory"),
+    [
+        (torch.float32, "keep"),
+        (torch.float32, "recompute"),
+        (torch.float64, "keep"),
+        (torch.bfloat16, "keep"),
+    ],
+)
+@pytest.mark.parametrize(("batch", "hidden"), PIECES)
+@layers
+def test_one_step_in_pieces_against_one_piece(name, batch, hidden, dtype, memory):
+    torch.manual_seed(seed_of(f"{name} {batch} {hidden}"))
+    module = LAYERS[name](7, hidden, memory=memory, dtype=dtype)
+    x = torch.randn(1, batch, 7, dtype=dtype)
+    states = [state.to(dtype) for state in states_of(module, batch)]
+    torch.set_num_threads(1)
+    expected = run(Packed(module), x, states)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        same(run(module, x, states), expected, f"{threads} threads")
 
 
 @pytest.mark.parametrize("threads", [1, 2])

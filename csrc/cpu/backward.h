@@ -68,7 +68,7 @@ public:
         if (f_.dcut_c) fill_zero(static_cast<T*>(f_.dcut_c), states * size_.hidden);
         if (f_.dx && size_.directions == 2) fill_zero(static_cast<T*>(f_.dx), size_.rows * size_.input);
         int64_t s1[2] = {size_.steps, size_.steps};
-        bool first = true;
+        bool first = !f_.resume;
         // s0 == -1 is the step before the first: it computes nothing but the gradient of h_0.
         while (s1[0] > -1 || (size_.directions == 2 && s1[1] > -1)) {
             for (int64_t d = 0; d < size_.directions; d++) {

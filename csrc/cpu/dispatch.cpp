@@ -1,8 +1,11 @@
 // Chooses the instruction set, the number of threads and the scratch memory of a call. Compiled for the baseline.
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <type_traits>
+#include <vector>
 
 #include "engine.h"
 #include "lengths.h"
@@ -169,9 +172,103 @@ void run(Cell cell, Dtype dtype, const Backward& call, int threads) {
     kernel.backward(call, team, scratch.get());
 }
 
+// ---- one step of many rows with small weights, in pieces ----
+//
+// In one step rows know nothing of each other, so a piece of them is a call of its own, with the same bits. As one call, a
+// hundred thousand rows would take scratch that no cache holds and whose pages are fresh in each call; and a forward of few
+// units has no more than one task.
+
+// Weights that are cheap to pack for each piece, in bytes.
+constexpr int64_t kSmallWeights = 256 << 10;
+// Scratch of a piece: forward's is of the second-level cache of the thread that runs it; backward's is shared by all threads.
+constexpr int64_t kForwardPiece = 512 << 10, kBackwardPiece = 2 << 20;
+// Backward's sums over rows are cut into chains of 128 rows: so are its pieces, for the same bits.
+constexpr int64_t kChain = 128;
+
+// Rows of a piece that takes so much scratch; 0 where a call is not to be cut.
+int64_t piece_rows(Cell cell, Dtype dtype, const Sizes& z, const Cuts& cuts, int64_t scratch) {
+    const int64_t G = gates_of(cell), bytes = computed_bytes(dtype);
+    if (z.steps != 1 || z.directions != 1 || z.batch_sizes || cuts.resets) return 0;
+    if (G * z.hidden * (z.input + z.output()) * bytes > kSmallWeights) return 0;
+    return std::max<int64_t>(1, scratch / ((G + 1) * padded(z.hidden) * bytes) / kChain) * kChain;
+}
+
+// The arrays of a call from row `first` on.
+class From {
+public:
+    From(Cell cell, Dtype dtype, const Sizes& sizes, int64_t first) : first_(first), value_(stored_bytes(dtype)) {
+        Sizes before = sizes;
+        before.rows = before.batch = first;
+        kept_ = reserve_bytes(cell, dtype, before);
+    }
+    template <class Pointer>
+    void skip(Pointer& p, int64_t width) const {
+        skip_bytes(p, first_ * width * value_);
+    }
+    template <class Pointer>
+    void skip_kept(Pointer& p) const {
+        skip_bytes(p, kept_);
+    }
+
+private:
+    static void skip_bytes(const void*& p, int64_t bytes) {
+        if (p) p = static_cast<const char*>(p) + bytes;
+    }
+    static void skip_bytes(void*& p, int64_t bytes) {
+        if (p) p = static_cast<char*>(p) + bytes;
+    }
+
+    int64_t first_, value_, kept_;
+};
+
+template <class Call>
+Call piece_of(Cell cell, Dtype dtype, const Call& call, int64_t first, int64_t rows) {
+    const From from(cell, dtype, call.sizes, first);
+    const int64_t I = call.sizes.input, O = call.sizes.output(), H = call.sizes.hidden;
+    Call piece = call;
+    piece.sizes.rows = piece.sizes.batch = rows;
+    from.skip(piece.x, I), from.skip(piece.y, O), from.skip_kept(piece.reserve);
+    from.skip(piece.h_0, O), from.skip(piece.c_0, H);
+    if constexpr (std::is_same_v<Call, Forward>) {
+        from.skip(piece.h_n, O), from.skip(piece.c_n, H), from.skip(piece.cells, H);
+    } else {
+        from.skip(piece.dy, O), from.skip(piece.dh_n, O), from.skip(piece.dc_n, H), from.skip(piece.dcells, H);
+        from.skip(piece.dx, I), from.skip(piece.dh_0, O), from.skip(piece.dc_0, H);
+        piece.resume = call.resume || first > 0;
+    }
+    return piece;
+}
+
+template <class Call>
+void run_all(Cell cell, Dtype dtype, const Call* calls, int64_t count, int threads);
+
+// Pieces side by side, at least one for each thread.
+void run_rows(Cell cell, Dtype dtype, const Forward& call, int threads) {
+    const int64_t batch = call.sizes.batch, most = piece_rows(cell, dtype, call.sizes, call.cuts, kForwardPiece);
+    const int64_t members = std::min<int64_t>(members_for(cell, call.sizes, threads), batch / kChain);
+    if (most == 0 || (batch <= most && members <= 1)) return run(cell, dtype, call, threads);
+    int64_t count = (batch + most - 1) / most;
+    if (members > 1) count = (count + members - 1) / members * members;
+    std::vector<Forward> pieces;
+    for (int64_t i = 0, first = 0; i < count; i++) {
+        const int64_t rows = batch / count + (i < batch % count);
+        pieces.push_back(piece_of(cell, dtype, call, first, rows));
+        first += rows;
+    }
+    run_all(cell, dtype, pieces.data(), count, static_cast<int>(std::max<int64_t>(1, members)));
+}
+
+// Pieces one after another: each goes on with the sums of the one before it.
+void run_rows(Cell cell, Dtype dtype, const Backward& call, int threads) {
+    const int64_t batch = call.sizes.batch, most = piece_rows(cell, dtype, call.sizes, call.cuts, kBackwardPiece);
+    if (most == 0 || batch <= most || stored_bytes(dtype) != computed_bytes(dtype)) return run(cell, dtype, call, threads);
+    for (int64_t first = 0; first < batch; first += most)
+        run(cell, dtype, piece_of(cell, dtype, call, first, std::min(most, batch - first)), threads);
+}
+
 template <class Call>
 void run_any(Cell cell, Dtype dtype, const Call& call, int threads) {
-    if (!call.cuts.lengths) return run(cell, dtype, call, threads);
+    if (!call.cuts.lengths) return run_rows(cell, dtype, call, threads);
     const ByLength rows(dtype, call.sizes, call.cuts.lengths);
     const Scratch<1> scratch(rows.packed(call, nullptr).bytes);
     Call packed = rows.packed(call, scratch.get()).call;

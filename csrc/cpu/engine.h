@@ -72,6 +72,7 @@ struct Backward {
     Cuts cuts{};
     void *dcut_h = nullptr, *dcut_c = nullptr;  // of cuts.h and cuts.c, sums over all segments of a row
     const void* dcells = nullptr;  // [N, D*H]
+    bool resume = false;  // the sums in the gradients of the weights go on from what these hold; never in 16 bits
 };
 
 class Team;
