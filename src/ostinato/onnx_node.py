@@ -17,6 +17,7 @@ Legend: T steps, B batch, I input, H hidden, D directions, G gates.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -225,8 +226,6 @@ class _Traced(_Tensors):
         return output, *states
 
 
-# The strict mode of torch.export reads Python, and refuses to read torch.onnx.
-@torch.compiler.allow_in_graph
 def _symbols(
     kind: str, hidden: int, directions: int, attributes: dict[str, Any], *inputs: Tensor | None
 ) -> list[Tensor]:
@@ -316,10 +315,21 @@ def _is_packed_here(batch_sizes: Any) -> bool:
     return bool(batch_sizes.node().kind() == "prim::PackPadded")
 
 
-# A compiler that traces Python takes the answer for constant, as torch.export's strict mode must.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_exporting() -> bool:
-    return torch.onnx.is_in_onnx_export()
+    """Whether torch.onnx.export is at work.
+
+    The strict mode of torch.export reads Python instead of running it. It takes this answer for a
+    constant and `_symbols` for one call, since torch.onnx is closed to it.
+    """
+    if not torch.onnx.is_in_onnx_export():
+        return False
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.allow_in_graph(_symbols)  # type: ignore[no-untyped-call]
+    return True
+
+
+# What torch.compiler.assume_constant_result does, but for importing the compiler with ostinato.nn.
+_is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_wanted(call: Call) -> bool:
@@ -336,7 +346,7 @@ def is_wanted(call: Call) -> bool:
         >>> is_wanted(Call(torch.zeros(5, 2, 3), None, 2, None, None, weights, "gru", True, False))
         False
     """
-    return call.input.dtype in DTYPES and bool(_is_exporting())
+    return call.input.dtype in DTYPES and _is_exporting()
 
 
 def trace(call: Call, all_c: bool, run: Callable[[], Results]) -> Results:
