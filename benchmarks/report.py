@@ -1,4 +1,4 @@
-"""From measured rows to a table, a summary and a picture.
+"""From measured rows to a table, a summary and two pictures.
 
 The roofline of a row is the larger of two times: its multiply-adds at the peak rate, and, since
 each step waits for the one before, its steps times the reading of weight_hh at the bandwidth of
@@ -19,6 +19,16 @@ from typing import Any
 import ceilings
 
 OURS = "ostinato"
+
+# The picture of ratios. Colours that are told apart without red and green (Okabe and Ito), and
+# shapes that are told apart without colour.
+PEERS = {
+    "torch.nn": ("o", "#0072b2"),
+    "ONNX Runtime": ("^", "#e69f00"),
+    "OpenVINO": ("s", "#cc79a7"),
+}
+PANELS = ("GRU", "LSTM", "RNN")
+FAINT, SOFT = "#e1e5e9", "#4a525b"
 
 
 def line(row: dict[str, Any]) -> str:
@@ -152,8 +162,133 @@ def draw(found: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+# The median of a peer's time / ours, by peer, by a layer's name without "Cell".
+Dots = dict[str, dict[str, float]]
+
+
+def section(row: dict[str, Any]) -> str | None:
+    """Under which heading the picture of ratios shows a row; None for one that it leaves out.
+
+    It shows the grid of sizes, packed rows, single steps and bfloat16. It leaves out what lies
+    between: odd sizes and their neighbours, stacks, two directions, series of one feature.
+    """
+    steps, batch, size, hidden = row["sizes"]
+    kind = row["kind"].capitalize()
+    if not steps:
+        return f"{kind}, one step (cells)" if (batch, hidden) in ((1, 64), (64, 256)) else None
+    plain = f"{row['layer']}, {row['kind']}"
+    if row["packed"]:
+        return f"{kind}, packed, {steps} steps" if row["name"] == f"{plain}, packed" else None
+    shown = row["name"] == plain and size == hidden and (steps, batch) != (50, 32)
+    return f"{kind}, 100 steps" if shown else None
+
+
+def pictured(found: dict[str, Any]) -> dict[str, dict[str, Dots]]:
+    """What the picture of ratios shows, by heading and by the label of a line."""
+    sections: dict[str, dict[str, Dots]] = {}
+    # Layers, packed ones, cells, bfloat16. Sorting keeps the rest of the order.
+    for row in sorted(
+        found["rows"],
+        key=lambda row: ("bfloat16" in row["kind"], not row["sizes"][0], row["packed"]),
+    ):
+        if (title := section(row)) is None:
+            continue
+        steps, batch, _, hidden = row["sizes"]
+        label = f"batch {batch}, hidden {hidden}"
+        if not (row["packed"] or steps in (0, 100)):
+            label += f", {steps} steps"
+        layer = row["layer"].removesuffix("Cell")
+        dots = {peer: row["ratios"][peer][1] for peer in PEERS if peer in row["ratios"]}
+        sections.setdefault(title, {}).setdefault(label, {})[layer] = dots
+    return sections
+
+
+def draw_ratios(found: dict[str, Any], path: Path) -> None:
+    """Draw how many times as fast as each peer ours is, a panel for each layer."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    sections = pictured(found)
+    lines = [dots for lines in sections.values() for dots in lines.values()]
+    panels = [layer for layer in PANELS if any(layer in dots for dots in lines)]
+    ratios = {peer: ratio for dots in lines for by in dots.values() for peer, ratio in by.items()}
+    if not panels:
+        return
+    every = [ratio for dots in lines for by_peer in dots.values() for ratio in by_peer.values()]
+    peers = [peer for peer in PEERS if peer in ratios]
+    height = 1.35 + 0.15 * (len(lines) + 1.3 * len(sections))
+    with plt.rc_context({"font.size": 8, "axes.edgecolor": FAINT, "xtick.color": SOFT}):
+        figure, axes = plt.subplots(
+            1, len(panels), figsize=(8, height), sharey=True, squeeze=False, layout="constrained"
+        )
+        figure.get_layout_engine().set(w_pad=0.07, h_pad=0.06)
+        places = label_lines(axes[0, 0], sections)
+        for axis, layer in zip(axes[0], panels, strict=True):
+            axis.set_title(layer, fontsize=10, fontweight="bold")
+            axis.set_xlim(min(0.55, *every) / 1.15, max(2.0, *every) * 1.15)
+            draw_panel(axis, layer, list(zip(places, lines, strict=True)))
+        names = ", ".join(peers[:-1]) + " and " * (len(peers) > 1) + peers[-1]
+        figure.suptitle(
+            f"Ostinato: how many times as fast as {names}\n", fontsize=11, fontweight="bold"
+        )
+        versions = ", ".join(f"{peer} {found['versions'][peer]}" for peer in peers)
+        where = f"{found['processor']}, {found['isa']}, {found['threads']} threads; {versions}"
+        figure.text(0.5, 1 - 0.3 / height, where, ha="center", va="top", color=SOFT)
+        handles = [
+            plt.Line2D([], [], linestyle="", marker=PEERS[peer][0], color=PEERS[peer][1])
+            for peer in peers
+        ]
+        figure.legend(handles, peers, loc="outside lower center", ncols=3, frameon=False)
+        figure.savefig(path, dpi=160, facecolor="white", pil_kwargs={"optimize": True})
+        plt.close(figure)
+
+
+def label_lines(axis: Any, sections: dict[str, dict[str, Dots]]) -> list[float]:
+    """Label the lines of the picture, from the top, and return where each lies."""
+    places, ticks, place = [], [], 0.0
+    for title, lines in sections.items():
+        ticks.append((place, title))
+        for label in lines:
+            place += 1
+            places.append(place)
+            ticks.append((place, label))
+        place += 1.3
+    axis.set_yticks([at for at, _ in ticks], [label for _, label in ticks])
+    for tick, (_, label) in zip(axis.get_yticklabels(), ticks, strict=True):
+        tick.set_fontweight("bold" if label in sections else "normal")
+    axis.set_ylim(place - 0.6, -0.6)
+    return places
+
+
+def draw_panel(axis: Any, layer: str, lines: list[tuple[float, Dots]]) -> None:
+    """Draw the dots of one layer; left of 1.0 the peer is the faster one."""
+    axis.set_xscale("log")
+    axis.axvspan(1e-3, 1, color="#f3e3df", linewidth=0)
+    axis.axvline(1, color="#1d2733", linewidth=1.2)
+    axis.text(0.95, 0, "slower", ha="right", va="center", color=SOFT, fontsize=7)
+    axis.text(1.07, 0, "faster", ha="left", va="center", color=SOFT, fontsize=7)
+    for place, dots in lines:
+        axis.axhline(place, color=FAINT, linewidth=0.6, zorder=0.5)
+        by_peer = dots.get(layer, {})
+        for at, (peer, ratio) in enumerate(by_peer.items()):
+            marker, color = PEERS[peer]
+            # A little apart from each other, or peers of equal speed would hide one another.
+            height = place + 0.22 * (at - (len(by_peer) - 1) / 2)
+            axis.plot(
+                ratio, height, marker, color=color, markersize=5,
+                markeredgecolor="white", markeredgewidth=0.4,
+            )  # fmt: skip
+    ticks = [0.5, 1, 2, 5, 10, 20]
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
+    axis.tick_params(length=0)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+
+
 def write(found: dict[str, Any], folder: Path) -> None:
-    """Write JSON, tables and picture into a folder, named by the processor."""
+    """Write JSON, tables and pictures into a folder, named by the processor."""
     folder.mkdir(parents=True, exist_ok=True)
     words = f"{found['processor']} {found['isa']} {found['threads']} threads"
     words += " crowded" if found["crowded"] else ""
@@ -161,6 +296,7 @@ def write(found: dict[str, Any], folder: Path) -> None:
     (folder / f"{stem}.json").write_text(json.dumps(found, indent=1) + "\n")
     (folder / f"{stem}.md").write_text(f"{summary(found)}\n{table(found)}")
     draw(found, folder / f"{stem}.png")
+    draw_ratios(found, folder / f"{stem}-ratios.png")
 
 
 if __name__ == "__main__":

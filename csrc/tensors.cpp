@@ -185,6 +185,14 @@ nb::object new_empty(nb::handle like, const int64_t* shape, int64_t dims) {
     return fresh;
 }
 
+// Vectorcall, because the limited API of Python 3.12 has no PyObject_CallOneArg.
+nb::object empty_like(nb::handle like) {
+    PyObject* arguments[] = {nullptr, like.ptr()};
+    auto fresh = nb::steal(PyObject_Vectorcall(g_empty_like, arguments + 1, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
+    if (!fresh.is_valid()) throw nb::python_error();
+    return fresh;
+}
+
 // A dense tensor of another's dtype, and its memory.
 struct Fresh {
     nb::object tensor = nb::none();
@@ -196,8 +204,7 @@ struct Fresh {
         look(t);
     }
     // Shaped like it, too.
-    explicit Fresh(nb::handle like) : tensor(nb::steal(PyObject_CallOneArg(g_empty_like, like.ptr()))) {
-        if (!tensor.is_valid()) throw nb::python_error();
+    explicit Fresh(nb::handle like) : tensor(empty_like(like)) {
         DlTensor t;
         look(t);
         if (is_dense(t)) return;  // empty_like takes half the time of new_empty, but keeps a transposition

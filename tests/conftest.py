@@ -6,6 +6,7 @@ No import of torch here: the engine's tests run where there is none.
 import collections
 import contextlib
 import ctypes
+import platform
 import sys
 import zlib
 
@@ -22,12 +23,12 @@ hypothesis.settings.load_profile("ostinato")
 
 # Modules that are of the CPU alone, by reason; a single test says so by the marker `cpu`.
 CPU_ALONE = {
-    "the compiled engine": "core lengths narrow threads",
+    "the compiled engine": "architectures core lengths narrow threads",
     "bits that the CPU engine promises": "invariance",
     "the short way past torch's dispatcher": "tensors",
     "NumPy": "math numpy numpy_input",
     "ONNX Runtime": "onnx onnx_node",
-    "the package, its commands and documents": "bench documents init main",
+    "the package, its commands and documents": "bench documents init main report",
     "no operator of torch's runs, which is cuDNN's way": "seams",
     "they choose their devices themselves": (
         "bench_gpu cuda_compiler cuda_kernels cuda_launch cuda_layer cuda_report gpu"
@@ -125,7 +126,11 @@ def torch_seeded(request):
         torch.manual_seed(seed_of(request.node.name))
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
+# What a build for this architecture has (csrc/cpu/dispatch.cpp).
+INSTRUCTION_SETS = ["neon"] if platform.machine() == "aarch64" else ["avx512", "avx2", "portable"]
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
 def isa(request):
     """Run the test on each instruction set in turn."""
     from engine import instruction_set  # which imports this file

@@ -229,14 +229,12 @@ class Layer:
             results = {n: poison.empty(shapes[n], dtype, n) for n in ("y", "h_n")}
             if self.cell == "lstm":
                 results["c_n"] = poison.empty(shapes["c_n"], dtype, "c_n")
-            bytes_kept = _core.reserve_bytes(*self._head()) if keep else 0
-            computed = np.dtype("float64" if dtype == np.float64 else "float32")
-            reserve = poison.room(bytes_kept // computed.itemsize, computed, "reserve")
+            reserve = self._reserve(poison, keep=keep)
             _core.layer_forward(
                 *self._head(),
                 *self._inputs(poison),
                 *(_address(results.get(n)) for n in ("y", "h_n", "c_n")),
-                _address(reserve) if bytes_kept else 0,
+                _address(reserve) if reserve.size else 0,
                 threads,
             )
         return results | {"reserve": reserve}
@@ -253,12 +251,7 @@ class Layer:
                 _address(poison.copy(results["y"], "y")),
                 _address(poison.copy(results["reserve"], "reserve")),
                 *(_address(poison.copy(cotangents[n], n)) for n in COTANGENTS),
-                *(_address(grads.get(n)) for n in GRADIENTS),
-                [
-                    _address(grads.get(f"d{n}{'_reverse' * d}"))
-                    for d in range(len(self.weights))
-                    for n in WEIGHTS
-                ],
+                *self._outputs(grads),
                 threads,
             )
         return grads
@@ -269,6 +262,54 @@ class Layer:
         grads = self.backward(results, cotangents, threads=threads, wanted=wanted)
         del results["reserve"]
         return results | grads
+
+    def run_cut(self, lengths, resets, states, cotangents, *, threads=1, recompute=False):
+        """Return results and gradients where rows are cut, and c of every step.
+
+        `lengths` (B), `resets` (N) and the two `states` that rows begin anew at may be None.
+        """
+        dtype, shapes = self.x.dtype, self.shapes()
+        _, rows, _, _, hidden, _, ways = self.dims
+        if self.cell == "lstm":
+            shapes |= {"cells": (rows, ways * hidden)}
+        with Poison() as poison:
+            out = {
+                n: poison.empty(shapes[n], dtype, n)
+                for n in ("y", "h_n", "c_n", "cells")
+                if n in shapes
+            }
+            reserve = self._reserve(poison, recompute=recompute)
+            cuts = [_address(poison.copy(a)) for a in (lengths, resets, *states)]
+            inputs = self._inputs(poison)
+            _core.layer_forward(
+                *self._head(),
+                *inputs,
+                *(_address(out.get(n)) for n in ("y", "h_n", "c_n")),
+                _address(reserve) if reserve.size else 0,
+                threads,
+                recompute,
+                cuts,
+                _address(out.get("cells")),
+            )
+            grads = {n: poison.empty(shapes[n], dtype, n) for n in self.gradients()}
+            for name, state in zip(("dcut_h", "dcut_c"), states, strict=True):
+                if state is not None:
+                    grads[name] = poison.empty(state.shape, dtype, name)
+            _core.layer_backward(
+                *self._head(),
+                *inputs,
+                _address(poison.copy(out["y"])),
+                _address(poison.copy(reserve)),
+                *(_address(poison.copy(cotangents[n])) for n in COTANGENTS),
+                *self._outputs(grads),
+                threads,
+                recompute,
+                cuts,
+                _address(grads.get("dcut_h")),
+                _address(grads.get("dcut_c")),
+                _address(poison.copy(cotangents.get("dcells"))),
+            )
+        return out | grads
 
     def soil(self):
         """Leave NaN wherever in its own scratch memory the engine puts numbers of this layer."""
@@ -290,6 +331,23 @@ class Layer:
 
     def _head(self):
         return CELLS.index(self.cell), STORED.index(self.x.dtype.name), self.dims
+
+    def _reserve(self, poison, *, keep=True, recompute=False):
+        """Return room for what forward keeps for backward, in the numbers it computes in."""
+        computed = np.dtype("float64" if self.x.dtype == np.float64 else "float32")
+        kept = _core.reserve_bytes(*self._head(), recompute) if keep else 0
+        return poison.room(kept // computed.itemsize, computed, "reserve")
+
+    def _outputs(self, grads):
+        """Return the addresses of gradients in the engine's order."""
+        return (
+            *(_address(grads.get(n)) for n in GRADIENTS),
+            [
+                _address(grads.get(f"d{n}{'_reverse' * d}"))
+                for d in range(len(self.weights))
+                for n in WEIGHTS
+            ],
+        )
 
     def _inputs(self, poison):
         sizes = None if self.sizes is None else np.array(self.sizes, np.int64)

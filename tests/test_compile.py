@@ -231,6 +231,25 @@ print(time.process_time() - start)
 """
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
+def test_inductor_without_implicit_fallbacks():
+    layer = nn.LSTM(5, 6, 2, bidirectional=True)
+    # What comes in lies in no order of its own.
+    x = torch.randn(3, 5, 7).permute(2, 0, 1).requires_grad_()
+
+    def loss(layer, x):
+        output, (h_n, c_n) = layer(x.tanh().transpose(1, 2).contiguous().transpose(1, 2))
+        return (output.relu() * 2).sum() + h_n.sum() + c_n.sin().sum()
+
+    leaves = [x, *layer.parameters()]
+    expected = torch.autograd.grad(loss(layer, x), leaves)
+    with torch._inductor.config.patch(implicit_fallbacks=False, fx_graph_cache=False):
+        compiled = torch.compile(loss, fullgraph=True)
+        found = torch.autograd.grad(compiled(layer, x), leaves)
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, **tolerance(torch.float32, 7))
+
+
 @pytest.mark.cpu("processes on this machine")
 def test_compiling_hardly_takes_longer_with_layers_and_steps():
     """Compile a training step in a fresh process, in processor time, since others may be busy."""

@@ -33,10 +33,19 @@ DTYPES = {
 }
 
 
+def kept_from_poles(module):
+    """Make weights small: tanh has poles off the real line, near which rounding grows."""
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.mul_(0.25 if weight.is_complex() else 1)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SIX)
 def test_every_float_dtype_forward_and_backward(name, dtype):
     ours, theirs = pair(name, 4, 8, dtype=dtype)
+    kept_from_poles(ours)
+    kept_from_poles(theirs)
     x, h = shapes(name, dtype=dtype)
     results = []
     for module in (ours, theirs):
@@ -58,6 +67,8 @@ def test_every_float_dtype_forward_and_backward(name, dtype):
 @pytest.mark.parametrize("name", LAYERS)
 def test_packed_layers_in_other_dtypes(name, dtype):
     ours, theirs = pair(name, 4, 8, 2, bidirectional=True, dtype=dtype)
+    kept_from_poles(ours)
+    kept_from_poles(theirs)
     sequences = packed(False, dtype=dtype)
     tolerance = DTYPES[dtype]
     expected = by_cpu(theirs, sequences) if dtype.is_complex else theirs(sequences)

@@ -9,55 +9,10 @@ import itertools
 
 import numpy as np
 import pytest
-from conftest import Poison, assert_close
-from engine import CELLS, GRADIENTS, KINDS, WEIGHTS, Layer
+from conftest import assert_close
+from engine import KINDS, Layer
 
-from ostinato import _core, reference
-
-
-def address(array):
-    return 0 if array is None else array.ctypes.data
-
-
-def run(layer, lengths, resets, states, cotangents, *, threads=1):
-    """Forward and backward of a padded layer whose rows are cut; all results by name."""
-    steps, _, batch, *_, ways = layer.dims
-    dtype, shapes = layer.x.dtype, layer.shapes()
-    hidden = layer.dims[4]
-    cells_shape = (steps * batch, ways * hidden) if layer.cell == "lstm" else None
-    head = (CELLS.index(layer.cell), dtype == np.float64, layer.dims)
-    with Poison() as poison:
-        inputs = [0, *(address(poison.copy(a)) for a in (layer.x, layer.h_0, layer.c_0))]
-        inputs.append([address(poison.copy(w[n], n)) for w in layer.weights for n in WEIGHTS])
-        cuts = [address(poison.copy(a)) for a in (lengths, resets, *states)]
-        out = {n: poison.empty(shapes[n], dtype, n) for n in ("y", "h_n", "c_n") if n in shapes}
-        if cells_shape:
-            out["cells"] = poison.empty(cells_shape, dtype, "cells")
-        reserve = poison.room(_core.reserve_bytes(*head) // dtype.itemsize, dtype, "reserve")
-        ends = [address(out.get(n)) for n in ("y", "h_n", "c_n")]
-        rest = (threads, False, cuts)
-        _core.layer_forward(
-            *head, *inputs, *ends, address(reserve), *rest, address(out.get("cells"))
-        )
-        grads = {n: poison.empty(shapes[n], dtype, n) for n in layer.gradients()}
-        for name, state in zip(("dcut_h", "dcut_c"), states, strict=True):
-            if state is not None:
-                grads[name] = poison.empty(state.shape, dtype, name)
-        arrived = [address(poison.copy(cotangents.get(n))) for n in ("dy", "dh_n", "dc_n")]
-        _core.layer_backward(
-            *head,
-            *inputs,
-            address(poison.copy(out["y"])),
-            address(poison.copy(reserve)),
-            *arrived,
-            *(address(grads.get(n)) for n in GRADIENTS),
-            [address(grads.get(f"d{n}{'_reverse' * d}")) for d in range(ways) for n in WEIGHTS],
-            *rest,
-            address(grads.get("dcut_h")),
-            address(grads.get("dcut_c")),
-            address(poison.copy(cotangents.get("dcells"))),
-        )
-    return out | grads
+from ostinato import reference
 
 
 def by_pieces(layer, lengths, resets, states, cotangents):
@@ -126,7 +81,7 @@ def test_pieces_are_sequences_of_their_own(isa, rng, kind, directions, probabili
             if name in shapes:
                 states[i] = rng.standard_normal(shapes[name]).astype(dtype)
         cotangents = layer.cotangents(rng)
-        actual = run(layer, lengths, resets, states, cotangents, threads=threads)
+        actual = layer.run_cut(lengths, resets, states, cotangents, threads=threads)
         expected = by_pieces(layer, lengths, resets, states, cotangents)
         for name, array in expected.items():
             assert_close(actual[name], array, 2 * layer.steps, name)
@@ -140,7 +95,7 @@ def test_every_c(isa, rng, kind, directions):
     cotangents = layer.cotangents(rng)
     hidden = layer.dims[4]
     cotangents["dcells"] = rng.standard_normal((24, directions * hidden))
-    actual = run(layer, lengths, resets, (None, None), cotangents)
+    actual = layer.run_cut(lengths, resets, (None, None), cotangents)
     *_, cells = reference.states(
         "lstm",
         layer.x.reshape(6, 4, 3),
@@ -160,7 +115,7 @@ def test_every_c(isa, rng, kind, directions):
     losses = []
     for sign in (1, -1):
         weights = [layer.weights[0] | {"b_ih": bias + sign * step}, *layer.weights[1:]]
-        moved = run(layer.replace(weights=weights), lengths, resets, (None, None), cotangents)
+        moved = layer.replace(weights=weights).run_cut(lengths, resets, (None, None), cotangents)
         losses.append(
             (moved["y"] * cotangents["dy"]).sum()
             + (moved["cells"] * cotangents["dcells"]).sum()

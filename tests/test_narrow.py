@@ -20,7 +20,9 @@ def widen(array):
     if array is None or array.dtype == np.float32:
         return array
     if array.dtype == np.float16:
-        return array.astype(np.float32)
+        # On Arm the conversion of a signalling NaN raises the processor's flag.
+        with np.errstate(invalid="ignore"):
+            return array.astype(np.float32)
     return (array.astype(np.uint32) << 16).view(np.float32)
 
 

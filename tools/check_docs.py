@@ -1,22 +1,33 @@
-"""Runs the Python examples in our Markdown and follows its links.
+"""Runs the Python examples in our Markdown, follows its links, and checks its measured figures.
 
     python tools/check_docs.py
 
 A block that opens with ```python runs; the blocks of one file share their names, as a reader would
 type them one after the other. A link to a file of ours must lead to it, and its #anchor to a
-heading there. Links to the web are left alone.
+heading there. Links to the web are left alone. A table between `<!-- ratios: FILE.json -->` and
+`<!-- end of ratios -->` has rows of that benchmark's result; one between `<!-- figures: ... -->` is
+its summary.
 """
 
+import json
 import os
 import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+
+import report  # noqa: E402
+
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
+TABLE = re.compile(
+    r"^<!-- (ratios|figures): (\S+\.json) -->\n(.*?)^<!-- end of \1 -->$", re.MULTILINE | re.DOTALL
+)
 
 
 def pages() -> list[Path]:
@@ -47,6 +58,36 @@ def broken_links(page: Path) -> list[str]:
     return broken
 
 
+def measured_cells(found: dict[str, Any], head: list[str]) -> dict[tuple[str, str], list[str]]:
+    """Writes each measured row as a table with these columns has it, by layer and shape."""
+    peers = [title.removesuffix(" / ours") for title in head[2:]]
+    return {
+        (row["name"], row["shape"]): [
+            f"{row['ratios'][peer][1]:.2f}" if peer in row["ratios"] else "" for peer in peers
+        ]
+        for row in found["rows"]
+    }
+
+
+def wrong_figures(text: str) -> list[str]:
+    """Lists the rows of a page's tables that are not what the named result says."""
+    wrong = []
+    for what, name, body in TABLE.findall(text):
+        found = json.loads((ROOT / name).read_text(encoding="utf-8"))
+        lines = body.strip().splitlines()
+        if what == "figures":
+            summary = report.summary(found).strip().splitlines()
+            wrong += [f"{name} does not say: {line}" for line in lines if line not in summary]
+            wrong += [f"{name} says also: {line}" for line in summary if line not in lines]
+            continue
+        head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+        measured = measured_cells(found, head)
+        for layer, shape, *ratios in rows:
+            if (is_so := measured.get((layer, shape))) != ratios:
+                wrong.append(f"{layer} {shape}: {ratios}, but {name} says {is_so}")
+    return wrong
+
+
 def run_examples(page: Path) -> int:
     """Runs the blocks of one page, of which the first exception ends all, and counts them."""
     text = page.read_text(encoding="utf-8")
@@ -61,6 +102,9 @@ def run_examples(page: Path) -> int:
 
 def main() -> int:
     broken = [line for page in pages() for line in broken_links(page)]
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        broken += [f"{page.relative_to(ROOT)}: {line}" for line in wrong_figures(text)]
     if broken:
         print(*broken, sep="\n", file=sys.stderr)
         return 1

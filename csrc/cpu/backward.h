@@ -18,7 +18,7 @@ namespace {
 template <class T, class C>
 class BackwardWalk {
     static constexpr int L = Vec<T>::kLanes, G = C::kGates, R = C::kGrads;
-    using RowProduct = Product<T, RowMatrix<T>>;
+    using RowProduct = Product<T>;
 
 public:
     BackwardWalk(const Backward& call, int members, void* scratch)
@@ -114,16 +114,17 @@ private:
         for (int64_t i = 0; i < n; i++) p[i] = 0;
     }
 
-    // Packs W_hh by its rows, [block][gate][j < H][lane], unless one step of few rows is all that reads it, and loads the
-    // gradient of c_n.
+    // Packs W_hh by its rows, [block][gate][j < H][lane], and loads the gradient of c_n. Where one step of few rows is all
+    // that reads it, only the last block is packed, if it is not whole.
     void prepare(int64_t d, Team& team) {
         const int64_t H = size_.hidden, O = size_.output(), B = size_.batch;
         const auto& w = f_.weights[d];
         T* panels = panels_ + d * blocks_ * panel_;
-        if (!in_place_)
-            team.run(blocks_, [&](int64_t block, int) {
-                RowMatrix<T>{in(w.hh), O, O, nullptr}.pack(panels + block * panel_, L, 0, G * H, block * L);
-            });
+        const int64_t unpacked = in_place_ ? O / L : 0;
+        team.run(blocks_ - unpacked, [&](int64_t task, int) {
+            const int64_t block = unpacked + task;
+            RowMatrix<T>{in(w.hh), O, O, nullptr}.pack(panels + block * panel_, L, 0, G * H, block * L);
+        });
         if (size_.projection) {
             T* panels_hr = panels_hr_ + d * ceil_div(H, L) * O * L;
             team.run(ceil_div(H, L), [&](int64_t block, int) {
@@ -251,100 +252,66 @@ private:
         void run(int64_t b0, int64_t b1, int64_t u0, int64_t u1) const {
             for (int64_t b = b0; b < min(b1, n_next); b++) rows[b] = grads_next + b * w.row_;
             // Rows that were active at step s + 1 too, and rows that began there: their gradient is that of h_0.
-            walk_tiles<1>(Carried{*this}, b0, min(min(b1, n), n_next), u0, u1);
-            if (w.f_.dh_0 || w.f_.dcut_h) walk_tiles<1>(Begun{*this}, max(b0, n), min(b1, n_next), u0, u1);
+            carry(take_carried, b0, min(min(b1, n), n_next), u0, u1);
+            if (w.f_.dh_0 || w.f_.dcut_h) carry(take_begun, max(b0, n), min(b1, n_next), u0, u1);
             // Rows that end here start from the gradient of h_n.
             const T* dh_n = w.f_.dh_n ? in(w.f_.dh_n) + d * z.batch * z.output() : nullptr;
             for (int64_t b = max(b0, min(n, n_next)); b < min(b1, n); b++)
                 for (int64_t u = u0; u < u1; u++) {
-                    const Vec<T> carry = dh_n ? load_n(dh_n + b * z.output() + u * L, min(L, z.output() - u * L)) : Vec<T>(0);
-                    arrive(&carry, 1, b, u * L);
+                    Vec<T> begin = dh_n ? load_n(dh_n + b * z.output() + u * L, min(L, z.output() - u * L)) : Vec<T>(0);
+                    arrive(&begin, 1, b, u * L);
                 }
             if constexpr (C::kProjects) {
                 if (!z.projection) return;
                 for (int64_t b = b0; b < min(b1, n); b++) rows[b] = dh + b * w.op_;
-                walk_tiles<1>(Unprojected{*this}, b0, min(b1, n), 0, ceil_div(z.hidden, L));
+                const int64_t O = z.output(), panel = O * L;
+                const T* panels_hr = w.panels_hr_ + d * ceil_div(z.hidden, L) * panel;
+                walk_tiles<1>(RowPanels<T>{rows, O, panels_hr, panel, L, take_unprojected, this}, b0, min(b1, n), 0,
+                              ceil_div(z.hidden, L));
             }
         }
 
         // What step s + 1 sends back: one chain over its gate gradients, and its direct part, which is large and comes last.
-        template <int MR, int NJ>
-        OSTINATO_INLINE void carry(Vec<T> (&acc)[NJ][MR][1], int64_t b, int64_t u) const {
-            for (int j = 0; j < NJ; j++)
-                for (int r = 0; r < MR; r++) acc[j][r][0] = Vec<T>(0);
-            for (int g = 0; g < G; g++) {
-                RowPointers<T, MR> a;
-                for (int r = 0; r < MR; r++) a.row[r] = rows[b + r] + g * w.hp_;
-                if (w.in_place_) {
-                    const int64_t O = z.output(), H = z.hidden;
-                    const RowMatrix<T> weight{in(w.f_.weights[d].hh), O, O, nullptr};
-                    weight.template accumulate<MR, NJ, 1>(acc, a, g * H, H, u * L);
-                    continue;
-                }
-                accumulate<MR, NJ, 1>(acc, a, w.panels_ + (d * w.blocks_ + u) * w.panel_ + g * z.hidden * L, w.panel_,
-                                      z.hidden);
+        void carry(typename RowPanels<T>::Take take, int64_t b0, int64_t b1, int64_t u0, int64_t u1) const {
+            const int64_t O = z.output();
+            RowPanels<T> p{rows, z.hidden, w.panels_ + d * w.blocks_ * w.panel_, w.panel_, L, take, this, G, w.hp_};
+            const int64_t unpacked = w.in_place_ ? max(u0, min(u1, O / L)) : u0;
+            if (unpacked > u0) {
+                RowPanels<T> in_place = p;
+                in_place.panels = in(w.f_.weights[d].hh), in_place.panel_stride = L, in_place.k_stride = O;
+                walk_tiles<1>(in_place, b0, b1, u0, unpacked);
             }
-            if constexpr (C::kUsesPrevious)
-                for (int j = 0; j < NJ; j++)
-                    for (int r = 0; r < MR; r++)
-                        acc[j][r][0] = acc[j][r][0] + Vec<T>::load(w.direct_ + (d * z.batch + b + r) * w.op_ + (u + j) * L);
+            if (unpacked < u1) walk_tiles<1>(p, b0, b1, unpacked, u1);
         }
 
-        // Ends it in the rows that were cut before step s + 1.
-        template <int MR, int NJ>
-        OSTINATO_INLINE void end_at_cuts(Vec<T> (&acc)[NJ][MR][1], int64_t b, int64_t u) const {
-            for (int r = 0; r < MR; r++) {
-                if (!cut_next.has(b + r)) continue;
-                for (int j = 0; j < NJ; j++)
-                    acc[j][r][0] = end_at_cut(acc[j][r][0], w.f_.dcut_h, b + r, (u + j) * L, z.output());
+        // Adds the direct part, and ends it in the rows that were cut before step s + 1.
+        OSTINATO_INLINE Vec<T> complete(Vec<T> sent, int64_t b, int64_t unit) const {
+            if constexpr (C::kUsesPrevious) sent = sent + Vec<T>::load(w.direct_ + (d * z.batch + b) * w.op_ + unit);
+            return cut_next.has(b) ? end_at_cut(sent, w.f_.dcut_h, b, unit, z.output()) : sent;
+        }
+
+        static void take_carried(const void* taker, Vec<T>* sums, int n_rows, int64_t b, int64_t unit) {
+            const Step& step = *static_cast<const Step*>(taker);
+            for (int r = 0; r < n_rows; r++) sums[r] = step.complete(sums[r], b + r, unit);
+            step.arrive(sums, n_rows, b, unit);
+        }
+
+        static void take_begun(const void* taker, Vec<T>* sums, int n_rows, int64_t b, int64_t unit) {
+            const Step& step = *static_cast<const Step*>(taker);
+            const int64_t O = step.z.output();
+            for (int r = 0; r < n_rows; r++) {
+                const Vec<T> sent = step.complete(sums[r], b + r, unit);
+                if (!step.w.f_.dh_0) continue;
+                T* dh_0 = static_cast<T*>(step.w.f_.dh_0) + (step.d * step.z.batch + b + r) * O + unit;
+                store_n(sent, dh_0, min(L, O - unit));
             }
         }
 
-        struct Carried {
-            const Step& step;
-            template <int MR, int NJ>
-            void tile(int64_t b, int64_t u) const {
-                Vec<T> acc[NJ][MR][1];
-                step.carry<MR, NJ>(acc, b, u);
-                step.end_at_cuts<MR, NJ>(acc, b, u);
-                for (int j = 0; j < NJ; j++) step.arrive(acc[j][0], MR, b, (u + j) * L);
-            }
-        };
+        static void take_unprojected(const void* taker, Vec<T>* sums, int n_rows, int64_t b, int64_t unit) {
+            for (int r = 0; r < n_rows; r++) static_cast<const Step*>(taker)->cell(b + r, unit, sums[r]);
+        }
 
-        struct Begun {
-            const Step& step;
-            template <int MR, int NJ>
-            void tile(int64_t b, int64_t u) const {
-                const Sizes& z = step.z;
-                T* dh_0 = static_cast<T*>(step.w.f_.dh_0);
-                Vec<T> acc[NJ][MR][1];
-                step.carry<MR, NJ>(acc, b, u);
-                step.end_at_cuts<MR, NJ>(acc, b, u);
-                if (!dh_0) return;
-                for (int j = 0; j < NJ; j++)
-                    for (int r = 0; r < MR; r++)
-                        store_n(acc[j][r][0], dh_0 + (step.d * z.batch + b + r) * z.output() + (u + j) * L,
-                                min(L, z.output() - (u + j) * L));
-            }
-        };
-
-        struct Unprojected {
-            const Step& step;
-            template <int MR, int NJ>
-            void tile(int64_t b, int64_t u) const {
-                const auto& w = step.w;
-                const int64_t O = step.z.output(), panel = O * L;
-                Vec<T> acc[NJ][MR][1] = {};
-                RowPointers<T, MR> a;
-                for (int r = 0; r < MR; r++) a.row[r] = step.rows[b + r];
-                accumulate<MR, NJ, 1>(acc, a, w.panels_hr_ + (step.d * ceil_div(step.z.hidden, L) + u) * panel, panel, O);
-                for (int j = 0; j < NJ; j++)
-                    for (int r = 0; r < MR; r++) step.cell(b + r, (u + j) * L, acc[j][r][0]);
-            }
-        };
-
-        // dL/dh_t of one block of outputs is complete for some rows: what was carried plus the gradient of y_t. Out of line
-        // for the reason that ForwardWalk::Step::cells tells.
+        // dL/dh_t of one block of outputs is complete for some rows: what was carried plus the gradient of y_t.
         __attribute__((noinline)) void arrive(const Vec<T>* carried, int n_rows, int64_t b, int64_t unit) const {
             const int64_t O = z.output();
             for (int r = 0; r < n_rows; r++) {
@@ -414,7 +381,7 @@ private:
             product.a_row = row_;
             product.c[0] = size_.directions == 2 ? dx_ : dx;
             product.ldc = I;
-            product.b = {in(f_.weights[d].ih), I, I, nullptr};
+            product.matrix = {in(f_.weights[d].ih), I, I, nullptr};
             product.run(team, product_scratch_);
             // Two directions are two chains and one addition, in whatever order the chunks meet.
             if (size_.directions == 2)
@@ -436,7 +403,7 @@ private:
             product.a[0] = dh_ + d * chunk_rows_ * op_, product.a_row = 1, product.a_column = op_;
             product.c[0] = static_cast<T*>(dw.hr), product.ldc = H;
             product.resume = !first;
-            product.b = {unprojected_ + d * chunk_rows_ * hp_, hp_, H, nullptr};
+            product.matrix = {unprojected_ + d * chunk_rows_ * hp_, hp_, H, nullptr};
             run_or_clear(product, team);
         }
     }
@@ -452,7 +419,7 @@ private:
         product.a_row = 1, product.a_column = row_;
         product.ldc = rows.columns;
         product.resume = !first;
-        product.b = rows;
+        product.matrix = rows;
         run_or_clear(product, team);
     }
 

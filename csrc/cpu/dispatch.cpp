@@ -10,20 +10,40 @@
 
 namespace ostinato {
 
-extern const KernelTable kernels_portable;
-#ifdef OSTINATO_HAVE_AVX2
-extern const KernelTable kernels_avx2;
-#endif
-#ifdef OSTINATO_HAVE_AVX512
-extern const KernelTable kernels_avx512;
-#endif
-
 namespace {
+
+// What the baseline of the architecture makes of GCC's vectors: NEON wherever there is aarch64.
+#if defined(__aarch64__)
+constexpr char kBaseline[] = "neon";
+#else
+constexpr char kBaseline[] = "portable";
+#endif
 
 struct Isa {
     const char* name;
-    const KernelTable* table;
+    const Kernels* tables[kDtypes];  // [Dtype]
 };
+
+}  // namespace
+
+// What kernels.cpp defines for one instruction set, under the name that users see.
+#define OSTINATO_ISA(isa, name)                                                                                        \
+    extern const Kernels kernels_##isa##_float, kernels_##isa##_double;                                                \
+    extern const Kernels kernels_##isa##_bfloat16, kernels_##isa##_float16;                                            \
+    namespace {                                                                                                        \
+    constexpr Isa k_##isa = {                                                                                          \
+        name, {&kernels_##isa##_float, &kernels_##isa##_double, &kernels_##isa##_bfloat16, &kernels_##isa##_float16}}; \
+    }
+
+OSTINATO_ISA(portable, kBaseline)
+#ifdef OSTINATO_HAVE_AVX2
+OSTINATO_ISA(avx2, "avx2")
+#endif
+#ifdef OSTINATO_HAVE_AVX512
+OSTINATO_ISA(avx512, "avx512")
+#endif
+
+namespace {
 
 struct Isas {
     Isa found[3];
@@ -34,12 +54,12 @@ struct Isas {
 #ifdef OSTINATO_HAVE_AVX512
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512vl"))
-            found[count++] = {"avx512", &kernels_avx512};
+            found[count++] = k_avx512;
 #endif
 #ifdef OSTINATO_HAVE_AVX2
-        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[count++] = {"avx2", &kernels_avx2};
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[count++] = k_avx2;
 #endif
-        found[count++] = {"portable", &kernels_portable};
+        found[count++] = k_portable;
     }
 };
 
@@ -132,22 +152,20 @@ int64_t reserve_bytes(Cell cell, Dtype dtype, const Sizes& sizes) {
 
 namespace {
 
-const Kernel& kernel_of(Cell cell, Dtype dtype) {
-    return active().table->kernels[static_cast<int>(cell)][static_cast<int>(dtype)];
-}
+const Kernel& kernel_of(Cell cell, Dtype dtype) { return active().tables[static_cast<int>(dtype)]->of[static_cast<int>(cell)]; }
 
 // Runs a call that has no lengths.
 void run(Cell cell, Dtype dtype, const Forward& call, int threads) {
     const Kernel& kernel = kernel_of(cell, dtype);
     Team team(members_for(cell, call.sizes, threads), has_long_tasks(cell, call.sizes, threads));
-    Scratch<0> scratch(kernel.forward_scratch(call.sizes, team.members()));
+    Scratch<0> scratch(kernel.forward_scratch(call, team.members()));
     kernel.forward(call, team, scratch.get());
 }
 
 void run(Cell cell, Dtype dtype, const Backward& call, int threads) {
     const Kernel& kernel = kernel_of(cell, dtype);
     Team team(members_for(cell, call.sizes, threads));
-    Scratch<0> scratch(kernel.backward_scratch(call.sizes, team.members()));
+    Scratch<0> scratch(kernel.backward_scratch(call, team.members()));
     kernel.backward(call, team, scratch.get());
 }
 

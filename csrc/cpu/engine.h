@@ -76,17 +76,17 @@ struct Backward {
 
 class Team;
 
-// Entry points of one instruction set for one cell and type. scratch holds at least scratch_bytes(...) bytes, aligned to 64,
-// its contents arbitrary.
+// Entry points of one instruction set for one cell and type. scratch holds at least as many bytes as were asked for, aligned
+// to 64, its contents arbitrary.
 struct Kernel {
-    int64_t (*forward_scratch)(const Sizes&, int members);
+    int64_t (*forward_scratch)(const Forward&, int members);
     void (*forward)(const Forward&, Team&, void* scratch);
-    int64_t (*backward_scratch)(const Sizes&, int members);
+    int64_t (*backward_scratch)(const Backward&, int members);
     void (*backward)(const Backward&, Team&, void* scratch);
 };
 
-struct KernelTable {
-    Kernel kernels[4][kDtypes];  // [Cell][Dtype]
+struct Kernels {
+    Kernel of[4];  // [Cell]
 };
 
 // Units are stored in multiples of this many in reserve and scratch, so that both are the same on every instruction set.

@@ -15,7 +15,7 @@ namespace {
 template <class T, class C>
 class ForwardWalk {
     static constexpr int L = Vec<T>::kLanes, G = C::kGates;
-    using Projection = Product<T, TransposedWeight<T>>;
+    using Projection = Product<T>;
 
 public:
     ForwardWalk(const Forward& call, int members, void* scratch)
@@ -78,8 +78,6 @@ private:
     static constexpr int64_t kTileBytes = 512 << 10;  // of gx, for the steps that a tile projects at once
     // Where W_ih is so large that it comes from memory, it is worth more rows at once, though gx then leaves the second level.
     static constexpr int64_t kNear = 4 << 20, kFarRows = 128;
-    // Up to this many rows, a tile waits for its panels more than it computes: bfloat16 weights stay narrow in them.
-    static constexpr int64_t kPairedRows = 2;
     static constexpr int NR = G == 3 ? 3 : 4;  // vectors of a panel of W_ih: G * Hp columns are whole panels, often
     static constexpr int64_t kBlock = NR * L;
 
@@ -164,7 +162,7 @@ private:
         product.c[0] = gx;
         product.ldc = G * hp_;
         product.start = start_ + d * G * hp_;
-        product.b = input_weight(d);
+        product.weight = input_weight(d);
         product.run(team, product_scratch_);
     }
 
@@ -268,7 +266,7 @@ private:
             T* panels = panels_ + member * kGroup * panel_;
             Step step(*this, d, 0, gx(d), 0, member);
             step.begin(0, n);
-            if (is_few_rows()) return step.few_rows(n, u0, u1);
+            if (is_few_rows()) return step.few_rows(static_cast<int>(n), u0, u1);
             for (int64_t u = u0; u < u1; u++) pack(d, u, panels + (u - u0) * panel_);
             step.panels = panels, step.first_block = u0;
             step.units(0, n, u0, u1);
@@ -330,83 +328,57 @@ private:
             }
         }
 
-        void units(int64_t b0, int64_t b1, int64_t u0, int64_t u1) const { walk_tiles<G>(*this, b0, b1, u0, u1); }
+        void units(int64_t b0, int64_t b1, int64_t u0, int64_t u1) const {
+            RowPanels<T> p{previous, w.size_.output(), panels - first_block * w.panel_, w.panel_, G * L, take_cells, this};
+            p.is_paired = w.is_paired_;
+            walk_tiles<G>(p, b0, b1, u0, u1);
+        }
 
-        template <int MR, int NJ>
-        void tile(int64_t b, int64_t u) const {
-            Vec<T> acc[NJ][MR][G] = {};
-            RowPointers<T, MR> h;
-            for (int r = 0; r < MR; r++) h.row[r] = previous[b + r];
-            const T* panel = panels + (u - first_block) * w.panel_;
-            if constexpr (sizeof(T) == 4 && MR <= kPairedRows) {
-                if (w.is_paired_) {
-                    accumulate_pairs<MR, NJ, G>(acc, h, panel, w.panel_, w.size_.output());
-                    return finish_tile<MR, NJ>(acc, b, u);
-                }
-            }
-            accumulate<MR, NJ, G>(acc, h, panel, w.panel_, w.size_.output());
-            finish_tile<MR, NJ>(acc, b, u);
+        static void take_cells(const void* step, Vec<T>* sums, int rows, int64_t b, int64_t unit) {
+            static_cast<const Step*>(step)->cells(sums, rows, b, unit);
         }
 
         // All rows, W_hh where it lies. Two blocks at once give a cell of one gate chains enough to hide their latency.
-        void few_rows(int64_t n, int64_t u0, int64_t u1) const {
+        void few_rows(int n, int64_t u0, int64_t u1) const {
             constexpr int NJ = G == 1 ? 2 : 1;
-            int64_t u = u0;
-            for (; u + NJ <= u1; u += NJ) few_rows_tiles<NJ>(n, u);
-            for (; u < u1; u++) few_rows_tiles<1>(n, u);
+            for (int64_t u = u0; u < u1; u += NJ) few_rows_tile(n, u, static_cast<int>(min(NJ, u1 - u)));
         }
 
-        template <int NJ>
-        void few_rows_tiles(int64_t n, int64_t u) const {
-            if (n == 4) return few_rows_tile<4, NJ>(u);
-            if (n == 3) return few_rows_tile<3, NJ>(u);
-            if (n == 2) return few_rows_tile<2, NJ>(u);
-            if (n == 1) return few_rows_tile<1, NJ>(u);
-        }
-
-        template <int MR, int NJ>
-        void few_rows_tile(int64_t u) const {
+        void few_rows_tile(int n, int64_t u, int n_j) const {
             const int64_t I = w.size_.input, O = w.size_.output();
+            Vec<T> acc[2 * Projection::kFewRows * G];  // [n_j][n][G]
+            const T* rows[Projection::kFewRows];
             // As project_input does it: chains of kDepth, added up, the biases to the first.
             for (int64_t k0 = 0; k0 < I; k0 += Projection::kDepth) {
-                RowPointers<T, MR> x;
-                for (int r = 0; r < MR; r++) x.row[r] = w.weight(w.f_.x) + r * I + k0;
-                Vec<T> acc[NJ][MR][G] = {};
-                accumulate_in_place(acc, x, w.weight(w.f_.weights[d].ih) + k0, I, min(I - k0, Projection::kDepth), u);
-                for (int j = 0; j < NJ; j++)
-                    for (int r = 0; r < MR; r++)
+                for (int r = 0; r < n; r++) rows[r] = w.weight(w.f_.x) + r * I + k0;
+                accumulate_in_place(acc, n_j, n, rows, w.weight(w.f_.weights[d].ih) + k0, I, min(I - k0, Projection::kDepth), u);
+                const Vec<T>* product = acc;
+                for (int j = 0; j < n_j; j++)
+                    for (int r = 0; r < n; r++)
                         for (int g = 0; g < G; g++) {
                             const int64_t column = g * w.hp_ + (u + j) * L;
                             T* sum = gx + r * G * w.hp_ + column;
                             const T* before = k0 ? sum : w.start_ + d * G * w.hp_ + column;
-                            (acc[j][r][g] + Vec<T>::load(before)).store(sum);
+                            (*product++ + Vec<T>::load(before)).store(sum);
                         }
             }
-            Vec<T> acc[NJ][MR][G] = {};
-            RowPointers<T, MR> h;
-            for (int r = 0; r < MR; r++) h.row[r] = previous[r];
-            accumulate_in_place(acc, h, w.weight(w.f_.weights[d].hh), O, O, u);
-            finish_tile<MR, NJ>(acc, 0, u);
+            accumulate_in_place(acc, n_j, n, previous, w.weight(w.f_.weights[d].hh), O, O, u);
+            for (int j = 0; j < n_j; j++) cells(acc + j * n * G, n, 0, (u + j) * L);
         }
 
-        // The blocks from u on of a weight [G*H, ld].
-        template <int MR, int NJ>
-        OSTINATO_INLINE void accumulate_in_place(Vec<T> (&acc)[NJ][MR][G], const RowPointers<T, MR>& a, const T* weight,
-                                                 int64_t ld, int64_t depth, int64_t u) const {
+        // acc [n_j][n][G]: rows [n] times the blocks from u on of a weight [G*H, ld].
+        void accumulate_in_place(Vec<T>* acc, int n_j, int n, const T* const* rows, const T* weight, int64_t ld, int64_t depth,
+                                 int64_t u) const {
             const int64_t H = w.size_.hidden;
-            WeightRows<T> rows[NJ][G];
-            for (int j = 0; j < NJ; j++)
-                for (int g = 0; g < G; g++) rows[j][g] = {weight + (g * H + (u + j) * L) * ld, min(L, H - (u + j) * L)};
-            accumulate_rows<MR, NJ, G>(acc, a, rows, ld, depth);
+            WeightRows<T> blocks[2 * G];
+            for (int j = 0; j < n_j; j++)
+                for (int g = 0; g < G; g++)
+                    blocks[j * G + g] = {weight + (g * H + (u + j) * L) * ld, min(L, H - (u + j) * L)};
+            for (int i = 0; i < n_j * n * G; i++) acc[i] = Vec<T>(0);
+            multiply_weight_rows(acc, n_j, n, G, rows, blocks, ld, depth);
         }
 
-        template <int MR, int NJ>
-        OSTINATO_INLINE void finish_tile(const Vec<T> (&acc)[NJ][MR][G], int64_t b, int64_t u) const {
-            for (int j = 0; j < NJ; j++) cells(acc[j][0], MR, b, (u + j) * L);
-        }
-
-        // The cell on `rows` rows of one block of units, whose hidden products are sums[rows][G]. One loop out of line for
-        // all tiles: inlined into each and unrolled, the activations of several rows spill what they and the product need.
+        // The cell on `rows` rows of one block of units, whose hidden products are sums[rows][G].
         __attribute__((noinline)) void cells(const Vec<T>* sums, int rows, int64_t b, int64_t unit) const {
             const int64_t hp = w.hp_, n = min(L, w.size_.hidden - unit);
             const T* in = gx + (b - gx_first) * G * hp + unit;
@@ -448,25 +420,17 @@ private:
         }
 
         void project(int64_t b0, int64_t b1) const {
-            walk_tiles<1>(Projected{*this}, b0, b1, 0, ceil_div(w.size_.output(), L));
+            const int64_t O = w.size_.output(), H = w.size_.hidden;
+            for (int64_t b = b0; b < b1; b++) previous[b] = unprojected + b * w.hp_;
+            const T* panels_hr = w.panels_hr_ + d * ceil_div(O, L) * H * L;
+            walk_tiles<1>(RowPanels<T>{previous, H, panels_hr, H * L, L, take_projected, this}, b0, b1, 0, ceil_div(O, L));
         }
 
-        struct Projected {
-            const Step& step;
-
-            template <int MR, int NJ>
-            void tile(int64_t b, int64_t u) const {
-                const auto& w = step.w;
-                const int64_t O = w.size_.output(), H = w.size_.hidden, panel = H * L;
-                Vec<T> acc[NJ][MR][1] = {};
-                RowPointers<T, MR> h;
-                for (int r = 0; r < MR; r++) h.row[r] = step.unprojected + (b + r) * w.hp_;
-                accumulate<MR, NJ, 1>(acc, h, w.panels_hr_ + (step.d * ceil_div(O, L) + u) * panel, panel, H);
-                for (int j = 0; j < NJ; j++)
-                    for (int r = 0; r < MR; r++)
-                        store_n(acc[j][r][0], step.y + (b + r) * step.ld_y + (u + j) * L, min(L, O - (u + j) * L));
-            }
-        };
+        static void take_projected(const void* taker, Vec<T>* sums, int rows, int64_t b, int64_t unit) {
+            const Step& step = *static_cast<const Step*>(taker);
+            const int64_t n = min(L, step.w.size_.output() - unit);
+            for (int r = 0; r < rows; r++) store_n(sums[r], step.y + (b + r) * step.ld_y + unit, n);
+        }
     };
 
     // h_n is the state of each row after its own last step, or h_0 where it has none.

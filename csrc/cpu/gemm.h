@@ -108,33 +108,48 @@ struct WeightRows {
     int64_t rows;  // how many of the L rows exist; the others count as zero
 };
 
-template <int MR, int NJ, int NV, class T, class A>
-OSTINATO_INLINE void accumulate_rows(Vec<T> (&acc)[NJ][MR][NV], const A& a, const WeightRows<T> (&w)[NJ][NV], int64_t ld,
-                                     int64_t depth) {
+// acc: [NJ][MR][NV], w: [NJ][NV]. Sums go through memory once per cache line of W, so that neither the number of gates nor the
+// cell is known here: one function for each MR.
+template <class T, int MR>
+__attribute__((noinline)) void accumulate_weight_rows(Vec<T>* acc, int64_t n_j, int64_t n_v, const RowPointers<T, MR>& a,
+                                                      const WeightRows<T>* w, int64_t ld, int64_t depth) {
     // One cache line of each row at a time: the rows of several gates together would evict each other's lines.
     constexpr int64_t E = Piece<T>::kElements, kLine = 64 / static_cast<int64_t>(sizeof(T));
     for (int64_t k0 = 0; k0 < depth; k0 += kLine)
-        _Pragma("GCC unroll 8") for (int j = 0; j < NJ; j++)
-            _Pragma("GCC unroll 8") for (int v = 0; v < NV; v++) {
-                if (w[j][v].rows == Vec<T>::kLanes && k0 + kLine <= depth) {
-                    _Pragma("GCC unroll 8") for (int64_t k = k0; k < k0 + kLine; k += E) {
-                        Vec<T> columns[E];
-                        load_columns<T, true>(w[j][v].w + k, ld, 0, 0, columns);
-                        _Pragma("GCC unroll 4") for (int64_t i = 0; i < E; i++)
-                            _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++)
-                                acc[j][r][v] = fma(Vec<T>(a.at(r, k + i)), columns[i], acc[j][r][v]);
-                    }
-                } else if (w[j][v].rows) {
-                    for (int64_t k = k0; k < min(k0 + kLine, depth); k += E) {
-                        const int64_t n = min(E, depth - k);
-                        Vec<T> columns[E];
-                        load_columns<T, false>(w[j][v].w + k, ld, w[j][v].rows, n, columns);
-                        for (int64_t i = 0; i < n; i++)
-                            _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++)
-                                acc[j][r][v] = fma(Vec<T>(a.at(r, k + i)), columns[i], acc[j][r][v]);
-                    }
+        for (int64_t i = 0; i < n_j * n_v; i++) {
+            if (!w[i].rows) continue;
+            Vec<T>* sums = acc + i / n_v * MR * n_v + i % n_v;
+            Vec<T> s[MR], columns[E];
+            _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++) s[r] = sums[r * n_v];
+            if (w[i].rows == Vec<T>::kLanes && k0 + kLine <= depth)
+                _Pragma("GCC unroll 8") for (int64_t k = k0; k < k0 + kLine; k += E) {
+                    load_columns<T, true>(w[i].w + k, ld, 0, 0, columns);
+                    _Pragma("GCC unroll 4") for (int64_t e = 0; e < E; e++)
+                        _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++) s[r] = fma(Vec<T>(a.at(r, k + e)), columns[e], s[r]);
                 }
-            }
+            else
+                for (int64_t k = k0; k < min(k0 + kLine, depth); k += E) {
+                    const int64_t n = min(E, depth - k);
+                    load_columns<T, false>(w[i].w + k, ld, w[i].rows, n, columns);
+                    for (int64_t e = 0; e < n; e++)
+                        _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++) s[r] = fma(Vec<T>(a.at(r, k + e)), columns[e], s[r]);
+                }
+            _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++) sums[r * n_v] = s[r];
+        }
+}
+
+// That function for 1 to 4 rows of A.
+template <class T>
+inline void multiply_weight_rows(Vec<T>* acc, int64_t n_j, int n_rows, int64_t n_v, const T* const* rows, const WeightRows<T>* w,
+                                 int64_t ld, int64_t depth) {
+    const auto with = [&](auto a) {
+        for (size_t r = 0; r < sizeof a.row / sizeof a.row[0]; r++) a.row[r] = rows[r];
+        accumulate_weight_rows(acc, n_j, n_v, a, w, ld, depth);
+    };
+    if (n_rows == 1) with(RowPointers<T, 1>{});
+    if (n_rows == 2) with(RowPointers<T, 2>{});
+    if (n_rows == 3) with(RowPointers<T, 3>{});
+    if (n_rows == 4) with(RowPointers<T, 4>{});
 }
 
 // Writes L columns of B = W^T, i.e. L rows of a row-major W, as [depth][stride] lanes: dst[k * stride + lane].
@@ -171,15 +186,14 @@ struct TransposedWeight {
         const int64_t gate = column / padded, unit = column % padded;
         return {w + (gate * hidden + unit) * ld + k0, max(0, min(Vec<T>::kLanes, hidden - unit))};
     }
-    template <int MR, int NJ, int NV, class A>
-    OSTINATO_INLINE void accumulate(Vec<T> (&acc)[NJ][MR][NV], const A& a, int64_t k0, int64_t depth, int64_t column) const {
-        WeightRows<T> source[NJ][NV];
-        for (int j = 0; j < NJ; j++)
-            for (int v = 0; v < NV; v++) {
-                const int64_t first = column + (j * NV + v) * Vec<T>::kLanes;
-                source[j][v] = first < columns() ? rows_of(k0, first) : WeightRows<T>{w, 0};
-            }
-        accumulate_rows<MR, NJ, NV>(acc, a, source, ld, depth);
+    template <int MR, int NV>
+    void accumulate(Vec<T> (&acc)[1][MR][NV], const RowPointers<T, MR>& a, int64_t k0, int64_t depth, int64_t column) const {
+        WeightRows<T> source[NV];
+        for (int v = 0; v < NV; v++) {
+            const int64_t first = column + v * Vec<T>::kLanes;
+            source[v] = first < columns() ? rows_of(k0, first) : WeightRows<T>{w, 0};
+        }
+        accumulate_weight_rows(acc[0][0], 1, NV, a, source, ld, depth);
     }
 };
 
@@ -196,26 +210,26 @@ struct RowMatrix {
             load_n(row + (n ? column : 0), n).store(dst + k * stride);
         }
     }
-    // Where there is no table. NJ times NV vectors of adjacent columns.
-    template <int MR, int NJ, int NV, class A>
-    OSTINATO_INLINE void accumulate(Vec<T> (&acc)[NJ][MR][NV], const A& a, int64_t k0, int64_t depth, int64_t column) const {
+    // Where there is no table. NV vectors of adjacent columns.
+    template <int MR, int NV>
+    void accumulate(Vec<T> (&acc)[1][MR][NV], const RowPointers<T, MR>& a, int64_t k0, int64_t depth, int64_t column) const {
         constexpr int64_t L = Vec<T>::kLanes;
         const T* rows = base + k0 * ld + column;
-        if (column + NJ * NV * L <= columns) return ostinato::accumulate<MR, NJ, NV>(acc, a, rows, NV * L, depth, ld);
+        if (column + NV * L <= columns) return ostinato::accumulate<MR, 1, NV>(acc, a, rows, 0, depth, ld);
         for (int64_t k = 0; k < depth; k++)
-            _Pragma("GCC unroll 4") for (int j = 0; j < NJ; j++)
-                _Pragma("GCC unroll 4") for (int v = 0; v < NV; v++) {
-                    const int64_t at = (j * NV + v) * L, n = max(0, min(L, columns - column - at));
-                    const Vec<T> b = load_n(rows + k * ld + (n ? at : 0), n);
-                    _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++)
-                        acc[j][r][v] = fma(Vec<T>(a.at(r, k)), b, acc[j][r][v]);
-                }
+            _Pragma("GCC unroll 4") for (int v = 0; v < NV; v++) {
+                const int64_t at = v * L, n = max(0, min(L, columns - column - at));
+                const Vec<T> b = load_n(rows + k * ld + (n ? at : 0), n);
+                _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++)
+                    acc[0][r][v] = fma(Vec<T>(a.at(r, k)), b, acc[0][r][v]);
+            }
     }
 };
 
 // C[b] = start + A[b] * B for `batches` pairs that share B; or, with segments > 1, one C whose k runs through
 // A[0], A[1], ... one after another, `depth` each.
-template <class T, class B>
+// One type for both sources of B: its tiles are most of the engine's code, and do not depend on where a panel comes from.
+template <class T>
 struct Product {
     int64_t rows = 0, columns = 0, depth = 0;  // M, N (of C; B may be packed wider), K of one segment
     int batches = 1, segments = 1;
@@ -226,7 +240,9 @@ struct Product {
     int64_t ldc = 0;
     const T* start = nullptr;  // [N] added to the first chain (readable up to a multiple of the lanes), or none
     bool resume = false;       // the sum goes on from what C holds
-    B b{};
+    // B is one of these; the other is empty.
+    TransposedWeight<T> weight{};
+    RowMatrix<T> matrix{};
 
     static constexpr int L = Vec<T>::kLanes;
     // kDepth is also part of the result: it says where the sum over k is cut, whatever the instruction set.
@@ -307,7 +323,10 @@ private:
                 for (int r = 0; r < R; r++) a_rows.row[r] = a[batch + segment] + min(r, rows - 1) * a_row + k0;
                 for (int64_t n = n0; n < n1; n += NR * L) {
                     Vec<T> acc[1][R][NR] = {};
-                    b.accumulate(acc, a_rows, segment * depth + k0, kn, n);
+                    if (weight.w)
+                        weight.accumulate(acc, a_rows, segment * depth + k0, kn, n);
+                    else
+                        matrix.accumulate(acc, a_rows, segment * depth + k0, kn, n);
                     finish<R, NR>(acc, rows, c[batch], 0, n, first);
                 }
                 first = false;
@@ -315,10 +334,12 @@ private:
     }
 
     void pack_column(T* dst, int64_t stride, int64_t k0, int64_t kn, int64_t column) const {
-        if (column < columns)
-            b.pack(dst, stride, k0, kn, column);
-        else
+        if (column >= columns)
             for (int64_t k = 0; k < kn; k++) Vec<T>(0).store(dst + k * stride);
+        else if (weight.w)
+            weight.pack(dst, stride, k0, kn, column);
+        else
+            matrix.pack(dst, stride, k0, kn, column);
     }
 
     template <int NR>

@@ -8,8 +8,9 @@
 // Traffic: a pass over x, y and the weights before and after.
 #pragma once
 
-#include "backward.h"
-#include "forward.h"
+#include "arena.h"
+#include "engine.h"
+#include "gemm.h"
 #include "storage.h"
 
 namespace ostinato {
@@ -84,23 +85,23 @@ void copy_weights(const Sizes& z, int64_t gates, const Weights<P> (&narrow)[2], 
     }
 }
 
-// A call on wide copies: widen, walk, narrow. Walk is the float32 walk of Call; who derives says which arrays there are.
-template <class S, class Call, class Walk>
+// A call on wide copies: widen, walk by the float32 kernel of the cell, narrow. Who derives says which arrays there are.
+template <class S, class Call>
 class Narrow {
 public:
     int64_t scratch_bytes() const { return arena_.used(); }
-
-    void run(Team& team) {
-        copies_.widen(team);
-        Walk(wide_, team.members(), inner_).run(team);
-        copies_.narrow(team);
-    }
 
 protected:
     Narrow(const Call& call, void* scratch) : wide_(call), arena_(scratch), copies_(arena_) {}
 
     // To be called when all arrays are named: the rest of the scratch is the walk's.
-    void finish(int members) { inner_ = arena_.take<char>(Walk(wide_, members, nullptr).scratch_bytes()); }
+    void finish(int64_t walk_bytes) { inner_ = arena_.take<char>(walk_bytes); }
+
+    void run(void (*walk)(const Call&, Team&, void*), Team& team) {
+        copies_.widen(team);
+        walk(wide_, team, inner_);
+        copies_.narrow(team);
+    }
 
     const void* in(const void* p, int64_t count) { return copies_.in(p, count); }
     void* out(void* p, int64_t count) { return copies_.out(p, count); }
@@ -114,10 +115,11 @@ private:
     void* inner_ = nullptr;
 };
 
-template <class S, class C>
-class NarrowForward : public Narrow<S, Forward, ForwardWalk<float, C>> {
+template <class S>
+class NarrowForward : public Narrow<S, Forward> {
 public:
-    NarrowForward(const Forward& call, int members, void* scratch) : Narrow<S, Forward, ForwardWalk<float, C>>(call, scratch) {
+    NarrowForward(Cell cell, const Kernel& walk, const Forward& call, int members, void* scratch)
+        : Narrow<S, Forward>(call, scratch), walk_(walk) {
         const Sizes& z = call.sizes;
         const int64_t states = z.directions * z.batch;
         Forward& wide = this->wide_;
@@ -125,21 +127,26 @@ public:
         wide.x = this->in(call.x, z.rows * z.input), wide.y = this->out(call.y, z.rows * z.directions * z.output());
         wide.h_0 = this->in(call.h_0, states * z.output()), wide.h_n = this->out(call.h_n, states * z.output());
         wide.cuts.h = this->in(call.cuts.h, states * z.output());
-        if (C::kHasCell) {
+        if (cell == Cell::kLstm) {
             wide.c_0 = this->in(call.c_0, states * z.hidden), wide.c_n = this->out(call.c_n, states * z.hidden);
             wide.cuts.c = this->in(call.cuts.c, states * z.hidden);
             wide.cells = this->out(call.cells, z.rows * z.directions * z.hidden);
         }
-        copy_weights(z, C::kGates, call.weights, wide.weights, [&](const void* p, int64_t n) { return this->in(p, n); });
-        this->finish(members);
+        copy_weights(z, gates_of(cell), call.weights, wide.weights, [&](const void* p, int64_t n) { return this->in(p, n); });
+        this->finish(walk.forward_scratch(wide, members));
     }
+
+    void run(Team& team) { Narrow<S, Forward>::run(walk_.forward, team); }
+
+private:
+    const Kernel& walk_;
 };
 
-template <class S, class C>
-class NarrowBackward : public Narrow<S, Backward, BackwardWalk<float, C>> {
+template <class S>
+class NarrowBackward : public Narrow<S, Backward> {
 public:
-    NarrowBackward(const Backward& call, int members, void* scratch)
-        : Narrow<S, Backward, BackwardWalk<float, C>>(call, scratch) {
+    NarrowBackward(Cell cell, const Kernel& walk, const Backward& call, int members, void* scratch)
+        : Narrow<S, Backward>(call, scratch), walk_(walk) {
         const Sizes& z = call.sizes;
         const int64_t states = z.directions * z.batch, width = z.directions * z.output();
         Backward& wide = this->wide_;
@@ -148,17 +155,22 @@ public:
         wide.h_0 = this->in(call.h_0, states * z.output()), wide.dh_0 = this->out(call.dh_0, states * z.output());
         wide.dh_n = this->in(call.dh_n, states * z.output());
         wide.cuts.h = this->in(call.cuts.h, states * z.output()), wide.dcut_h = this->out(call.dcut_h, states * z.output());
-        if (C::kHasCell) {
+        if (cell == Cell::kLstm) {
             wide.c_0 = this->in(call.c_0, states * z.hidden), wide.dc_0 = this->out(call.dc_0, states * z.hidden);
             wide.dc_n = this->in(call.dc_n, states * z.hidden);
             wide.cuts.c = this->in(call.cuts.c, states * z.hidden), wide.dcut_c = this->out(call.dcut_c, states * z.hidden);
             wide.dcells = this->in(call.dcells, z.rows * z.directions * z.hidden);
         }
-        copy_weights(z, C::kGates, call.weights, wide.weights, [&](const void* p, int64_t n) { return this->in(p, n); });
-        copy_weights(z, C::kGates, call.grads, wide.grads, [&](void* p, int64_t n) { return this->out(p, n); });
+        copy_weights(z, gates_of(cell), call.weights, wide.weights, [&](const void* p, int64_t n) { return this->in(p, n); });
+        copy_weights(z, gates_of(cell), call.grads, wide.grads, [&](void* p, int64_t n) { return this->out(p, n); });
         if (this->is_counting()) wide.dx = this;  // counted with all that may be asked for
-        this->finish(members);
+        this->finish(walk.backward_scratch(wide, members));
     }
+
+    void run(Team& team) { Narrow<S, Backward>::run(walk_.backward, team); }
+
+private:
+    const Kernel& walk_;
 };
 
 }  // namespace

@@ -75,18 +75,59 @@ constexpr int blocks_side_by_side() {
     return fit >= 4 ? 4 : fit >= 3 ? 3 : fit >= 2 ? 2 : 1;
 }
 
-// Calls f.template operator()<MR, NJ>(b, u) so that every (row, unit block) of [b0, b1) x [u0, u1) is covered once, the
-// rows innermost: a panel is read for all of them while it is near.
-template <int NV, class F>
+// Products of rows with packed panels, tile by tile, each tile's sums handed to who asked for them. Cells, both walks and the
+// projection ask alike, so this is compiled once for each number of vectors, not once for each cell.
+template <class T>
+struct RowPanels {
+    // sums: [n_rows][NV] of rows b, b + 1, ... and the unit block that begins at `unit`; they may be overwritten.
+    using Take = void (*)(const void* taker, Vec<T>* sums, int n_rows, int64_t b, int64_t unit);
+
+    const T* const* rows;  // row b of A at rows[b]
+    int64_t depth;         // k of one segment; A has `segments` of them, segment_stride apart, which follow each other in B
+    const T* panels;       // that of unit block u at panels + u * panel_stride, its row k at k * k_stride
+    int64_t panel_stride, k_stride;
+    Take take;
+    const void* taker;
+    int segments = 1;
+    int64_t segment_stride = 0;
+    bool is_paired = false;  // panels of bfloat16 pairs; rows of at most kPairedRows
+};
+
+// Up to this many rows, a tile waits for its panels more than it computes: bfloat16 weights stay narrow in them.
+constexpr int64_t kPairedRows = 2;
+
+// Covers every (row, unit block) of [b0, b1) x [u0, u1) once, the rows innermost: a panel is read for all of them while it
+// is near. NV: vectors of a panel's row.
+template <class T, int NV>
 struct TileWalk {
-    const F& f;
+    static constexpr int L = Vec<T>::kLanes;
+    const RowPanels<T>& p;
+
+    template <int MR, int NJ>
+    void tile(int64_t b, int64_t u) const {
+        Vec<T> acc[NJ][MR][NV] = {};
+        const T* panel = p.panels + u * p.panel_stride;
+        const int64_t k_stride = NV == 1 ? p.k_stride : NV * L;
+        for (int segment = 0; segment < p.segments; segment++, panel += p.depth * k_stride) {
+            RowPointers<T, MR> a;
+            for (int r = 0; r < MR; r++) a.row[r] = p.rows[b + r] + segment * p.segment_stride;
+            if constexpr (sizeof(T) == 4 && MR <= kPairedRows) {
+                if (p.is_paired) {
+                    accumulate_pairs<MR, NJ, NV>(acc, a, panel, p.panel_stride, p.depth);
+                    continue;
+                }
+            }
+            accumulate<MR, NJ, NV>(acc, a, panel, p.panel_stride, p.depth, k_stride);
+        }
+        for (int j = 0; j < NJ; j++) p.take(p.taker, acc[j][0], MR, b, (u + j) * L);
+    }
 
     template <int MR>
     void blocks(int64_t b, int64_t u, int64_t u1) const {
         constexpr int NJ = blocks_side_by_side<NV, MR>();
-        for (; u + NJ <= u1; u += NJ) f.template tile<MR, NJ>(b, u);
+        for (; u + NJ <= u1; u += NJ) tile<MR, NJ>(b, u);
         if constexpr (NJ > 1)
-            for (; u < u1; u++) f.template tile<MR, 1>(b, u);
+            for (; u < u1; u++) tile<MR, 1>(b, u);
     }
 
     template <int MR>
@@ -98,7 +139,6 @@ struct TileWalk {
     }
 
     void run(int64_t b0, int64_t b1, int64_t u0, int64_t u1) const {
-        if (b0 >= b1) return;
         constexpr int MR = max_tile_rows<NV>();
         // Tiles of equal height, give or take one row.
         const int64_t tiles = ceil_div(b1 - b0, MR), height = (b1 - b0) / tiles, taller = (b1 - b0) % tiles;
@@ -110,9 +150,9 @@ struct TileWalk {
     }
 };
 
-template <int NV, class F>
-inline void walk_tiles(const F& f, int64_t b0, int64_t b1, int64_t u0, int64_t u1) {
-    TileWalk<NV, F>{f}.run(b0, b1, u0, u1);
+template <int NV, class T>
+__attribute__((noinline)) void walk_tiles(const RowPanels<T>& panels, int64_t b0, int64_t b1, int64_t u0, int64_t u1) {
+    if (b0 < b1) TileWalk<T, NV>{panels}.run(b0, b1, u0, u1);
 }
 
 // Members that walk the same steps together. Each step is cut into groups; a group is claimed by one compare-and-swap, a

@@ -7,6 +7,10 @@
 #include <time.h>
 #include <unistd.h>
 
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -24,6 +28,42 @@ inline void pause() {
     asm volatile("yield");
 #endif
 }
+
+// How a thread computes with floating-point numbers: rounding, denormals as zero, traps.
+#if defined(__x86_64__)
+using FloatMode = unsigned;
+constexpr FloatMode kRaised = 0x3f;  // what exceptions have left: no part of the mode
+inline FloatMode float_mode() { return _mm_getcsr() & ~kRaised; }
+inline void set_float_mode(FloatMode mode) { _mm_setcsr((_mm_getcsr() & kRaised) | mode); }
+#elif defined(__aarch64__)
+using FloatMode = uint64_t;
+inline FloatMode float_mode() {
+    FloatMode mode;
+    asm volatile("mrs %0, fpcr" : "=r"(mode));
+    return mode;
+}
+inline void set_float_mode(FloatMode mode) { asm volatile("msr fpcr, %0" : : "r"(mode)); }
+#else
+using FloatMode = int;
+inline FloatMode float_mode() { return 0; }
+inline void set_float_mode(FloatMode) {}
+#endif
+
+// Brings a worker's own mode back when what it did for a caller is over: the worker may be torch's.
+class KeptMode {
+public:
+    KeptMode() : own_(float_mode()) {}
+    ~KeptMode() { adopt(own_); }
+    KeptMode(const KeptMode&) = delete;
+    KeptMode& operator=(const KeptMode&) = delete;
+
+    static void adopt(FloatMode mode) {
+        if (float_mode() != mode) set_float_mode(mode);
+    }
+
+private:
+    const FloatMode own_;
+};
 
 // How long a worker looks for the next phase before it sleeps.
 constexpr std::chrono::microseconds kSpin(60);
@@ -72,7 +112,7 @@ public:
 
     // Opens a phase for `workers` of our own, already started, and whoever else follows.
     void open(int64_t tasks, int workers, Call call, const void* body) {
-        call_ = call, body_ = body, tasks_ = tasks, opened_ = Clock::now();
+        call_ = call, body_ = body, tasks_ = tasks, mode_ = float_mode(), opened_ = Clock::now();
         pending_.store(tasks, std::memory_order_relaxed);
         ticket_.store(ticket_of(++phase_, workers, static_cast<uint64_t>(tasks)), std::memory_order_seq_cst);
         if (workers > 0 && sleepers_.load(std::memory_order_seq_cst) > 0) {
@@ -99,6 +139,7 @@ public:
 
     // Another's part.
     void follow(int member) {
+        const KeptMode kept;
         while (claim_and_run(phase_, member)) {}
     }
 
@@ -140,6 +181,7 @@ private:
             // Own workers past the limit, and all of them where the limit is 0, look on.
             if (own && member > static_cast<int>(ticket >> kTaskBits & 0xff)) return false;
         } while (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel, std::memory_order_acquire));
+        if (member != 0) KeptMode::adopt(mode_);
         call_(body_, tasks_ - static_cast<int64_t>(ticket & kTaskMask), member);
         pending_.fetch_sub(1, std::memory_order_acq_rel);
         return true;
@@ -149,6 +191,7 @@ private:
     void work(int index, uint32_t seen) {
         for (;;) {
             seen = next_phase(seen);
+            const KeptMode kept;
             while (claim_and_run(seen, index + 1, true)) {}
         }
     }
@@ -174,6 +217,7 @@ private:
     alignas(64) std::atomic<int64_t> pending_{0};
     alignas(64) std::atomic<int> sleepers_{0};
     Call call_ = nullptr;
+    FloatMode mode_{};  // the caller's
     Clock::duration longest_{}, lost_{};  // of the caller's tasks in the last phase, in processor time; taken from it
     Clock::time_point opened_{}, out_of_work_{};  // when the phase began, and when the caller found nothing left to claim
     std::atomic<Clock::rep> crowded_{0};  // when the cores were last found taken

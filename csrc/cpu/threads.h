@@ -5,7 +5,7 @@
 //     another process holds the cores, workers arrive late or never and the caller does the work alone; a caller that was
 //     kept waiting works alone for some milliseconds, and up to a fifth of a second where that goes on.
 //   - A second Python thread finds the pool busy and runs alone. Nothing blocks.
-//   - Workers spin for some tens of microseconds after a phase, then sleep in the kernel.
+//   - Workers compute in the caller's floating-point mode. After a phase they spin for some tens of microseconds, then sleep.
 //   - Beside torch, its OpenMP workers are used instead of ours (threads.cpp, OpenMp).
 //   - After fork, the child starts with a new, empty pool.
 #pragma once

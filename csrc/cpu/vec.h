@@ -73,6 +73,21 @@ struct Vec {
     friend Vec operator-(Vec a) { return Vec(-a.v); }
 };
 
+#if !(defined(__AVX2__) && defined(__FMA__)) && !defined(__AVX512F__) && !defined(__aarch64__)
+// No fused instruction in the baseline: libm's is exact (and slow), and the bits are the same. Out of line, because these
+// calls would be most of the code.
+template <class T>
+__attribute__((noinline)) Vec<T> fma_by_lanes(Vec<T> a, Vec<T> b, Vec<T> c) {
+    for (int i = 0; i < Vec<T>::kLanes; i++) {
+        if constexpr (sizeof(T) == 4)
+            c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
+        else
+            c.v[i] = __builtin_fma(a.v[i], b.v[i], c.v[i]);
+    }
+    return c;
+}
+#endif
+
 template <class T>
 inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
 #if defined(__AVX512F__)
@@ -91,14 +106,7 @@ inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
     else
         return Vec<T>(vfmaq_f64(c.v, a.v, b.v));
 #else
-    // No fused instruction in the baseline: libm's is exact (and slow), and the bits are the same.
-    for (int i = 0; i < Vec<T>::kLanes; i++) {
-        if constexpr (sizeof(T) == 4)
-            c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
-        else
-            c.v[i] = __builtin_fma(a.v[i], b.v[i], c.v[i]);
-    }
-    return c;
+    return fma_by_lanes(a, b, c);
 #endif
 }
 

@@ -75,6 +75,10 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
+# Known without asking: torch 2.10 to 2.12 cannot compile the question.
+_HAVE_AUTOCAST = ("cpu", "cuda", "xpu")
+
+
 def without_autocast(input: Tensor) -> torch.autocast:
     """Return a region in which the operators under a layer keep the dtypes that they are given.
 
@@ -86,7 +90,8 @@ def without_autocast(input: Tensor) -> torch.autocast:
     """
     kind = input.device.type
     # A device without autocast, such as meta, has nothing to switch off; "cpu" stands in for it.
-    return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)
+    known = kind in _HAVE_AUTOCAST or torch.amp.is_autocast_available(kind)
+    return torch.autocast(kind if known else "cpu", enabled=False)
 
 
 def batch_of(

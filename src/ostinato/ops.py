@@ -18,14 +18,15 @@ D directions.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.checkpoint import checkpoint
 
-from ostinato import _core, fallback, onnx_node, short, transforms
+from ostinato import _core, fallback, flops, onnx_node, profile, short, traced, transforms
 from ostinato.call import (
     DTYPES,
     Call,
@@ -42,6 +43,7 @@ from ostinato.cuda import layer as gpu
 from ostinato.cuda.sequence import reserve_bytes as gpu_reserve_bytes
 from ostinato.engine import CELLS, PAD, SAVED, Sizes, five_per_direction
 from ostinato.gradients import Results, is_beyond_engine, reference_gradients, reference_results
+from ostinato.later import when_imported
 
 _log = logging.getLogger("ostinato")
 
@@ -109,7 +111,20 @@ def layer(
     """
     is_compiled = torch.compiler.is_compiling()  # a compiler pays for each line, in each layer
     if not is_compiled:
+        tensors = (input, batch_sizes, h_0, c_0, *weights)
+        if has_torch_function(tensors):
+            return handle_torch_function(
+                layer,
+                tensors,
+                *(cell, input, batch_sizes, h_0, c_0, weights),
+                has_biases=has_biases,
+                bidirectional=bidirectional,
+                recompute=recompute,
+            )
         _require_tensors(input, h_0, c_0, weights)
+        if _is_recorded(cell):
+            flags = has_biases, bidirectional, recompute, *[None] * 4, False
+            return traced.record(cell, input, batch_sizes, h_0, c_0, weights, *flags)[:3]
     batch = batch_of(input, batch_sizes, h_0, c_0)
     call = Call(
         input, batch_sizes, batch, h_0, c_0, weights, cell, has_biases, bidirectional, recompute
@@ -182,31 +197,38 @@ def cut_layer(
 
     Source: torch.nn.RNN, GRU and LSTM.
     """
+    arguments: Any = cell, input, batch_sizes, h_0, c_0, weights
+    flags: Any = {
+        "has_biases": has_biases,
+        "bidirectional": bidirectional,
+        "recompute": recompute,
+    }
+    cuts: Any = {"lengths": lengths, "resets": resets, "reset_h": reset_h, "reset_c": reset_c}
+    if not torch.compiler.is_compiling():
+        tensors = (input, batch_sizes, h_0, c_0, *weights, *cuts.values())
+        if has_torch_function(tensors):
+            options = {**flags, **cuts, "all_c": all_c}
+            return handle_torch_function(cut_layer, tensors, *arguments, **options)
     _require_tensors(input, h_0, c_0, weights)
-    for name, tensor in (
-        ("lengths", lengths),
-        ("resets", resets),
-        ("reset_h", reset_h),
-        ("reset_c", reset_c),
-    ):
+    for name, tensor in cuts.items():
         if tensor is not None:
             require_tensor(name, tensor)
+    if _is_recorded(cell):
+        return traced.record(*arguments, *flags.values(), *cuts.values(), all_c)
     batch = batch_of(input, batch_sizes, h_0, c_0)
-    cuts = (lengths, resets, reset_h, reset_c)
-    call = Call(
-        input,
-        batch_sizes,
-        batch,
-        h_0,
-        c_0,
-        weights,
-        cell,
-        has_biases,
-        bidirectional,
-        recompute,
-        *cuts,
+    places = input, batch_sizes, batch, h_0, c_0, weights, cell
+    return _run(Call(*places, *flags.values(), *cuts.values()), all_c)
+
+
+def _is_recorded(cell: str) -> bool:
+    """Whether torch.jit.trace gets one node for this layer (`ostinato.traced`)."""
+    return (
+        cell in CELLS
+        and traced.is_recorded()
+        and not transforms.is_active()
+        # The exporter by TorchScript records too, and knows other nodes.
+        and not torch.onnx.is_in_onnx_export()
     )
-    return _run(call, all_c)
 
 
 def _run(call: Call, all_c: bool = False) -> Results:
@@ -219,7 +241,7 @@ def _run(call: Call, all_c: bool = False) -> Results:
 
 def _compute(call: Call, all_c: bool) -> Results:
     """Run a layer on an engine, on torch's operator or on the reference."""
-    input, device = call.input, call.input.device.type
+    device = call.input.device.type
     keep = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in call.tensors()
     )
@@ -229,6 +251,15 @@ def _compute(call: Call, all_c: bool) -> Results:
             return _run_operator(call, all_c, keep)
         if device == "cuda" and gpu.decide(call, is_training=keep, all_c=all_c).is_ours:
             return _run_gpu(call, all_c, keep)
+    if not profile.is_on():
+        return _run_elsewhere(call, all_c, keep, is_engines)
+    with profile.shown(call.cell, "forward"):
+        return _run_elsewhere(call, all_c, keep, is_engines)
+
+
+def _run_elsewhere(call: Call, all_c: bool, keep: bool, is_engines: bool) -> Results:
+    """Run a layer past the operator: under a transform, on torch's operator, on the reference."""
+    input, device = call.input, call.input.device.type
     sizes = check(call)
     if is_engines and transforms.serves(call):
         return transforms.run(call, all_c)
@@ -269,7 +300,8 @@ def _require_tensors(input: object, h_0: object, c_0: object, weights: Sequence[
     if c_0 is not None:
         require_tensor("c_0", c_0)
     for weight in weights:
-        require_tensor("weights", weight)
+        if not isinstance(weight, Tensor):
+            require_tensor("weights", weight)
 
 
 def _has_engine(call: Call) -> bool:
@@ -527,10 +559,25 @@ def _layer_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 
 # ---- registration: one line per backend ----
 
-_library.impl("layer", _layer_cpu, "CPU")  # type: ignore[no-untyped-call]
-_library.impl("layer_backward", _layer_backward_cpu, "CPU")  # type: ignore[no-untyped-call]
-_library.impl("layer", _layer_cuda, "CUDA")  # type: ignore[no-untyped-call]
-_library.impl("layer_backward", _layer_backward_cuda, "CUDA")  # type: ignore[no-untyped-call]
+
+def _register(operator: str, kernel: Callable[..., Any], key: str) -> None:
+    _library.impl(operator, profile.named(operator, kernel), key)  # type: ignore[no-untyped-call]
+
+
+_register("layer", _layer_cpu, "CPU")
+_register("layer_backward", _layer_backward_cpu, "CPU")
+_register("layer", _layer_cuda, "CUDA")
+_register("layer_backward", _layer_backward_cuda, "CUDA")
+traced.define(_library, layer, cut_layer)
+flops.register()
+# In what inductor compiles they stay calls, also where its `implicit_fallbacks` are switched off.
+# Arrays may lie as inductor likes: every kernel makes those dense that it wants so.
+when_imported(
+    "torch._inductor.lowering",
+    lambda module: module.FALLBACK_ALLOW_LIST.update(
+        ("ostinato::layer", "ostinato::layer_backward")
+    ),
+)
 torch.library.register_fake("ostinato::layer", _layer_fake, lib=_library)
 torch.library.register_fake("ostinato::layer_backward", _layer_backward_fake, lib=_library)
 torch.library.register_autograd(

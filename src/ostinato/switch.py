@@ -18,6 +18,7 @@ from torch.nn import Module
 from torch.nn.utils import parametrize
 
 from ostinato import nn
+from ostinato.versions import drop_compiled_graphs
 
 _Classes = Mapping[type[Module], type[Module]]
 
@@ -153,6 +154,8 @@ def _switch(function: str, model: Module, classes: _Classes) -> Report:
         else:
             _become_torchs(module, found)
         changed.append(Layer(name, found.__name__))
+    if changed:
+        drop_compiled_graphs()
     library = "ostinato.nn" if classes is _OURS else "torch.nn"
     return Report(model, library, tuple(changed), tuple(left))
 

@@ -17,6 +17,7 @@ from ostinato.cuda import choice, cudnn, launch, sequence
 from ostinato.cuda.config import Config
 from ostinato.cuda.plan import Device, at_once, plan
 from ostinato.engine import GATES, Sizes
+from ostinato.later import when_imported
 
 _MATHS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 # A compiled graph keeps its choice for every batch.
@@ -113,7 +114,6 @@ def _form(call: Call) -> str:
     return "bidirectional" if call.bidirectional else "padded"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _decide(
     cell: str,
     math: str,
@@ -142,6 +142,11 @@ def _decide(
         return Decision(found, reason)
     # What cuDNN does not have is not compared with it, but was anything run on this device at all?
     return Decision(choice.is_known(name), f"cuDNN has no such layer; {reason}")
+
+
+# A compiled graph keeps the answer. torch's decorator would load the compiler, which takes as long
+# as the rest of torch.
+when_imported("torch._dynamo", lambda compiler: compiler.assume_constant_result(_decide))
 
 
 _devices: dict[int, Device] = {}

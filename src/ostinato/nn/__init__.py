@@ -14,6 +14,7 @@ cast to it, autocast is off inside, and the results have it. Lower precision is 
 weights (`module.to(torch.bfloat16)`), not of the region that a call stands in.
 """
 
+from ostinato import expanded
 from ostinato.nn._cells import GRUCell, LSTMCell, RNNCell
 from ostinato.nn._layers import GRU, LSTM, RNN
 
@@ -23,3 +24,5 @@ __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 for _module in (GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell):
     _module.__module__ = __name__
 del _module
+
+expanded.register()

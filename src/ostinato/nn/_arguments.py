@@ -8,24 +8,43 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ostinato.nn._stand_ins import is_symbolic, is_tensor_like
+from ostinato.traced import unrecorded
 
-def state_pair(kind: str, hx: Any, name: str = "hx") -> tuple[Tensor | None, Tensor | None]:
-    """Return h and c of an LSTM's hx: None, or two tensors in a tuple, a list or one stack."""
+States = tuple[Tensor | None, Tensor | None]
+
+
+def state_pair(kind: str, hx: Any, name: str = "hx") -> States | None:
+    """Return h and c of an LSTM's hx: None, or two tensors in a tuple, a list or one stack.
+
+    Return None instead of the pair where torch.fx follows what is computed from hx.
+    """
     if hx is None:
         return None, None
-    if isinstance(hx, Tensor) and hx.dim() and hx.size(0) == 2:
+    if isinstance(hx, Tensor) and _is_pair(hx):
         # torch indexes hx, so a stack of both states has always worked for unbatched input.
         hx = hx.unbind(0)
     if not isinstance(hx, (tuple, list)):
+        if is_symbolic(hx):
+            return None
         reject_type(kind, name, "a tuple or list of two Tensors (h_0, c_0), or None", hx)
     if len(hx) != 2:
         raise RuntimeError(f"{kind}: expected {name} to hold two states (h_0, c_0), got {len(hx)}")
     h, c = hx
-    if not isinstance(h, Tensor):
+    if isinstance(h, Tensor) and isinstance(c, Tensor):
+        return h, c
+    if is_symbolic(h, c):
+        return None
+    if not is_tensor_like(h):
         reject_type(kind, f"{name}[0]", "a Tensor", h)
-    if not isinstance(c, Tensor):
+    if not is_tensor_like(c):
         reject_type(kind, f"{name}[1]", "a Tensor", c)
     return h, c
+
+
+@unrecorded
+def _is_pair(stack: Tensor) -> bool:
+    return stack.dim() > 0 and stack.size(0) == 2
 
 
 def attribute(module: torch.nn.Module, name: str) -> Tensor:
@@ -70,7 +89,7 @@ def check_devices(input: Tensor, weight: Tensor, h_0: Tensor | None, c_0: Tensor
 def check_weights(
     kind: str,
     names: Sequence[str],
-    weights: list[Tensor],
+    weights: Sequence[Tensor],
     shapes: Sequence[tuple[int, ...]],
     input: Tensor,
 ) -> None:

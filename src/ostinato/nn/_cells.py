@@ -21,50 +21,54 @@ from ostinato.nn._arguments import (
     reject_type,
     state_pair,
 )
+from ostinato.nn._neighbours import Neighbour
+from ostinato.nn._stand_ins import is_symbolic, is_tensor_like, leaf
+from ostinato.traced import unrecorded
 
+_unsafe_view = torch.ops.aten._unsafe_view.default
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-class _Cell(torch.nn.modules.rnn.RNNCellBase):
+def _alone(state: Tensor, size: int, dim: int) -> Tensor:
+    """Bring (1, B, H) to (B, H), or (1, 1, H) to (H,), as a tensor that is no view of another.
+
+    A view could not be detached in place. Nobody else holds this memory.
+    """
+    # A trace must not take the rows of its example for those of every call.
+    shape = (size,) if dim == 1 else (-1 if size else state.shape[1], size)
+    found: Tensor = _unsafe_view(state, shape)
+    return found
+
+
+class _Cell(Neighbour, torch.nn.modules.rnn.RNNCellBase):
     """What the cells share: every check, then a layer of one step."""
 
     # Stands in messages; the class name would differ in a parametrized or derived module.
     _kind: ClassVar[str]
     _gates: ClassVar[int]
 
-    def _short(
-        self, cell: str, input: Any, h: Any, c: Any
-    ) -> tuple[Tensor, None, Tensor | None] | None:
-        """Take the short way (`ostinato.short`), if it serves these arguments."""
-        plain = self._parameters
-        bias = bool(self.bias)
-        try:
-            weights: tuple[Any, ...] = plain["weight_ih"], plain["weight_hh"]
-            biases = plain["bias_ih"], plain["bias_hh"]
-        except KeyError:  # parametrized, or replaced by plain tensors
-            return None
-        if bias:
-            weights += biases
-        elif biases[0] is not None or biases[1] is not None:
-            return None
-        sizes = (self.input_size, self.hidden_size, 0, 1)
-        return short.run(cell, sizes, input, None, h, c, weights, bias, is_cell=True)
-
     def _step(
-        self, cell: str, input: Any, h: Tensor | None, c: Tensor | None
+        self,
+        cell: str,
+        weights: tuple[Tensor, ...],
+        input: Any,
+        h: Tensor | None,
+        c: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Check the arguments in the order of torch and run one step.
 
         Args:
             cell: name of the cell in `ostinato.ops.layer`.
+            weights: what `_weights` found.
             input: (B, I) or (I,).
             h: (B, H) or (H,), or None.
             c: likewise.
 
         Returns:
-            h' and c', shaped as h and c.
+            h' and c', shaped as h and c: no views, and backward does not read them, so that they
+            may be changed or detached in place.
         """
-        if not isinstance(input, Tensor):
+        if not isinstance(input, Tensor) and not is_tensor_like(input):
             reject_type(self._kind, "input", "a Tensor", input)
         dim = input.dim()
         if dim not in (1, 2):
@@ -77,57 +81,71 @@ class _Cell(torch.nn.modules.rnn.RNNCellBase):
             input = input.unsqueeze(0)
             h = None if h is None else h.unsqueeze(0)
             c = None if c is None else c.unsqueeze(0)
-        weights = self._weights()
+        for name, weight in zip(_NAMES, weights, strict=False):
+            if weight is None:
+                attribute(self, name)  # says so
         autocast = torch._C._is_any_autocast_enabled()
         if autocast:
             input, h, c = cast(weights[0].dtype, input, h, c)
         self._check(weights, input, h, c)
-        if autocast:
-            with without_autocast(input):
-                h, c = self._call(cell, weights, input, h, c)
-        else:
-            h, c = self._call(cell, weights, input, h, c)
-        if dim == 1:
-            return h.squeeze(0), None if c is None else c.squeeze(0)
-        return h, c
+        if not autocast:
+            return self._call(cell, weights, input, h, c, dim)
+        with without_autocast(input):
+            return self._call(cell, weights, input, h, c, dim)
 
     def _call(
-        self, cell: str, weights: list[Tensor], input: Tensor, h: Tensor | None, c: Tensor | None
+        self,
+        cell: str,
+        weights: tuple[Tensor, ...],
+        input: Tensor,
+        h: Tensor | None,
+        c: Tensor | None,
+        dim: int,
     ) -> tuple[Tensor, Tensor | None]:
         """Run one step of (B, I), (B, H) as a layer of (1, B, I), (1, B, H)."""
-        output, _, c_n = ops.layer(
+        # Not the output, which backward may read: h_n is memory of its own in every backend.
+        _, h_n, c_n = ops.layer(
             cell,
             input.unsqueeze(0),
             None,
             None if h is None else h.unsqueeze(0),
             None if c is None else c.unsqueeze(0),
-            weights,
+            list(weights),
             has_biases=len(weights) == 4,
             bidirectional=False,
         )
-        return output.squeeze(0), None if c_n is None else c_n.squeeze(0)
+        size = self.hidden_size
+        return _alone(h_n, size, dim), None if c_n is None else _alone(c_n, size, dim)
 
-    def _weights(self) -> list[Tensor]:
+    def _weights(self) -> tuple[Any, ...]:
         """Return weight_ih, weight_hh and, unless there are none, bias_ih and bias_hh."""
         # nn.Module takes 0.6 us to answer an attribute, its dict 0.05.
-        plain = self._parameters
-        weights = [
-            attribute(self, name) if (weight := plain.get(name)) is None else weight
-            for name in _NAMES[:2]
-        ]
-        biases = [plain[name] if name in plain else getattr(self, name) for name in _NAMES[2:]]
-        given = [bias for bias in biases if bias is not None]
-        if len(given) == 1:
-            # torch's cells take a bias on one side alone.
-            given = [torch.zeros_like(given[0]) if bias is None else bias for bias in biases]
-        return weights + given
+        plain: dict[str, Any] = self._parameters
+        found: tuple[Any, ...]
+        try:
+            found = plain["weight_ih"], plain["weight_hh"], plain["bias_ih"], plain["bias_hh"]
+        except KeyError:  # buffers, parametrized, or replaced by plain tensors
+            found = tuple(map(self._any_attribute, _NAMES))
+        one, other = found[2:]
+        if one is not None and other is not None:
+            return found
+        given = other if one is None else one
+        if given is None:
+            return found[:2]
+        # torch's cells take a bias on one side alone.
+        biases = (torch.zeros_like(given) if bias is None else bias for bias in (one, other))
+        return *found[:2], *biases
 
+    def _any_attribute(self, name: str) -> Any:
+        """Return a weight wherever the module keeps it; a bias may be None."""
+        found = self._buffers.get(name)
+        return getattr(self, name) if found is None else found
+
+    @unrecorded
     def _check(
-        self, weights: list[Tensor], input: Tensor, h: Tensor | None, c: Tensor | None
+        self, weights: tuple[Tensor, ...], input: Tensor, h: Tensor | None, c: Tensor | None
     ) -> None:
-        dtype = weights[0].dtype
-        if input.dtype != dtype:
-            reject_dtype(self._kind, "input", input, dtype)
+        # As in torch, sizes come before dtypes.
         batch, size = input.shape
         if size != self.input_size:
             raise RuntimeError(
@@ -138,6 +156,9 @@ class _Cell(torch.nn.modules.rnn.RNNCellBase):
             self._reject_size(0, batch, h)
         if c is not None and c.shape != expected:
             self._reject_size(1, batch, c)
+        dtype = weights[0].dtype
+        if input.dtype != dtype:
+            reject_dtype(self._kind, "input", input, dtype)
         if h is not None and h.dtype != dtype:
             reject_dtype(self._kind, "hx" if c is None else "hx[0]", h, dtype)
         if c is not None and c.dtype != dtype:
@@ -154,6 +175,10 @@ class _Cell(torch.nn.modules.rnn.RNNCellBase):
         )
 
     def _reject_size(self, index: int, batch: int, state: Tensor) -> NoReturn:
+        if state.dim() != 2:
+            raise RuntimeError(
+                f"Expected 2D hidden{index} (batch x hidden_size), but got {state.dim()}D tensor"
+            )
         if state.size(0) != batch:
             raise RuntimeError(
                 f"Input batch size {batch} doesn't match hidden{index} batch size {state.size(0)}"
@@ -221,15 +246,20 @@ class RNNCell(_Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Return h' of one step."""
-        found = self._short(f"rnn_{self.nonlinearity}", input, hx, None)
+        cell, weights = f"rnn_{self.nonlinearity}", self._weights()
+        sizes = self.input_size, self.hidden_size, 0, 1
+        biases = len(weights) == 4
+        found = short.run(cell, sizes, input, None, hx, None, weights, biases, is_cell=True)
         if found is not None:
             return found[0]
-        if hx is not None and not isinstance(hx, Tensor):
+        if is_symbolic(input, hx):
+            return leaf(self, input, hx)  # type: ignore[no-any-return]
+        if hx is not None and not is_tensor_like(hx):
             reject_type(self._kind, "hx", "a Tensor or None", hx)
         # As in torch, the attribute counts when it is used, not when it is set.
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return self._step(f"rnn_{self.nonlinearity}", input, hx, None)[0]
+        return self._step(cell, weights, input, hx, None)[0]
 
 
 class GRUCell(_Cell):
@@ -281,12 +311,17 @@ class GRUCell(_Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Return h' of one step."""
-        found = self._short("gru", input, hx, None)
+        weights = self._weights()
+        sizes = self.input_size, self.hidden_size, 0, 1
+        biases = len(weights) == 4
+        found = short.run("gru", sizes, input, None, hx, None, weights, biases, is_cell=True)
         if found is not None:
             return found[0]
-        if hx is not None and not isinstance(hx, Tensor):
+        if is_symbolic(input, hx):
+            return leaf(self, input, hx)  # type: ignore[no-any-return]
+        if hx is not None and not is_tensor_like(hx):
             reject_type(self._kind, "hx", "a Tensor or None", hx)
-        return self._step("gru", input, hx, None)[0]
+        return self._step("gru", weights, input, hx, None)[0]
 
 
 class LSTMCell(_Cell):
@@ -343,9 +378,19 @@ class LSTMCell(_Cell):
         self, input: Tensor, hx: tuple[Tensor, Tensor] | list[Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return (h', c') of one step."""
-        h, c = state_pair(self._kind, hx)
-        found = self._short("lstm", input, h, c)
-        h, c = (found[0], found[2]) if found is not None else self._step("lstm", input, h, c)
+        states = state_pair(self._kind, hx)
+        if states is None:
+            return leaf(self, input, hx)  # type: ignore[no-any-return]
+        weights = self._weights()
+        sizes = self.input_size, self.hidden_size, 0, 1
+        biases = len(weights) == 4
+        found = short.run("lstm", sizes, input, None, *states, weights, biases, is_cell=True)
+        if found is None:
+            if is_symbolic(input):
+                return leaf(self, input, hx)  # type: ignore[no-any-return]
+            h, c = self._step("lstm", weights, input, *states)
+        else:
+            h, c = found[0], found[2]
         assert c is not None
         return h, c
 

@@ -6,7 +6,7 @@ Legend: T steps, B batch, N packed rows, L layers, D directions, O output of a s
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ostinato import call
 from ostinato.nn._arguments import reject_type, state_pair
+from ostinato.traced import is_recorded, unrecorded
 
 
 class Cuts(NamedTuple):
@@ -47,6 +48,13 @@ class Cuts(NamedTuple):
         return first.masked_fill(begins, 0) if reset is None else torch.where(begins, reset, first)
 
 
+def first_size(batch_sizes: Tensor) -> Any:
+    """Return B of a packed batch; while torch.jit.trace records, what it can follow."""
+    if is_recorded():
+        return batch_sizes[0]
+    return int(batch_sizes[0]) if len(batch_sizes) else 0
+
+
 def padded_lengths(kind: str, lengths: Any, steps: int, batch: int, batched: bool) -> Tensor | None:
     """Return lengths as the operators take them, after every check.
 
@@ -75,16 +83,23 @@ def padded_lengths(kind: str, lengths: Any, steps: int, batch: int, batched: boo
         raise ValueError(f"{kind}: lengths must be whole numbers, got {lengths.dtype}")
     if not batched and lengths.dim() == 0:
         lengths = lengths.reshape(1)
-    if lengths.shape != (batch,):
-        raise RuntimeError(
-            f"{kind}: lengths must have shape {(batch,)}, one per row, got {tuple(lengths.shape)}"
-        )
     found: Tensor = lengths.to("cpu", torch.int64)
-    if not torch.compiler.is_compiling() and not call.is_wrapped(found):
-        call.check_lengths(found, steps)
+    _check_lengths(kind, found, steps, batch)
     return found
 
 
+@unrecorded
+def _check_lengths(kind: str, lengths: Tensor, steps: int, batch: int) -> None:
+    if lengths.shape != (batch,):
+        raise RuntimeError(
+            f"{kind}: lengths must have shape {(int(batch),)}, one per row, "
+            f"got {tuple(lengths.shape)}"
+        )
+    if not torch.compiler.is_compiling() and not call.is_wrapped(lengths):
+        call.check_lengths(lengths, steps)
+
+
+@unrecorded
 def resets_of(kind: str, resets: Any, input: Any, shape: tuple[int, ...]) -> Tensor | None:
     """Return resets in the layout of the caller's input, after every check.
 
@@ -141,7 +156,8 @@ def reset_states(
     if resets is None:
         raise ValueError(f"{kind}: reset_to says what resets bring, but resets is None")
     if len(shapes) == 2:
-        given: tuple[Any, ...] = state_pair(kind, reset_to, "reset_to")
+        # None would be a proxy of torch.fx, with which forward does not come here.
+        given: tuple[Any, ...] = state_pair(kind, reset_to, "reset_to") or ()
     else:
         given = (reset_to,)
     found: list[Tensor | None] = []
@@ -149,22 +165,25 @@ def reset_states(
         if not isinstance(state, Tensor):
             reject_type(kind, "reset_to", "a Tensor or None", state)
         full = state.unsqueeze(1) if state.dim() == 2 else state
-        if full.dim() != 3 or full.shape not in ((rows, batch, size), (rows, 1, size)):
-            _reject_reset(kind, (rows, batch, size), state)
-        # In a region of autocast all are cast to the dtype of the weights.
-        if full.dtype != input.dtype and not torch._C._is_any_autocast_enabled():
-            raise ValueError(
-                f"{kind}: reset_to must have input's dtype, {input.dtype}, got {full.dtype}"
-            )
-        if full.device != input.device:
-            raise RuntimeError(f"{kind}: reset_to must be on input's device, got {full.device}")
+        _check_reset_state(kind, full, state, (rows, batch, size), input)
         found.append(full.expand(rows, batch, size))
     return (found[0], found[1]) if len(found) == 2 else (found[0], None)
 
 
-def _reject_reset(kind: str, expected: tuple[int, int, int], got: Tensor) -> NoReturn:
-    rows, batch, size = expected
-    raise RuntimeError(
-        f"{kind}: reset_to must have shape {(rows, batch, size)} or {(rows, size)}, "
-        f"got {tuple(got.shape)}"
-    )
+@unrecorded
+def _check_reset_state(
+    kind: str, full: Tensor, given: Tensor, shape: tuple[int, int, int], input: Tensor
+) -> None:
+    rows, batch, size = shape
+    if full.dim() != 3 or full.shape not in ((rows, batch, size), (rows, 1, size)):
+        raise RuntimeError(
+            f"{kind}: reset_to must have shape {(rows, batch, size)} or {(rows, size)}, "
+            f"got {tuple(given.shape)}"
+        )
+    # In a region of autocast all are cast to the dtype of the weights.
+    if full.dtype != input.dtype and not torch._C._is_any_autocast_enabled():
+        raise ValueError(
+            f"{kind}: reset_to must have input's dtype, {input.dtype}, got {full.dtype}"
+        )
+    if full.device != input.device:
+        raise RuntimeError(f"{kind}: reset_to must be on input's device, got {full.device}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from ostinato.nn._arguments import state_pair
+from ostinato.nn._arguments import States, state_pair
 from ostinato.nn._shared import Layers
 
 
@@ -291,7 +291,7 @@ class LSTM(Layers):
         def __init__(self, *args, **kwargs):
             super().__init__("LSTM", *args, **kwargs)
 
-    def _states(self, hx: Any) -> tuple[Tensor | None, Tensor | None]:
+    def _states(self, hx: Any) -> States | None:
         return state_pair(self._kind, hx)
 
     def _result(

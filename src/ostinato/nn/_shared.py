@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from ostinato import fallback, ops, short
 from ostinato.call import without_autocast
 from ostinato.nn._arguments import (
+    States,
     attribute,
     cast,
     check_devices,
@@ -24,7 +25,10 @@ from ostinato.nn._arguments import (
     reject_dtype,
     reject_type,
 )
-from ostinato.nn._cuts import Cuts, padded_lengths, reset_states, resets_of
+from ostinato.nn._cuts import Cuts, first_size, padded_lengths, reset_states, resets_of
+from ostinato.nn._neighbours import Neighbour
+from ostinato.nn._stand_ins import is_symbolic, is_tensor_like, leaf
+from ostinato.traced import is_recorded, unrecorded
 
 # Output, h_n, c_n and, if asked for, h and c at every step.
 _Run = tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]
@@ -36,7 +40,7 @@ def _per_layer(state: Tensor | None, layers: int) -> Sequence[Tensor | None]:
     return (state,) * layers if state is None or layers == 1 else state.chunk(layers)
 
 
-class Layers(torch.nn.RNNBase):
+class Layers(Neighbour, torch.nn.RNNBase):
     """What RNN, GRU and LSTM share: every check, and the way through layers and directions."""
 
     # Stands in messages; the class name would differ in a parametrized or derived module.
@@ -93,11 +97,24 @@ class Layers(torch.nn.RNNBase):
         """Check the arguments in torch's order, bring them to (T, B, I), and run the layers."""
         cuts = None
         if lengths is not None or resets is not None or reset_to is not None or return_all_states:
+            if is_symbolic(input, hx, lengths, resets, reset_to):
+                return leaf(
+                    self,
+                    input,
+                    hx,
+                    lengths=lengths,
+                    resets=resets,
+                    reset_to=reset_to,
+                    return_all_states=return_all_states,
+                )
             cuts = self._cuts(input, lengths, resets, reset_to, return_all_states)
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, cuts)
         if not isinstance(input, Tensor):
-            reject_type(self._kind, "input", "a Tensor or a PackedSequence", input)
+            if is_symbolic(input):
+                return leaf(self, input, hx)
+            if not is_tensor_like(input):
+                reject_type(self._kind, "input", "a Tensor or a PackedSequence", input)
         dim = input.dim()
         if dim not in (2, 3):
             # torch's RNN says one word more than its siblings.
@@ -105,17 +122,20 @@ class Layers(torch.nn.RNNBase):
             raise ValueError(
                 f"{self._kind}: Expected input to be 2D or 3D, got {dim}D{word} instead"
             )
-        h_0, c_0 = self._states(hx)
+        states = self._states(hx)
+        if states is None:
+            return leaf(self, input, hx)
+        h_0, c_0 = states
         if (h_0 is not None and h_0.dim() != dim) or (c_0 is not None and c_0.dim() != dim):
             self._reject_dims(dim, h_0, c_0)
         if dim == 2:
             # One sequence is a batch of one; batch_first says nothing about it.
             h_0 = None if h_0 is None else h_0.unsqueeze(1)
             c_0 = None if c_0 is None else c_0.unsqueeze(1)
-            output, h_n, c_n, states = self._run(input.unsqueeze(1), None, None, h_0, c_0, cuts)
+            output, h_n, c_n, all_states = self._run(input.unsqueeze(1), None, None, h_0, c_0, cuts)
             c_n = None if c_n is None else c_n.squeeze(1)
-            states = tuple(state.squeeze(2) for state in states)
-            return self._result(output.squeeze(1), h_n.squeeze(1), c_n, states)
+            all_states = tuple(state.squeeze(2) for state in all_states)
+            return self._result(output.squeeze(1), h_n.squeeze(1), c_n, all_states)
         if self.batch_first:
             found = self._run(input.transpose(0, 1), None, None, h_0, c_0, cuts)
             return self._result(found[0].transpose(0, 1), *found[1:])
@@ -127,12 +147,12 @@ class Layers(torch.nn.RNNBase):
         """Check what cuts the rows; None where forward is to say first what is wrong with input."""
         kind = self._kind
         data = input.data if isinstance(input, PackedSequence) else input
-        if not isinstance(data, Tensor) or data.dim() not in (2, 3):
+        if not is_tensor_like(data) or data.dim() not in (2, 3):
             return None
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError(f"{kind}: lengths must be None where input is packed: it has them")
-            steps, batch = 0, int(input.batch_sizes[0]) if len(input.batch_sizes) else 0
+            steps, batch = 0, first_size(input.batch_sizes)
         elif data.dim() == 2:
             steps, batch = data.size(0), 1
         else:
@@ -153,18 +173,24 @@ class Layers(torch.nn.RNNBase):
 
     def _forward_packed(self, input: PackedSequence, hx: Any, cuts: Cuts | None) -> Any:
         data, batch_sizes, sorted_indices, unsorted_indices = input
-        h_0, c_0 = self._states(hx)
-        output, h_n, c_n, states = self._run(data, batch_sizes, sorted_indices, h_0, c_0, cuts)
+        states = self._states(hx)
+        if states is None or is_symbolic(data):
+            return leaf(self, input, hx)
+        h_0, c_0 = states
+        output, h_n, c_n, all_states = self._run(data, batch_sizes, sorted_indices, h_0, c_0, cuts)
         if unsorted_indices is not None:
             h_n = h_n.index_select(1, unsorted_indices)
             c_n = None if c_n is None else c_n.index_select(1, unsorted_indices)
         packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
-        return self._result(packed, h_n, c_n, states)
+        return self._result(packed, h_n, c_n, all_states)
 
-    def _states(self, hx: Any) -> tuple[Tensor | None, Tensor | None]:
-        """Return (h_0, c_0) of what the caller gave as `hx`."""
+    def _states(self, hx: Any) -> States | None:
+        """Return (h_0, c_0) of what the caller gave as `hx`; None if torch.fx follows it."""
         if hx is not None and not isinstance(hx, Tensor):
-            reject_type(self._kind, "hx", "a Tensor or None", hx)
+            if is_symbolic(hx):
+                return None
+            if not is_tensor_like(hx):
+                reject_type(self._kind, "hx", "a Tensor or None", hx)
         return hx, None
 
     def _result(
@@ -213,11 +239,7 @@ class Layers(torch.nn.RNNBase):
         autocast = torch._C._is_any_autocast_enabled()
         if autocast:
             input, h_0, c_0 = cast(weights[0].dtype, input, h_0, c_0)
-        self._check_input(weights[0].dtype, input, batch_sizes)
-        if h_0 is not None:
-            self._check_states(weights[0].dtype, input, batch_sizes, h_0, c_0)
-        check_devices(input, weights[0], h_0, c_0)
-        self._check_weights(input, weights)
+        self._check(weights, input, batch_sizes, h_0, c_0)
         if sorted_indices is not None and h_0 is not None:
             h_0 = h_0.index_select(1, sorted_indices)
             c_0 = None if c_0 is None else c_0.index_select(1, sorted_indices)
@@ -245,6 +267,22 @@ class Layers(torch.nn.RNNBase):
             attribute(self, name) if (weight := plain(name)) is None else weight
             for name in self._flat_weights_names
         ]
+
+    @unrecorded
+    def _check(
+        self,
+        weights: list[Tensor],
+        input: Tensor,
+        batch_sizes: Tensor | None,
+        h_0: Tensor | None,
+        c_0: Tensor | None,
+    ) -> None:
+        dtype = weights[0].dtype
+        self._check_input(dtype, input, batch_sizes)
+        if h_0 is not None:
+            self._check_states(dtype, input, batch_sizes, h_0, c_0)
+        check_devices(input, weights[0], h_0, c_0)
+        self._check_weights(input, weights)
 
     def _check_input(self, dtype: torch.dtype, input: Tensor, batch_sizes: Tensor | None) -> None:
         if input.dtype != dtype:
@@ -320,7 +358,8 @@ class Layers(torch.nn.RNNBase):
         """Run the layers one after the other, with dropout between them."""
         layers = self.num_layers
         is_stack = layers > 1 and cuts is None and self.memory == "keep"
-        if is_stack and input.device.type == "cuda":
+        # A trace gets a node for each layer, which decides as it runs.
+        if is_stack and input.device.type == "cuda" and not is_recorded():
             found = fallback.stack(
                 self.mode.lower(),
                 input,

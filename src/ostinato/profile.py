@@ -1,0 +1,50 @@
+"""Names that a user knows, where torch's profiler looks on: ostinato::gru_forward and the like."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_is_profiled = torch._C._autograd._profiler_enabled
+
+
+def is_on() -> bool:
+    """Whether a profiler looks on."""
+    return not torch.compiler.is_compiling() and _is_profiled()
+
+
+def shown(cell: str, way: str) -> torch.profiler.record_function:
+    """Return a range that a profiler shows.
+
+    Args:
+        cell: as in `ostinato.ops.layer`.
+        way: "forward" or "backward".
+    """
+    return torch.profiler.record_function(f"ostinato::{cell}_{way}")
+
+
+def named(operator: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Show a kernel to the profiler by its cell and direction, within its operator.
+
+    Args:
+        operator: "layer" or "layer_backward".
+        kernel: what runs it; takes the arguments of the schema, "cell" among them.
+
+    Returns:
+        The kernel, with a range of its own while a profiler is on.
+    """
+    schema = getattr(torch.ops.ostinato, operator).default._schema
+    place = [argument.name for argument in schema.arguments].index("cell")
+    way = "backward" if operator.endswith("backward") else "forward"
+
+    @functools.wraps(kernel)
+    def run(*arguments: Any) -> Any:
+        if not _is_profiled():
+            return kernel(*arguments)
+        with shown(arguments[place], way):
+            return kernel(*arguments)
+
+    return run

@@ -1,0 +1,81 @@
+"""tools/pythons.py and tools/progress.py: which Pythons are tried, and what is shown of a build."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+import progress
+import pythons
+from pythons import Python
+
+OLD, EARLY, LATE = Python((3, 9, 18), "a"), Python((3, 10, 2), "b"), Python((3, 10, 13), "c")
+BARE, NEW = Python((3, 13, 0), "d", ("no headers",)), Python((3, 12, 1), "e")
+
+
+def test_the_newest_usable_python_of_each_minor_version_is_taken():
+    assert pythons.best([OLD, EARLY, LATE, BARE, NEW]) == [LATE, NEW, BARE]
+    assert (
+        pythons.best([Python((3, 13, 9), "x", ("no venv",)), Python((3, 13, 0), "y")])[0].path
+        == "y"
+    )
+    assert (
+        pythons.best([Python((3, 13, 0), "first"), Python((3, 13, 0), "second")])[0].path == "first"
+    )
+
+
+def test_versions_are_chosen_by_words():
+    all_of_them = [Python((3, minor, 0), str(minor)) for minor in range(10, 15)]
+
+    def minors(wanted, without=""):
+        return [python.minor for python in pythons.select(all_of_them, wanted, without)]
+
+    assert minors("all") == ["3.10", "3.11", "3.12", "3.13", "3.14"]
+    assert minors("ends", "3.11") == ["3.10", "3.14"]
+    assert minors("ends", "3.10") == ["3.11", "3.14"]
+    assert minors("3.13 3.10") == ["3.13", "3.10"]
+    assert pythons.select([NEW], "ends", "3.12") == []
+    with pytest.raises(ValueError, match=r"no Python 3\.9 here"):
+        minors("3.9")
+
+
+def test_this_python_is_found_and_what_does_not_run_is_passed_over(tmp_path, monkeypatch):
+    broken = tmp_path / "python3.99"
+    broken.write_text("#!/bin/sh\nexit 127\n")
+    broken.chmod(0o755)
+    assert pythons.ask(str(broken)) is None
+    assert pythons.ask(str(tmp_path / "absent")) is None
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found, notes = pythons.find()
+    own = pythons.ask(sys.executable)
+    assert own.version == sys.version_info[:3]
+    assert found == ([] if own.lacks else [own])
+    assert sum("not on this machine" in note for note in notes) == 4 + (sys.version_info.minor > 14)
+
+
+NINJA = """\
+  Running command Building wheel for ostinato (pyproject.toml)
+  [3/14] Building CXX object CMakeFiles/ostinato_kernels_avx2_float.dir/csrc/cpu/kernels.cpp.o
+  [14/14] Linking CXX shared module _core.so
+"""
+
+
+def test_of_a_build_ninjas_steps_are_shown(tmp_path, capfd):
+    log = tmp_path / "logs" / "build.log"
+    assert progress.run(log, [sys.executable, "-c", f"print({NINJA!r})"]) == 0
+    shown = capfd.readouterr()
+    lines = [line.split(" s ")[1] for line in shown.out.splitlines()]
+    assert lines == [
+        "[3/14] kernels.cpp (ostinato_kernels_avx2_float)",
+        "[14/14] Linking CXX shared module _core.so",
+    ]
+    assert shown.err == ""
+    assert "Running command" in log.read_text()
+
+
+def test_a_build_that_fails_shows_all_of_its_log(tmp_path, capfd):
+    code = "import sys; print('error: no such type'); sys.exit(3)"
+    assert progress.run(tmp_path / "build.log", [sys.executable, "-c", code]) == 3
+    assert "error: no such type" in capfd.readouterr().err
