@@ -17,7 +17,6 @@ Legend: T steps, B batch, I input, H hidden, D directions, G gates.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -26,6 +25,8 @@ from torch import Tensor
 
 from ostinato.call import DTYPES, Call
 from ostinato.gradients import Results
+from ostinato.later import when_imported
+from ostinato.traced import unrecorded
 
 # The operator of each cell.
 KINDS = {"rnn_tanh": "RNN", "rnn_relu": "RNN", "gru": "GRU", "lstm": "LSTM"}
@@ -279,14 +280,8 @@ class _Node(torch.autograd.Function):
     def forward(
         ctx: Any, run: Callable[[], Results], form: Form, *inputs: Tensor | None
     ) -> tuple[Tensor, ...]:
-        # What computes the values is no part of the model. torch declares one of these two.
-        tracer: Any = torch._C
-        state = tracer._get_tracing_state()
-        tracer._set_tracing_state(None)
-        try:
-            return tuple(found for found in run()[:3] if found is not None)
-        finally:
-            tracer._set_tracing_state(state)
+        # What computes the values is no part of the model.
+        return tuple(found for found in unrecorded(run)()[:3] if found is not None)
 
     @staticmethod
     def symbolic(g: Any, run: Any, form: Form, *inputs: Any) -> tuple[Any, ...]:
@@ -316,20 +311,13 @@ def _is_packed_here(batch_sizes: Any) -> bool:
 
 
 def _is_exporting() -> bool:
-    """Whether torch.onnx.export is at work.
-
-    The strict mode of torch.export reads Python instead of running it. It takes this answer for a
-    constant and `_symbols` for one call, since torch.onnx is closed to it.
-    """
-    if not torch.onnx.is_in_onnx_export():
-        return False
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.allow_in_graph(_symbols)  # type: ignore[no-untyped-call]
-    return True
+    return bool(torch.onnx.is_in_onnx_export())
 
 
-# What torch.compiler.assume_constant_result does, but for importing the compiler with ostinato.nn.
-_is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# The strict mode of torch.export reads Python instead of running it. It takes this answer for a
+# constant, and `_symbols` for one call, since torch.onnx is closed to it.
+when_imported("torch._dynamo", lambda compiler: compiler.assume_constant_result(_is_exporting))
+when_imported("torch._dynamo", lambda compiler: compiler.allow_in_graph(_symbols))
 
 
 def is_wanted(call: Call) -> bool:
