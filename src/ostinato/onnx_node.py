@@ -117,7 +117,7 @@ def node(write: Writer, call: dict[str, Any]) -> tuple[Any, ...]:
     count = len(weights) // directions
     if count > (4 if call["has_biases"] else 2):
         raise NoCounterpartError("proj_size: ONNX has no LSTM with a projection")
-    rows, hidden = (int(size) for size in weights[1].shape)
+    rows, hidden = _sizes(weights[1])
     order = _ORDER[cell]
     units = [gate * hidden + unit for gate in order for unit in range(hidden)]
 
@@ -150,6 +150,12 @@ def node(write: Writer, call: dict[str, Any]) -> tuple[Any, ...]:
             for first, last in zip((call["h_0"], call["c_0"]), states, strict=False)
         ]
     return output, *states
+
+
+@unrecorded
+def _sizes(weight: Any) -> list[int]:
+    """Return the sizes of a weight, which no model may change, as numbers."""
+    return [int(size) for size in weight.shape]
 
 
 def _attributes(cell: str, directions: int) -> dict[str, Any]:
@@ -204,7 +210,7 @@ class _Tensors:
     """Tensors, whose operators torch's exporters know."""
 
     def ordered(self, weight: Tensor, rows: list[int]) -> Tensor:
-        return weight.index_select(0, torch.tensor(rows, device=weight.device))
+        return weight.index_select(0, unrecorded(torch.tensor)(rows, device=weight.device))
 
     def joined(self, parts: Sequence[Tensor], *shape: int) -> Tensor:
         return (torch.cat(list(parts)) if len(parts) > 1 else parts[0]).reshape(shape)
