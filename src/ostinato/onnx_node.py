@@ -25,6 +25,8 @@ from torch import Tensor
 
 from ostinato.call import DTYPES, Call
 from ostinato.gradients import Results
+from ostinato.later import when_imported
+from ostinato.traced import unrecorded
 
 # The operator of each cell.
 KINDS = {"rnn_tanh": "RNN", "rnn_relu": "RNN", "gru": "GRU", "lstm": "LSTM"}
@@ -115,7 +117,7 @@ def node(write: Writer, call: dict[str, Any]) -> tuple[Any, ...]:
     count = len(weights) // directions
     if count > (4 if call["has_biases"] else 2):
         raise NoCounterpartError("proj_size: ONNX has no LSTM with a projection")
-    rows, hidden = (int(size) for size in weights[1].shape)
+    rows, hidden = _sizes(weights[1])
     order = _ORDER[cell]
     units = [gate * hidden + unit for gate in order for unit in range(hidden)]
 
@@ -148,6 +150,12 @@ def node(write: Writer, call: dict[str, Any]) -> tuple[Any, ...]:
             for first, last in zip((call["h_0"], call["c_0"]), states, strict=False)
         ]
     return output, *states
+
+
+@unrecorded
+def _sizes(weight: Any) -> list[int]:
+    """Return the sizes of a weight, which no model may change, as numbers."""
+    return [int(size) for size in weight.shape]
 
 
 def _attributes(cell: str, directions: int) -> dict[str, Any]:
@@ -202,7 +210,7 @@ class _Tensors:
     """Tensors, whose operators torch's exporters know."""
 
     def ordered(self, weight: Tensor, rows: list[int]) -> Tensor:
-        return weight.index_select(0, torch.tensor(rows, device=weight.device))
+        return weight.index_select(0, unrecorded(torch.tensor)(rows, device=weight.device))
 
     def joined(self, parts: Sequence[Tensor], *shape: int) -> Tensor:
         return (torch.cat(list(parts)) if len(parts) > 1 else parts[0]).reshape(shape)
@@ -225,8 +233,6 @@ class _Traced(_Tensors):
         return output, *states
 
 
-# The strict mode of torch.export reads Python, and refuses to read torch.onnx.
-@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def _symbols(
     kind: str, hidden: int, directions: int, attributes: dict[str, Any], *inputs: Tensor | None
 ) -> list[Tensor]:
@@ -280,14 +286,8 @@ class _Node(torch.autograd.Function):
     def forward(
         ctx: Any, run: Callable[[], Results], form: Form, *inputs: Tensor | None
     ) -> tuple[Tensor, ...]:
-        # What computes the values is no part of the model. torch declares one of these two.
-        tracer: Any = torch._C
-        state = tracer._get_tracing_state()
-        tracer._set_tracing_state(None)
-        try:
-            return tuple(found for found in run()[:3] if found is not None)
-        finally:
-            tracer._set_tracing_state(state)
+        # What computes the values is no part of the model.
+        return tuple(found for found in unrecorded(run)()[:3] if found is not None)
 
     @staticmethod
     def symbolic(g: Any, run: Any, form: Form, *inputs: Any) -> tuple[Any, ...]:
@@ -316,10 +316,14 @@ def _is_packed_here(batch_sizes: Any) -> bool:
     return bool(batch_sizes.node().kind() == "prim::PackPadded")
 
 
-# A compiler that traces Python takes the answer for constant, as torch.export's strict mode must.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_exporting() -> bool:
-    return torch.onnx.is_in_onnx_export()
+    return bool(torch.onnx.is_in_onnx_export())
+
+
+# The strict mode of torch.export reads Python instead of running it. It takes this answer for a
+# constant, and `_symbols` for one call, since torch.onnx is closed to it.
+when_imported("torch._dynamo", lambda compiler: compiler.assume_constant_result(_is_exporting))
+when_imported("torch._dynamo", lambda compiler: compiler.allow_in_graph(_symbols))
 
 
 def is_wanted(call: Call) -> bool:
@@ -336,7 +340,7 @@ def is_wanted(call: Call) -> bool:
         >>> is_wanted(Call(torch.zeros(5, 2, 3), None, 2, None, None, weights, "gru", True, False))
         False
     """
-    return call.input.dtype in DTYPES and bool(_is_exporting())
+    return call.input.dtype in DTYPES and _is_exporting()
 
 
 def trace(call: Call, all_c: bool, run: Callable[[], Results]) -> Results:

@@ -266,7 +266,7 @@ def _is_recorded(cell: str) -> bool:
 def _run(call: Call, all_c: bool = False) -> Results:
     """Run a layer, or write it down where torch.onnx.export traces it."""
     if is_traced() and onnx_node.is_wanted(call):
-        check(call, values=False)
+        traced.unrecorded(check)(call, values=False)
         return onnx_node.trace(call, all_c, lambda: _compute(call, all_c))
     return _compute(call, all_c)
 

@@ -23,7 +23,7 @@ from ostinato.nn._arguments import (
 )
 from ostinato.nn._neighbours import Neighbour
 from ostinato.nn._stand_ins import is_symbolic, is_tensor_like, leaf
-from ostinato.traced import unrecorded
+from ostinato.traced import is_recorded, unrecorded
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -36,6 +36,8 @@ def _alone(state: Tensor, size: int, dim: int) -> Tensor:
     """
     # A trace must not take the rows of its example for those of every call.
     shape = (size,) if dim == 1 else (-1 if size else state.shape[1], size)
+    if is_recorded() and torch.onnx.is_in_onnx_export():
+        return state.reshape(shape)  # that exporter does not know the other
     found: Tensor = _unsafe_view(state, shape)
     return found
 
