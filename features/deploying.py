@@ -87,14 +87,9 @@ def _export_lengths(library: Any) -> None:
         _compare(program.module()(x, lengths), model(x, lengths))
 
 
-def _onnx(library: Any, model: torch.nn.Module, args: Any, shapes: Any) -> Any:
-    """Export by the library's own way, if it has one, else by torch's alone."""
+def _onnx(model: torch.nn.Module, args: Any, shapes: Any) -> Any:
     try:
-        if library is torch.nn:
-            return torch.onnx.export(model, args, dynamic_shapes=shapes, dynamo=True, verbose=False)
-        from ostinato.onnx import export
-
-        return export(model, args, dynamic_shapes=shapes)
+        return torch.onnx.export(model, args, dynamic_shapes=shapes, dynamo=True, verbose=False)
     except torch.onnx.OnnxExporterError as error:
         # Its own words are advice; what went wrong is beneath.
         raise RuntimeError(str(error.__cause__)) from error
@@ -119,7 +114,7 @@ def _run(program: Any, *args: torch.Tensor) -> list[torch.Tensor]:
 
 def _onnx_node(library: Any, name: str, **options: Any) -> Any:
     layer = getattr(library, name)(3, 4, **options).eval()
-    program = _onnx(library, layer, (torch.randn(5, 2, 3),), _any_shape())
+    program = _onnx(layer, (torch.randn(5, 2, 3),), _any_shape())
     for steps, batch in _SHAPES:
         x = torch.randn(steps, batch, 3)
         with torch.no_grad():
@@ -143,7 +138,7 @@ def _onnx_rnn(library: Any) -> None:
 
 def _onnx_lengths(library: Any) -> None:
     model = _Ragged(library).eval()
-    program = _onnx(library, model, _RAGGED, _ragged_shapes())
+    program = _onnx(model, _RAGGED, _ragged_shapes())
     x, lengths = torch.randn(8, 3, 3), torch.tensor([2, 8, 4])
     with torch.no_grad():
         _compare(_run(program, x, lengths), tree_leaves(model(x, lengths)))

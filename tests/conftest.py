@@ -27,7 +27,7 @@ CPU_ALONE = {
     "bits that the CPU engine promises": "invariance",
     "the short way past torch's dispatcher": "tensors",
     "NumPy": "math numpy numpy_input",
-    "ONNX Runtime": "onnx",
+    "ONNX Runtime": "onnx onnx_node",
     "the package, its commands and documents": "bench documents init main report",
     "no operator of torch's runs, which is cuDNN's way": "seams",
     "they choose their devices themselves": (

@@ -4,8 +4,11 @@ Every call goes through `engine.Layer`, whose arrays lie between poisoned guard 
 test here also shows reads and writes out of bounds and outputs that were never written.
 """
 
+import contextlib
+import ctypes
 import itertools
 import os
+import platform
 import subprocess
 import sys
 import textwrap
@@ -556,6 +559,33 @@ def test_python_threads_at_once(rng):
         thread.join(timeout=300)
     assert not any(thread.is_alive() for thread in threads)
     assert not wrong
+
+
+@contextlib.contextmanager
+def rounding_up():
+    """Round this thread's floating-point numbers towards infinity."""
+    upward = {"x86_64": 0x800, "aarch64": 0x400000}[platform.machine()]
+    libm = ctypes.CDLL("libm.so.6")
+    before = libm.fegetround()
+    assert libm.fesetround(upward) == 0
+    try:
+        yield
+    finally:
+        libm.fesetround(before)
+
+
+def test_workers_round_as_their_caller_does(isa, rng):
+    layer, cotangents, nearest = large(rng)
+    # A worker is born with the mode of whoever starts it.
+    layer.run(cotangents, threads=2)
+    with rounding_up():
+        alone = layer.run(cotangents)
+        assert (alone["y"] != nearest["y"]).any()
+    # Again and again, because a worker that comes late finds nothing to do.
+    for _ in range(20):
+        with rounding_up():
+            assert_same(layer.run(cotangents, threads=2), alone)
+        assert_same(layer.run(cotangents, threads=2), nearest)
 
 
 def test_a_forked_child_computes_the_same():

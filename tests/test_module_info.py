@@ -264,22 +264,46 @@ def test_memory_format_of_the_module_does_not_affect_output(name, dtype, trainin
             assert one.stride() == other.stride()
 
 
-@EVERY
-def test_errors(name, dtype, training):
+def errors(name, dtype, training):
+    """The entry's samples of what must fail."""
     info = ENTRIES[name]
-    found = info.module_error_inputs_func(
+    return info.module_error_inputs_func(
         info, device=device_type(), dtype=dtype, requires_grad=False, training=training
     )
-    assert found
+
+
+def raise_errors(found, name, training, **options):
+    """Let each sample fail with the type and the words that torch's table asserts."""
     for sample in found:
         make = sample.module_error_input.constructor_input
-        # The samples that fail in construction bring no dtype, those that fail in forward may.
-        extra = {} if "dtype" in make.kwargs else {"dtype": dtype}
+        arguments = {**options, **make.kwargs}
         if sample.error_on == ModuleErrorEnum.CONSTRUCTION_ERROR:
             with pytest.raises(sample.error_type, match=sample.error_regex):
-                getattr(nn, name)(*make.args, **make.kwargs, **extra)
+                getattr(nn, name)(*make.args, **arguments)
             continue
         call = sample.module_error_input.forward_input
-        module = getattr(nn, name)(*make.args, **make.kwargs, **extra).train(training)
+        module = getattr(nn, name)(*make.args, **arguments).train(training)
         with pytest.raises(sample.error_type, match=sample.error_regex):
             module(*call.args, **call.kwargs)
+
+
+@EVERY
+def test_errors(name, dtype, training):
+    """As torch runs them: a module that is given no dtype meets input of the entry's."""
+    found = errors(name, dtype, training)
+    assert found
+    raise_errors(found, name, training)
+
+
+@EVERY
+def test_errors_where_dtypes_agree(name, dtype, training):
+    raise_errors(errors(name, dtype, training), name, training, dtype=dtype)
+
+
+@pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="counted in torch 2.13")
+def test_the_errors_are_all_there():
+    """So many does torch 2.13 have for its six modules; `test_errors` meets each."""
+    counts = [
+        len(errors(name, dtype, True)) for name, info in ENTRIES.items() for dtype in info.dtypes
+    ]
+    assert sum(counts) == 116

@@ -3,87 +3,23 @@
 Legend: T steps, B batch, H hidden.
 """
 
-import itertools
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import tolerance
-from torch.export import Dim
-from torch.utils._pytree import tree_leaves
 
 from ostinato import nn
 from ostinato.onnx import export, translations
 
 onnx = pytest.importorskip("onnx")
-onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
+
+from onnx_models import CELLS, B, Model, Ragged, Resets, Several, T, compare, kinds, recurrent, run  # noqa: E402
 
 # torch's exporter, where one Dim stands at several arguments.
 pytestmark = pytest.mark.filterwarnings("ignore:# The axis name. B will not be used:UserWarning")
-
-T, B = Dim("T"), Dim("B")
-RECURRENT = {"RNN", "GRU", "LSTM"}
-
-
-def kinds(program):
-    return [node.op_type for node in program.model.graph]
-
-
-def recurrent(program):
-    return [node for node in program.model.graph if node.op_type in RECURRENT]
-
-
-def run(model, *args):
-    """ONNX Runtime's outputs; `model` is bytes or a path."""
-    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    names = [value.name for value in session.get_inputs()]
-    arrays = [value.numpy() for value in tree_leaves(args)]
-    outputs = session.run(None, dict(zip(names, arrays, strict=True)))
-    return [torch.from_numpy(output) for output in outputs]
-
-
-def compare(program, module, *args, steps=16):
-    """Compare ONNX Runtime's outputs with ours."""
-    onnx.checker.check_model(program.model_proto, full_check=True)
-    with torch.no_grad():
-        expected = tree_leaves(module(*args))
-    for a, e in zip(run(program.model_proto.SerializeToString(), *args), expected, strict=True):
-        torch.testing.assert_close(a, e, **tolerance(e.dtype, steps))
-
-
-class Several(torch.nn.Module):
-    """One cell with every option; each layer has its own states and returns all it has."""
-
-    def __init__(self, cls, **more):
-        super().__init__()
-        self.layers = torch.nn.ModuleList(
-            cls(3, 4, num_layers=layers, bidirectional=both, bias=bias, **more)
-            for layers, both, bias in itertools.product((1, 2), (False, True), (True, False))
-        )
-
-    def forward(self, x, states=None):
-        if states is None:
-            return [layer(x) for layer in self.layers]
-        return [layer(x, hx) for layer, hx in zip(self.layers, states, strict=True)]
-
-    def states(self, batch):
-        """Initial states for each layer."""
-        found = []
-        for layer in self.layers:
-            rows = layer.num_layers * (2 if layer.bidirectional else 1)
-            h_0, c_0 = torch.randn(2, rows, batch, 4)
-            found.append((h_0, c_0) if isinstance(layer, nn.LSTM) else h_0)
-        return found
-
-
-CELLS = {
-    "RNN tanh": (nn.RNN, {}),
-    "RNN relu": (nn.RNN, {"nonlinearity": "relu"}),
-    "GRU": (nn.GRU, {}),
-    "LSTM": (nn.LSTM, {}),
-}
 
 
 @pytest.mark.parametrize("with_states", [False, True])
@@ -122,22 +58,6 @@ def test_a_layer_is_its_node_and_the_transposition_of_its_output():
     # The weights in torch's order are gone.
     elements = sum(value.const_value.size for value in program.model.graph.initializers.values())
     assert elements < 1.01 * sum(p.numel() for p in layer.parameters())
-
-
-class Model(torch.nn.Module):
-    """A batch-first stack among other layers, a parametrized layer, and a cell."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = torch.nn.Linear(3, 6)
-        self.gru = nn.GRU(6, 5, 2, batch_first=True, bidirectional=True, dropout=0.5)
-        self.rnn = torch.nn.utils.parametrizations.weight_norm(nn.RNN(10, 4), "weight_hh_l0")
-        self.cell = nn.LSTMCell(4, 3)
-
-    def forward(self, x):
-        y, h_n = self.gru(torch.nn.functional.gelu(self.first(x)))
-        y, _ = self.rnn(y.transpose(0, 1))
-        return torch.tanh(y), h_n, *self.cell(y[-1])
 
 
 @pytest.mark.filterwarnings(r"ignore:`torch\.jit\.script_method` is:DeprecationWarning")
@@ -208,7 +128,6 @@ def test_a_translation_of_the_caller_s_is_used():
 def test_lengths(name):
     """Unsorted, also of no steps; a row of no steps keeps its state."""
     cls, options = CELLS[name]
-    layer = cls(3, 4, 2, bidirectional=True, **options).eval()
 
     def states(batch):
         h_0, c_0 = torch.randn(2, 4, batch, 4)
@@ -218,32 +137,13 @@ def test_lengths(name):
         batch = len(lengths)
         return torch.randn(steps, batch, 3), states(batch), torch.tensor(lengths)
 
-    class Ragged(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x, hx, lengths):
-            return self.layer(x, hx, lengths=lengths)
-
     each = ({1: B}, {1: B}) if cls is nn.LSTM else {1: B}
     shapes = ({0: T, 1: B}, each, {0: B})
-    model = Ragged().eval()
+    model = Ragged(cls, bidirectional=True, **options).eval()
     program = export(model, arguments(5, 5, 3), dynamic_shapes=shapes)
     assert len(recurrent(program)) == 2
     for steps, *lengths in ((5, 2, 5), (7, 7, 0, 4), (6, 1, 5)):
         compare(program, model, *arguments(steps, *lengths))
-
-
-class Resets(torch.nn.Module):
-    """Rows that begin anew."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.GRU(3, 4)
-
-    def forward(self, x, resets):
-        return self.layer(x, resets=resets)
 
 
 def test_what_has_no_counterpart_is_refused():

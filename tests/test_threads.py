@@ -4,7 +4,9 @@ Every wait here has an end: what hangs fails by its own timeout and says where.
 """
 
 import contextlib
+import ctypes
 import os
+import platform
 import select
 import signal
 import subprocess
@@ -66,6 +68,12 @@ def layer_of(hidden=128, size=64, cls=nn.GRU, **options):
 
 def same(actual, expected):
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def all_equal(actual, expected):
+    """Compare bits, in any mode, without torch: its own loops hang in a child that lacks OpenMP."""
+    pairs = zip(actual, expected, strict=True)
+    return all(a.numpy().tobytes() == e.numpy().tobytes() for a, e in pairs)
 
 
 # ---- Python threads ----
@@ -163,6 +171,85 @@ def test_threads_that_come_and_go():
         in_threads(2, lambda _: same(gradients(module, x), expected))
 
 
+# ---- the floating-point mode ----
+
+# The smallest normal number of float32.
+SMALLEST = 2.0**-126
+# fesetround's numbers for upward, by processor.
+UPWARD = {"x86_64": 0x800, "AMD64": 0x800, "aarch64": 0x400000, "arm64": 0x400000}
+
+
+def flush_to_zero(on):
+    assert torch.set_flush_denormal(on)
+
+
+def round_upward(on):
+    assert ctypes.CDLL(None).fesetround(UPWARD[platform.machine()] if on else 0) == 0
+
+
+@pytest.fixture
+def usual_mode():
+    yield
+    torch.set_flush_denormal(False)
+    round_upward(False)
+
+
+def everywhere(where, body):
+    """Run body() where torch's OpenMP workers carry the phases, or where our own do."""
+    if where == "main thread":
+        return body()
+    found = []
+    in_threads(1, lambda _: found.append(body()))
+    return found[0]
+
+
+def by_threads(module, x, threads):
+    """Return what a layer and its gradient give on so many threads."""
+    torch.set_num_threads(threads)
+    with torch.enable_grad():
+        return gradients(module, x)
+
+
+@pytest.mark.skipif(platform.machine() not in UPWARD, reason="no number for this processor")
+@pytest.mark.parametrize("where", ["main thread", "another thread"])
+@pytest.mark.parametrize("mode", [flush_to_zero, round_upward])
+def test_workers_compute_in_the_callers_mode(mode, where, usual_mode):
+    torch.manual_seed(0)
+    # A task of several time slices: then the pool is asked though others hold the cores.
+    module = nn.RNN(8, 256, nonlinearity="relu", bias=False)
+    x = torch.randn(300, 64, 8) * (1e-38 if mode is flush_to_zero else 1)
+
+    def body():
+        torch.set_flush_denormal(False)
+        usual = by_threads(module, x, 1)
+        for on in (True, False):
+            mode(on)
+            expected = by_threads(module, x, 1)
+            # The mode shows, so the workers' could.
+            assert all_equal(expected, usual) == (not on)
+            assert all_equal(by_threads(module, x, 2), expected)
+        return usual
+
+    usual = everywhere(where, body)
+    if mode is flush_to_zero:
+        is_denormal = (usual[0] != 0) & (usual[0].abs() < SMALLEST)
+        assert is_denormal.float().mean() > 0.1
+
+
+def test_torchs_workers_have_their_own_mode_again(usual_mode):
+    """They carry our phases, and torch's loops before and after."""
+    module, x = nn.RNN(8, 256, nonlinearity="relu"), torch.randn(300, 64, 8)
+    torch.set_num_threads(2)
+    numbers = torch.full((1 << 20,), SMALLEST / 4)
+    assert all_equal([numbers * 0.5 * 2], [numbers])
+    with torch.no_grad():
+        for _ in range(5):
+            flush_to_zero(True)
+            module(x)
+            flush_to_zero(False)
+            assert all_equal([numbers * 0.5 * 2], [numbers])
+
+
 # ---- processes ----
 
 
@@ -229,12 +316,6 @@ def in_child(body):
         os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     return answer.decode()
-
-
-def all_equal(actual, expected):
-    """Compare without torch, whose own operators hang in a child if they need its OpenMP."""
-    pairs = zip(actual, expected, strict=True)
-    return all(a.numpy().tobytes() == e.numpy().tobytes() for a, e in pairs)
 
 
 @forks

@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from devices import on_cpu
 from pairs import CELLS, LAYERS, SIX, TORCH_WARNS, flat, shapes, state
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -51,7 +52,10 @@ def arguments(module, steps, batch, with_state=True, **options):
 def assert_equal(found, expected):
     found, expected = flat(found), flat(expected)
     assert len(found) == len(expected)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    if on_cpu():
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    else:  # There a module runs a stack at once, and a trace layer by layer.
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def assert_same_gradients(traced, module, given):

@@ -23,7 +23,7 @@ from torch.func import (
     vmap,
 )
 
-from ostinato import nn, ops, reference, transforms
+from ostinato import nn, ops, reference, stacks, transforms
 
 CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
 MODULES = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
@@ -279,7 +279,7 @@ def test_gradients_of_each_with_cuts(cell, engine_alone):
 @cells
 def test_jacobian_of_the_input_alone_is_one_run(cell, monkeypatch, engine_alone):
     sample = draw(cell, bidirectional=True)
-    monkeypatch.setattr(transforms._core, "layers_backward", None)
+    monkeypatch.setattr(stacks._core, "layers_backward", None)
     results, pull = vjp(lambda x: tuple(sample._replace(input=x).run()), sample.input)
     seeds = [mapped(result, 0) for result in results]
     (actual,) = vmap(lambda *seeds: pull(seeds))(*seeds)
@@ -325,10 +325,10 @@ def test_many_gradients_at_once(cell):
 @pytest.mark.cpu("the compiled engine")
 def test_what_needs_no_gradient_keeps_nothing(monkeypatch):
     kept = []
-    run_one = transforms._run_one
+    run_one = transforms.run_one
     monkeypatch.setattr(
         transforms,
-        "_run_one",
+        "run_one",
         lambda plan, tensors: kept.append(plan.keep) or run_one(plan, tensors),
     )
     sample = draw("gru")

@@ -119,7 +119,13 @@ struct TileWalk {
             }
             accumulate<MR, NJ, NV>(acc, a, panel, p.panel_stride, p.depth, k_stride);
         }
-        for (int j = 0; j < NJ; j++) p.take(p.taker, acc[j][0], MR, b, (u + j) * L);
+        // A copy is handed on: accumulators whose address leaves this function would not stay in registers above.
+        _Pragma("GCC unroll 4") for (int j = 0; j < NJ; j++) {
+            Vec<T> sums[MR][NV];
+            _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++)
+                _Pragma("GCC unroll 4") for (int v = 0; v < NV; v++) sums[r][v] = acc[j][r][v];
+            p.take(p.taker, sums[0], MR, b, (u + j) * L);
+        }
     }
 
     template <int MR>

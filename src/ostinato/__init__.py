@@ -5,6 +5,8 @@
   `ostinato.restore(model)`: and back.
 - `ostinato.numpy`: inference and streaming on NumPy arrays, without torch.
 - `ostinato.ops`: the operators under the modules. `ostinato.cuda`: what runs on a GPU.
+- `ostinato.decompositions()`: a program of torch.export in operators of ATen alone.
+- `ostinato.from_r(weights)`: weights from R's torch, which counts layers from 1.
 - `ostinato.onnx`: ONNX models with one node for each layer.
 - `ostinato.opacus`: gradients of each sample for Opacus.
 - `ostinato.bench`: what a shape would gain.
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ostinato import bench, cuda, nn, numpy, onnx, opacus, ops, reference
+    from ostinato.aten import decompositions
+    from ostinato.names import from_r
     from ostinato.switch import replace, restore
 
 __version__ = "0.1.0"
@@ -30,6 +34,8 @@ __all__ = [
     "__version__",
     "bench",
     "cuda",
+    "decompositions",
+    "from_r",
     "nn",
     "numpy",
     "onnx",
@@ -41,7 +47,12 @@ __all__ = [
 ]
 
 # Functions, and the module that each stands in.
-_FUNCTIONS = {"replace": "switch", "restore": "switch"}
+_FUNCTIONS = {
+    "decompositions": "aten",
+    "from_r": "names",
+    "replace": "switch",
+    "restore": "switch",
+}
 
 
 def __getattr__(name: str) -> Any:

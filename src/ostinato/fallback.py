@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ostinato import transforms
+from ostinato import onnx_node, transforms
 from ostinato.call import Call, batch_of, check, is_traced
 from ostinato.cuda import cudnn
 from ostinato.cuda import layer as gpu
@@ -95,7 +95,8 @@ def stack(
     batch = batch_of(input, batch_sizes, h_0, c_0)
     options = cell, has_biases, bidirectional
     first = Call(input, batch_sizes, batch, None, None, weights[: len(weights) // layers], *options)
-    if not serves(first):
+    # ONNX has a node for each layer.
+    if not serves(first) or (is_traced() and onnx_node.is_wanted(first)):
         return None
     keep = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (input, h_0, c_0, *weights)

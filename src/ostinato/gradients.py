@@ -6,6 +6,7 @@ Legend: T steps, B batch, I input, H hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -65,6 +66,32 @@ def is_beyond_engine(grads: Sequence[Tensor | None]) -> bool:
     )
 
 
+def is_asked(ctx: Any, tensors: Sequence[Tensor | None]) -> list[bool]:
+    """Say which gradients the backward that runs is to have.
+
+    torch tells its own operators, a Function only which of its arguments could have one: in the
+    gradient of one input those of the weights would be computed, and thrown away.
+
+    Args:
+        ctx: of an autograd.Function in its backward.
+        tensors: all arguments that can be tensors, in order.
+
+    Returns:
+        An answer for each; False where there is no tensor.
+    """
+    edges = iter(ctx.next_functions)
+    return [t is not None and _will_run(next(edges)[0]) for t in tensors]
+
+
+def _will_run(node: Any) -> bool:
+    if node is None:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # so it says of a leaf that torch.autograd.grad is to differentiate by
+        return True
+
+
 def reference_gradients(
     call: Call,
     grads: Sequence[Tensor | None],
@@ -106,9 +133,13 @@ def _gradients(
     higher = torch.is_grad_enabled()
     # Backward may stand in a region of autocast that forward did not see.
     first = next(t for t in tensors if t is not None)
-    with torch.enable_grad(), without_autocast(first):
+    is_autocast = torch._C._is_any_autocast_enabled()
+    with torch.enable_grad(), without_autocast(first) if is_autocast else nullcontext():
         # Aliases: these derivatives stop at this call's arguments, higher ones go on.
-        primals = [None if t is None else t.view_as(t) for t in tensors]
+        primals = [
+            t.view_as(t) if t is not None and want else t
+            for t, want in zip(tensors, wanted, strict=True)
+        ]
         results = run(primals)
         pairs = [
             (result, grad)
@@ -134,14 +165,18 @@ def _gradients(
 
 def _reference_cell(call: Call) -> tuple[Tensor, None, Tensor | None, None]:
     """Run the reference on (B, I) or (I,) and (B, H) or (H,)."""
-    lead = (1, 1) if call.input.dim() == 1 else (1,)
-    h_0, c_0 = (None if t is None else t.reshape(*lead, *t.shape) for t in (call.h_0, call.c_0))
-    input = call.input.reshape(*lead, *call.input.shape)
-    layer_call = call._replace(input=input, batch=input.shape[1], h_0=h_0, c_0=c_0)
-    check(layer_call)
-    output, _, c_n, _ = reference_results(layer_call)
-    shape = (*call.input.shape[:-1], output.shape[-1])
-    return output.reshape(shape), None, None if c_n is None else c_n.reshape(shape), None
+    shape = call.input.shape[:-1]
+
+    def row(tensor: Tensor) -> Tensor:
+        return tensor if shape else tensor.unsqueeze(0)
+
+    input, h, c = row(call.input), *(s if s is None else row(s) for s in (call.h_0, call.c_0))
+    h_0, c_0 = (None if state is None else state.unsqueeze(0) for state in (h, c))
+    # what hooks of saved tensors return need not be what was saved
+    check(call._replace(input=input.unsqueeze(0), batch=len(input), h_0=h_0, c_0=c_0))
+    found = reference.one_step(call.cell, input, h, c, call.weights, has_biases=call.has_biases)
+    output, c_n = (*(t if shape else t.squeeze(0) for t in found), None)[:2]
+    return output, None, c_n, None
 
 
 def differentiable_again(call: Call, results: Results, layers: int = 1) -> Results:

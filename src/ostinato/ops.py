@@ -26,7 +26,17 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.checkpoint import checkpoint
 
-from ostinato import _core, fallback, flops, profile, short, traced, transforms
+from ostinato import (
+    _core,
+    fallback,
+    flops,
+    onnx_node,
+    profile,
+    reference,
+    short,
+    traced,
+    transforms,
+)
 from ostinato.call import (
     DTYPES,
     Call,
@@ -34,6 +44,7 @@ from ostinato.call import (
     batch_of,
     check,
     check_backward,
+    is_traced,
     reject_nested,
     require_tensor,
     reserve_bytes,
@@ -140,6 +151,27 @@ def layer(
     return _run(call)[:3]
 
 
+def one_step(
+    cell: str, input: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None] | None:
+    """Run one step of a cell by elementary operators, where transforms are at work that want these.
+
+    Args:
+        cell: as in `layer`.
+        input: (B, I). All is checked by the caller.
+        h: (B, H), or None for zeros.
+        c: likewise; LSTM only.
+        weights: weight_ih, weight_hh[, bias_ih, bias_hh].
+
+    Returns:
+        h', and c' or None; or None instead where the step is to run as a layer.
+    """
+    if not transforms.is_active() or not transforms.sees_through_step():
+        return None
+    found = reference.one_step(cell, input, h, c, weights, has_biases=len(weights) == 4)
+    return found[0], found[1] if cell == "lstm" else None
+
+
 def cut_layer(
     cell: str,
     input: Tensor,
@@ -231,7 +263,15 @@ def _is_recorded(cell: str) -> bool:
     )
 
 
-def _run(call: Call, all_c: bool = False) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def _run(call: Call, all_c: bool = False) -> Results:
+    """Run a layer, or write it down where torch.onnx.export traces it."""
+    if is_traced() and onnx_node.is_wanted(call):
+        check(call, values=False)
+        return onnx_node.trace(call, all_c, lambda: _compute(call, all_c))
+    return _compute(call, all_c)
+
+
+def _compute(call: Call, all_c: bool) -> Results:
     """Run a layer on an engine, on torch's operator or on the reference."""
     device = call.input.device.type
     keep = torch.is_grad_enabled() and any(
@@ -538,7 +578,10 @@ def _layer_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     grads = (*grads[:3], grads[3] if ctx.all_c else None)
     found: Sequence[Tensor | None]
     if is_beyond_engine(grads):
-        found = reference_gradients(call, grads, wanted)
+        if call.input.device.type == "cpu" and any(grad is not None for grad in grads):
+            found = transforms.gradients(call, grads, y, reserve, wanted)
+        else:
+            found = reference_gradients(call, grads, wanted)
     elif any(grad is not None for grad in grads):
         # A state that is absent has no gradient, but a place in the list.
         wanted = [bool(want) for want in wanted]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -44,12 +45,17 @@ def namespace(array: Array) -> Any:
     """
     if hasattr(array, "__array_namespace__"):
         return array.__array_namespace__()
-    # torch tensors and NumPy 1 arrays: the library that defines the class, or a base of it.
-    for base in type(array).__mro__:
+    return _library(type(array))  # type: ignore[arg-type]
+
+
+@lru_cache
+def _library(kind: type) -> Any:
+    """Return the library of torch tensors and NumPy 1 arrays: of the class, or of a base of it."""
+    for base in kind.__mro__:
         module = sys.modules.get(base.__module__.partition(".")[0])
         if hasattr(module, "tanh") and hasattr(module, "concatenate"):
             return module
-    raise TypeError(f"expected a NumPy array or a torch tensor, got {type(array).__name__}")
+    raise TypeError(f"expected a NumPy array or a torch tensor, got {kind.__name__}")
 
 
 def sigmoid(x: Array) -> Array:
@@ -68,8 +74,11 @@ def sigmoid(x: Array) -> Array:
         >>> sigmoid(numpy.array([-1000.0, 0.0, 1000.0])).tolist()
         [0.0, 0.5, 1.0]
     """
+    xp = namespace(x)
+    if hasattr(xp, "sigmoid"):  # torch has it as one operator
+        return xp.sigmoid(x)
     # exp(-x) overflows for large |x| and turns gradients into inf * 0 = NaN; tanh saturates.
-    return 0.5 * namespace(x).tanh(0.5 * x) + 0.5
+    return 0.5 * xp.tanh(0.5 * x) + 0.5
 
 
 def relu(x: Array) -> Array:
@@ -151,12 +160,11 @@ def gru_step(gates_x: Array, gates_h: Array, h: Array) -> Array:
 
     Source: Cho et al. 2014, arXiv:1406.1078v1, reset after the matrix product as in cuDNN.
     """
-    r_x, z_x, n_x = _gates(gates_x, 3)
-    r_h, z_h, n_h = _gates(gates_h, 3)
-    r = sigmoid(r_x + r_h)
-    z = sigmoid(z_x + z_h)
-    n = namespace(h).tanh(n_x + r * n_h)
-    return (1 - z) * n + z * h
+    rz_x, n_x = _cut(gates_x, 2 * h.shape[-1])
+    rz_h, n_h = _cut(gates_h, 2 * h.shape[-1])
+    r, z = _gates(sigmoid(rz_x + rz_h), 2)  # both in one: fewer operators
+    n = namespace(h).tanh(_add_product(n_x, r, n_h))
+    return _between(n, h, z)
 
 
 def lstm_step(
@@ -191,7 +199,7 @@ def lstm_step(
     f = sigmoid(a_f)
     g = xp.tanh(a_g)
     o = sigmoid(a_o)
-    c = f * c + i * g
+    c = _add_product(f * c, i, g)
     h = o * xp.tanh(c)
     return (h if weight_hr is None else h @ weight_hr.T), c
 
@@ -312,9 +320,11 @@ def states(
     rows, sizes, batch = _packed(input, batch_sizes, h_0 if h_0 is not None else c_0)
     flags = None if resets is None else resets.reshape((rows.shape[0],))
     outputs, cells, ends = [], [], []
-    for d, weight in enumerate(_directions(cell, weights, has_biases, bidirectional)):
-        state = _initial(cell, weight, batch, h_0, c_0, d)
-        anew = _initial(cell, weight, batch, reset_h, reset_c, d)
+    for d, weight in enumerate(directions(cell, weights, has_biases, bidirectional)):
+        first = (None if s is None else s[d] for s in (h_0, c_0, reset_h, reset_c))
+        h, c, anew_h, anew_c = first
+        state = _initial(cell, weight, batch, h, c)
+        anew = _initial(cell, weight, batch, anew_h, anew_c)
         cuts = _Cuts(lengths, flags, anew)
         found, state = _walk(cell, weight, rows, sizes, state, cuts, reverse=d == 1)
         outputs.append(found[0])
@@ -330,7 +340,42 @@ def states(
     return output, h_n, c_n, all_c
 
 
-class _Weights(NamedTuple):
+def one_step(
+    cell: str,
+    input: Array,
+    h: Array | None,
+    c: Array | None,
+    weights: Sequence[Array],
+    *,
+    has_biases: bool,
+) -> _State:
+    """One step of one direction (docs/math.md, equations 1 to 22).
+
+    Args:
+        cell: as in `layer`.
+        input: (B, I).
+        h: (B, O), or None for zeros.
+        c: (B, H), or None for zeros; LSTM only.
+        weights: of one direction, as in `layer`.
+        has_biases: as in `layer`.
+
+    Returns:
+        The next h, and for an LSTM the next c.
+
+    Example:
+        >>> import numpy
+        >>> weights = [numpy.ones((2, 3)), numpy.zeros((2, 2))]
+        >>> one_step("rnn_relu", numpy.ones((1, 3)), None, None, weights, has_biases=False)
+        (array([[3., 3.]]),)
+    """
+    (weight,) = directions(cell, weights, has_biases, False)
+    state = _initial(cell, weight, input.shape[0], h, c)
+    gates_x = linear(input, weight.ih, weight.bias_ih)
+    gates_h = linear(state[0], weight.hh, weight.bias_hh)
+    return STEPS[cell](gates_x, gates_h, state, weight.hr)
+
+
+class Weights(NamedTuple):
     """The parameters of one direction."""
 
     ih: Array  # (G * H, I)
@@ -350,13 +395,54 @@ class _Cuts(NamedTuple):
 
 def _gates(a: Array, count: int) -> list[Array]:
     """Cut (..., count * H) into `count` arrays (..., H)."""
+    if hasattr(a, "chunk"):  # torch differentiates it as one operator
+        return a.chunk(count, -1)  # type: ignore[no-any-return]
     hidden = a.shape[-1] // count
     return [a[..., k * hidden : (k + 1) * hidden] for k in range(count)]
 
 
-def _linear(x: Array, weight: Array, bias: Array | None) -> Array:
-    """One side of equation 1."""
-    return x @ weight.T if bias is None else x @ weight.T + bias
+def _add_product(a: Array, b: Array, c: Array) -> Array:
+    """A + b * c."""
+    xp = namespace(a)
+    return xp.addcmul(a, b, c) if hasattr(xp, "addcmul") else a + b * c
+
+
+def _between(a: Array, b: Array, z: Array) -> Array:
+    """(1 - z) * a + z * b."""
+    xp = namespace(a)
+    return xp.lerp(a, b, z) if hasattr(xp, "lerp") else (1 - z) * a + z * b
+
+
+def _cut(a: Array, at: int) -> tuple[Array, Array]:
+    """Cut (..., n) into (..., at) and (..., n - at)."""
+    if hasattr(a, "split_with_sizes"):
+        first, rest = a.split_with_sizes([at, a.shape[-1] - at], -1)
+        return first, rest
+    return a[..., :at], a[..., at:]
+
+
+def linear(x: Array, weight: Array, bias: Array | None) -> Array:
+    """One side of equation 1: x @ weight.T + bias.
+
+    Args:
+        x: (N, I).
+        weight: (O, I).
+        bias: (O,), or None.
+
+    Returns:
+        (N, O).
+
+    Example:
+        >>> import numpy
+        >>> linear(numpy.ones((1, 2)), numpy.ones((3, 2)), numpy.ones(3)).tolist()
+        [[3.0, 3.0, 3.0]]
+    """
+    if bias is None:
+        return x @ weight.T
+    xp = namespace(x)
+    if hasattr(xp, "addmm"):  # torch has it as one operator
+        return xp.addmm(bias, x, weight.T)
+    return x @ weight.T + bias
 
 
 def _packed(
@@ -381,12 +467,12 @@ def _packed(
     return input, sizes, batch
 
 
-def _directions(
+def directions(
     cell: str, weights: Sequence[Array], has_biases: bool, bidirectional: bool
-) -> list[_Weights]:
+) -> list[Weights]:
     """Give each array of the flat sequence its name."""
-    if cell not in _STEPS:
-        raise ValueError(f"cell: expected one of {', '.join(_STEPS)}, got {cell!r}")
+    if cell not in STEPS:
+        raise ValueError(f"cell: expected one of {', '.join(STEPS)}, got {cell!r}")
     directions = 2 if bidirectional else 1
     count, rest = divmod(len(weights), directions)
     plain = 4 if has_biases else 2
@@ -401,14 +487,12 @@ def _directions(
     for d in range(directions):
         ih, hh, *rest_of = weights[d * count : (d + 1) * count]
         bias_ih, bias_hh = rest_of[:2] if has_biases else (None, None)
-        named.append(_Weights(ih, hh, bias_ih, bias_hh, rest_of[-1] if projected else None))
+        named.append(Weights(ih, hh, bias_ih, bias_hh, rest_of[-1] if projected else None))
     return named
 
 
-def _initial(
-    cell: str, weight: _Weights, batch: int, h_0: Array | None, c_0: Array | None, d: int
-) -> _State:
-    """Return the initial state of direction `d`: (h,), or (h, c) for LSTM."""
+def _initial(cell: str, weight: Weights, batch: int, h: Array | None, c: Array | None) -> _State:
+    """Return the initial state of a direction, zeros where absent: (h,), or (h, c) for LSTM."""
 
     def zeros(size: int) -> Array:
         # Made from a weight, so that dtype, device and subclass are right in every library; a sum,
@@ -416,15 +500,15 @@ def _initial(
         xp = namespace(weight.hh)
         return xp.broadcast_to(xp.zeros_like(weight.hh[:1, :1]).sum(), (batch, size))
 
-    h = zeros(weight.hh.shape[1]) if h_0 is None else h_0[d]  # (B, O)
+    h = zeros(weight.hh.shape[1]) if h is None else h  # (B, O)
     if cell != "lstm":
         return (h,)
-    c = zeros(weight.hh.shape[0] // 4) if c_0 is None else c_0[d]  # (B, H)
+    c = zeros(weight.hh.shape[0] // 4) if c is None else c  # (B, H)
     return h, c
 
 
-# The steps under the one signature that the loop calls: gates_x, gates_h, state, weight_hr.
-_STEPS: dict[str, _Step] = {
+# The steps under the one signature that loops call: gates_x, gates_h, state, weight_hr.
+STEPS: dict[str, _Step] = {
     "rnn_tanh": lambda gates_x, gates_h, state, hr: (rnn_step(gates_x, gates_h, "tanh"),),
     "rnn_relu": lambda gates_x, gates_h, state, hr: (rnn_step(gates_x, gates_h, "relu"),),
     "gru": lambda gates_x, gates_h, state, hr: (gru_step(gates_x, gates_h, state[0]),),
@@ -434,7 +518,7 @@ _STEPS: dict[str, _Step] = {
 
 def _walk(
     cell: str,
-    weight: _Weights,
+    weight: Weights,
     rows: Array,
     sizes: list[int],
     state: _State,
@@ -448,9 +532,9 @@ def _walk(
         The packed states of all steps, (N, O) and for LSTM (N, H), and the last ones.
     """
     xp = namespace(rows)
-    step = _STEPS[cell]
+    step = STEPS[cell]
     starts = list(accumulate(sizes, initial=0))
-    gates_x = _linear(rows, weight.ih, weight.bias_ih)  # (N, G * H)
+    gates_x = linear(rows, weight.ih, weight.bias_ih)  # (N, G * H)
     visited = []
     times = range(len(sizes))
     for t in reversed(times) if reverse else times:
@@ -459,8 +543,9 @@ def _walk(
         entered = t + 1 if reverse else t
         if cuts.resets is not None and entered < len(sizes):
             state = _begin_anew(xp, cuts, state, entered, starts[entered], sizes[entered])
-        active = tuple(s[:n] for s in state)
-        gates_h = _linear(active[0], weight.hh, weight.bias_hh)  # (n, G * H)
+        is_whole = n == state[0].shape[0]
+        active = state if is_whole else tuple(s[:n] for s in state)
+        gates_h = linear(active[0], weight.hh, weight.bias_hh)  # (n, G * H)
         after = step(gates_x[starts[t] : starts[t] + n], gates_h, active, weight.hr)
         shown = after
         if cuts.lengths is not None:
@@ -469,7 +554,9 @@ def _walk(
             shown = tuple(xp.where(lives, a, xp.zeros_like(a)) for a in after)
         visited.append(shown)
         # Rows past n have ended (forward) or not begun (reverse): they keep their state.
-        state = tuple(xp.concatenate([a, s[n:]]) for a, s in zip(after, state, strict=True))
+        if not is_whole:
+            after = tuple(xp.concatenate([a, s[n:]]) for a, s in zip(after, state, strict=True))
+        state = after
     if reverse:
         visited.reverse()
     # The empty last piece is what T = 0 has to show.

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ostinato import _core
+from ostinato import _core, transforms
+from ostinato.adjoint import is_batch
 from ostinato.call import Call, batch_of, thread_count
 from ostinato.engine import CELLS, GATES
-from ostinato.gradients import is_beyond_engine, reference_gradients
+from ostinato.gradients import is_asked, is_beyond_engine, reference_gradients
 
 # Looked up once: a cell's whole call takes a few microseconds.
 _interpreter = torch._C._functorch.peek_interpreter_stack
@@ -221,9 +222,17 @@ class _Short(torch.autograd.Function):
                 cell,
                 has_biases,
                 shape[3] == 2,
+                recompute,
             )
+            _, *wanted = is_asked(ctx, (batch_sizes, input, h_0, c_0, *weights))
             places = [*wanted[:3], False, False, *wanted[3:]]
-            grads = dy, dh_n, dc_n, None
-            dx, dh_0, dc_0, _, _, *dw = reference_gradients(call, grads, places, is_cell)
+            arrived = dy, dh_n, dc_n, None
+            if is_cell and (torch.is_grad_enabled() or not any(map(is_batch, arrived))):
+                # One step is its own graph: torch's elementary operators.
+                all_found = reference_gradients(call, arrived, places, is_cell)
+            else:
+                run = transforms.cell_gradients if is_cell else transforms.gradients
+                all_found = run(call, arrived, output, reserve, places)
+            dx, dh_0, dc_0, _, _, *dw = all_found
             found = dx, dh_0, dc_0, *dw
         return (None, None, *found)

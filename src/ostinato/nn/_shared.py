@@ -29,7 +29,7 @@ from ostinato.nn._arguments import (
 from ostinato.nn._cuts import Cuts, first_size, padded_lengths, reset_states, resets_of
 from ostinato.nn._neighbours import Neighbour
 from ostinato.nn._stand_ins import is_symbolic, is_tensor_like, leaf
-from ostinato.traced import unrecorded
+from ostinato.traced import is_recorded, unrecorded
 
 # Output, h_n, c_n and, if asked for, h and c at every step.
 _Run = tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]
@@ -105,7 +105,7 @@ class Layers(Neighbour, torch.nn.RNNBase):
         self,
         input: Any,
         hx: Any = None,
-        *,
+        # By name, as documented. torch's exporter by TorchScript hands on every default by place.
         lengths: Any = None,
         resets: Any = None,
         reset_to: Any = None,
@@ -423,7 +423,8 @@ class Layers(Neighbour, torch.nn.RNNBase):
         """Run the layers one after the other, with dropout between them."""
         layers = self.num_layers
         is_stack = layers > 1 and cuts is None and self.memory == "keep"
-        if is_stack and input.device.type == "cuda":
+        # A trace gets a node for each layer, which decides as it runs.
+        if is_stack and input.device.type == "cuda" and not is_recorded():
             found = fallback.stack(
                 self.mode.lower(),
                 input,
