@@ -57,6 +57,8 @@ from ostinato.gradients import Results, is_beyond_engine, reference_gradients, r
 from ostinato.later import when_imported
 
 _log = logging.getLogger("ostinato")
+# Looked up once: each layer of a stack asks.
+_tracing_state = torch._C._get_tracing_state
 
 _LAYER = """layer(
     Tensor input, Tensor? batch_sizes, SymInt batch, Tensor? h_0, Tensor? c_0, Tensor[] weights,
@@ -133,7 +135,7 @@ def layer(
                 recompute=recompute,
             )
         _require_tensors(input, h_0, c_0, weights)
-        if _is_recorded(cell):
+        if _tracing_state() is not None and _is_recorded(cell):
             flags = has_biases, bidirectional, recompute, *[None] * 4, False
             return traced.record(cell, input, batch_sizes, h_0, c_0, weights, *flags)[:3]
     batch = batch_of(input, batch_sizes, h_0, c_0)

@@ -419,14 +419,15 @@ class LSTMCell(_Cell):
         states = state_pair(self._kind, hx)
         if states is None:
             return leaf(self, input, hx)  # type: ignore[no-any-return]
+        h, c = states
         weights = self._weights()
         sizes = self.input_size, self.hidden_size, 0, 1
         biases = len(weights) == 4
-        found = short.run("lstm", sizes, input, None, *states, weights, biases, is_cell=True)
+        found = short.run("lstm", sizes, input, None, h, c, weights, biases, is_cell=True)
         if found is None:
             if is_symbolic(input):
                 return leaf(self, input, hx)  # type: ignore[no-any-return]
-            h, c = self._step("lstm", weights, input, *states)
+            h, c = self._step("lstm", weights, input, h, c)
         else:
             h, c = found[0], found[2]
         assert c is not None
