@@ -30,7 +30,7 @@ help:
 	@echo 'make demo      train a GRU on real ragged sequences, beside torch.nn'
 	@echo 'make test      every test: pytest, doctests, and the engine under sanitizers'
 	@echo 'make lint      formatting, types, import rules, weak symbols'
-	@echo 'make bench     ours and every peer interleaved in one process; tables and picture in build/bench'
+	@echo 'make bench     ours and every peer interleaved in one process; tables and pictures in build/bench'
 	@echo 'make bench-quick  a tenth of the rows, beside torch.nn alone'
 	@echo 'make bench-gpu    ours beside torch.nn on a GPU, with GPU_PYTHON as it is; tables in benchmarks/results'
 	@echo 'make test-gpu     the tests of the GPU engine, and all others that can run on CUDA tensors, likewise'
