@@ -236,7 +236,7 @@ def test_the_instruction_set_can_be_seen_and_must_exist():
     for isa in _core.instruction_sets():
         _core.set_isa(isa)
         assert _core.isa() == isa
-    with pytest.raises(ValueError, match=rf"one of .*{INSTRUCTION_SETS[-1]}, got sse9"):
+    with pytest.raises(ValueError, match=rf"one of .*{INSTRUCTION_SETS[-1]}.*, got sse9"):
         _core.set_isa("sse9")
 
 

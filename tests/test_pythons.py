@@ -40,6 +40,11 @@ def test_versions_are_chosen_by_words():
         minors("3.9")
 
 
+def test_arguments_for_pytest_stand_behind_two_dashes():
+    assert pythons.split_arguments(["a", "--b", "--", "-k", "--"]) == (["a", "--b"], ["-k", "--"])
+    assert pythons.split_arguments(["a"]) == (["a"], [])
+
+
 def test_this_python_is_found_and_what_does_not_run_is_passed_over(tmp_path, monkeypatch):
     broken = tmp_path / "python3.99"
     broken.write_text("#!/bin/sh\nexit 127\n")

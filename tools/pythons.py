@@ -106,6 +106,12 @@ def select(pythons: list[Python], wanted: str, without: str = "") -> list[Python
     return left if wanted == "all" or len(left) < 3 else [left[0], left[-1]]
 
 
+def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Splits at the first "--"."""
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:at], arguments[at + 1 :]
+
+
 class Environment:
     """An empty virtual environment; what it runs finds nothing of the one that runs this."""
 

@@ -65,8 +65,8 @@ def main() -> int:
     parser.add_argument("--tests", required=True)
     parser.add_argument("--pythons", default="all")
     parser.add_argument("--torch", default="here")
-    parser.add_argument("arguments", nargs="*", help="for pytest, after --")
-    options = parser.parse_args()
+    own_arguments, for_pytest = pythons.split_arguments(sys.argv[1:])
+    options = parser.parse_args(own_arguments)
     usable, notes = pythons.find()
     own = pythons.ask(str(options.build / "venv" / "bin" / "python"))
     current = f"3.{sys.version_info.minor}" if options.pythons == "ends" else ""
@@ -83,7 +83,7 @@ def main() -> int:
         print(f"==> {python.path}", flush=True)
         torch = with_torch.get(python.minor, "")
         tests = options.tests.split()
-        lines.append(try_python(python, options.build, tests, torch, options.arguments))
+        lines.append(try_python(python, options.build, tests, torch, for_pytest))
         if not torch:
             lines[-1] += ", torch not tried"
     print("", *notes, *(lines or ["no other Python to try"]), sep="\n")

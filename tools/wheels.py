@@ -77,8 +77,8 @@ def main() -> int:
     parser.add_argument("build", type=Path)
     parser.add_argument("dist", type=Path)
     parser.add_argument("--tests", required=True)
-    parser.add_argument("arguments", nargs="*", help="for pytest, after --")
-    options = parser.parse_args()
+    own_arguments, for_pytest = pythons.split_arguments(sys.argv[1:])
+    options = parser.parse_args(own_arguments)
     usable, _ = pythons.find()
     own = pythons.ask(sys.executable)
     newest = usable[-1]
@@ -88,7 +88,7 @@ def main() -> int:
     for python in dict.fromkeys([own, newest]):
         print(f"==> {python.path}", flush=True)
         wheel = make_wheel(python, source, options.build, options.dist)
-        try_wheel(python, wheel, options.build, options.tests.split(), options.arguments)
+        try_wheel(python, wheel, options.build, options.tests.split(), for_pytest)
         made.append(wheel)
     try_sdist(newest, sdist, options.build)
     for path in made:

@@ -115,27 +115,28 @@ __attribute__((noinline)) void accumulate_weight_rows(Vec<T>* acc, int64_t n_j, 
                                                       const WeightRows<T>* w, int64_t ld, int64_t depth) {
     // One cache line of each row at a time: the rows of several gates together would evict each other's lines.
     constexpr int64_t E = Piece<T>::kElements, kLine = 64 / static_cast<int64_t>(sizeof(T));
+    const auto add_line = [&](Vec<T>* sums, const WeightRows<T>& block, int64_t k0) {
+        Vec<T> s[MR], columns[E];
+        _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++) s[r] = sums[r * n_v];
+        if (block.rows == Vec<T>::kLanes && k0 + kLine <= depth)
+            _Pragma("GCC unroll 8") for (int64_t k = k0; k < k0 + kLine; k += E) {
+                load_columns<T, true>(block.w + k, ld, 0, 0, columns);
+                _Pragma("GCC unroll 4") for (int64_t e = 0; e < E; e++)
+                    _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++) s[r] = fma(Vec<T>(a.at(r, k + e)), columns[e], s[r]);
+            }
+        else
+            for (int64_t k = k0; k < min(k0 + kLine, depth); k += E) {
+                const int64_t n = min(E, depth - k);
+                load_columns<T, false>(block.w + k, ld, block.rows, n, columns);
+                for (int64_t e = 0; e < n; e++)
+                    _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++) s[r] = fma(Vec<T>(a.at(r, k + e)), columns[e], s[r]);
+            }
+        _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++) sums[r * n_v] = s[r];
+    };
     for (int64_t k0 = 0; k0 < depth; k0 += kLine)
-        for (int64_t i = 0; i < n_j * n_v; i++) {
-            if (!w[i].rows) continue;
-            Vec<T>* sums = acc + i / n_v * MR * n_v + i % n_v;
-            Vec<T> s[MR], columns[E];
-            _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++) s[r] = sums[r * n_v];
-            if (w[i].rows == Vec<T>::kLanes && k0 + kLine <= depth)
-                _Pragma("GCC unroll 8") for (int64_t k = k0; k < k0 + kLine; k += E) {
-                    load_columns<T, true>(w[i].w + k, ld, 0, 0, columns);
-                    _Pragma("GCC unroll 4") for (int64_t e = 0; e < E; e++)
-                        _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++) s[r] = fma(Vec<T>(a.at(r, k + e)), columns[e], s[r]);
-                }
-            else
-                for (int64_t k = k0; k < min(k0 + kLine, depth); k += E) {
-                    const int64_t n = min(E, depth - k);
-                    load_columns<T, false>(w[i].w + k, ld, w[i].rows, n, columns);
-                    for (int64_t e = 0; e < n; e++)
-                        _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++) s[r] = fma(Vec<T>(a.at(r, k + e)), columns[e], s[r]);
-                }
-            _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++) sums[r * n_v] = s[r];
-        }
+        for (int64_t j = 0; j < n_j; j++)
+            for (int64_t v = 0; v < n_v; v++)
+                if (const WeightRows<T>& block = w[j * n_v + v]; block.rows) add_line(acc + j * MR * n_v + v, block, k0);
 }
 
 // That function for 1 to 4 rows of A.
