@@ -166,6 +166,9 @@ class Layers(Neighbour, torch.nn.RNNBase):
     ) -> Cuts | None:
         """Check what cuts the rows; None where forward is to say first what is wrong with input."""
         kind = self._kind
+        if isinstance(return_all_states, Tensor) and torch.onnx.is_in_onnx_export():
+            # The exporter by TorchScript makes a tensor of every default.
+            return_all_states = bool(return_all_states)
         if not isinstance(return_all_states, bool):
             reject_type(kind, "return_all_states", "a bool", return_all_states)
         if lengths is None and resets is None and reset_to is None and not return_all_states:
