@@ -203,24 +203,49 @@ def test_outputs_on_meta_may_be_changed_and_detached(name):
         state.detach_()
 
 
+# Where the result of RNNCell is what its backward reads, as it always is in torch.nn.
+READ = ("nobody", "forward mode")
+
+
 @pytest.mark.cpu("the fast path")
 @pytest.mark.skipif(not short._IS_SHORT, reason="this torch has no table of C functions")
-def test_what_backward_reads_may_not_be_changed():
-    """As with torch.nn.RNNCell."""
+@pytest.mark.parametrize("looker", READ)
+def test_what_backward_reads_may_not_be_changed(looker):
+    """As with torch.nn.RNNCell: it raises, rather than giving wrong gradients."""
     for library in (torch.nn, nn):
-        h = library.RNNCell(I, H)(torch.randn(B, I))
-        h.mul_(2)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            h.sum().backward()
+        with LOOKERS[looker]():
+            h = library.RNNCell(I, H)(torch.randn(B, I))
+            h.mul_(2)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                h.sum().backward()
 
 
-@pytest.mark.parametrize("looker", [looker for looker in LOOKERS if looker != "nobody"])
+@pytest.mark.parametrize("looker", [looker for looker in LOOKERS if looker not in READ])
 def test_gradients_of_a_changed_rnn_cell_are_right(looker):
     """Where a change does not raise, the result is not what backward reads."""
     cell, inputs = make("RNNCell")
     with LOOKERS[looker]():
         actual = gradients(lambda *a: results(cell, *a), cell, inputs, in_place=True)
     expected = gradients(lambda *a: results(cell, *a), cell, inputs, in_place=False)
+    torch.testing.assert_close(actual, expected, **TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("looker", LOOKERS)
+@pytest.mark.parametrize("name", CHANGED)
+def test_one_row_may_be_changed_in_place(name, looker):
+    cell, inputs = make(name)
+    inputs = [t.detach()[0].requires_grad_() for t in inputs]
+    wanted = [*inputs, *cell.parameters()]
+
+    def found(double):
+        for leaf in wanted:
+            leaf.grad = None
+        sum(double(state).square().sum() for state in results(cell, *inputs)).backward()
+        return [leaf.grad for leaf in wanted]
+
+    expected = found(lambda state: 2 * state)
+    with LOOKERS[looker]():
+        actual = found(lambda state: state.mul_(2))
     torch.testing.assert_close(actual, expected, **TOLERANCE[torch.float32])
 
 

@@ -139,8 +139,11 @@ class _Cell(Neighbour, torch.nn.modules.rnn.RNNCellBase):
         """Run one step of (B, I), (B, H) as a layer of (1, B, I), (1, B, H)."""
         found = ops.one_step(cell, input, h, c, weights)
         if found is not None:
+            if dim == 2:
+                return found
             h, c = found
-            return found if dim == 2 else (h.squeeze(0), None if c is None else c.squeeze(0))
+            # Copies, since backward may read these states: an alias would hide a change from it.
+            return h.squeeze(0).clone(), None if c is None else c.squeeze(0).clone()
         # Not the output, which backward may read: h_n is memory of its own in every backend.
         _, h_n, c_n = ops.layer(
             cell,
