@@ -57,7 +57,14 @@ def _copies(library: Any) -> None:
 
 def _same_bits(library: Any) -> None:
     for kind in _KINDS:
-        for size, hidden, batch in ((5, 7, 6), (12, 32, 16), (40, 100, 10), (64, 128, 24)):
+        # Where torch.nn's bits differ depends on the processor: one row beside two differs on most.
+        for size, hidden, batch in (
+            (5, 7, 6),
+            (12, 32, 16),
+            (40, 100, 10),
+            (64, 128, 24),
+            (64, 64, 2),
+        ):
             layer = getattr(library, kind)(size, hidden)
             input = torch.randn(20, batch, size)
             shares = [layer(share)[0] for share in input.chunk(2, 1)]
