@@ -145,13 +145,9 @@ def run(command: list[str | Path], path: str | None = None, **variables: str) ->
 
 
 def build_wheel(environment: Environment, source: Path, folder: Path, **defines: str) -> Path:
-    """Builds a wheel as pip does for a user, in isolation, and shows how it goes.
-
-    One build folder for all Pythons: the kernels know none, and are compiled once.
-    """
+    """Builds a wheel as pip does for a user, in isolation, and shows how it goes."""
     shutil.rmtree(folder, ignore_errors=True)
     settings = [f"--config-settings=cmake.define.{name}={value}" for name, value in defines.items()]
-    settings.append(f"--config-settings=build-dir={folder.parent.parent.resolve() / 'cmake'}")
     pip = [environment.python, "-m", "pip", *PIP[:1], "wheel", "-v", "--no-deps"]
     log = folder.parent / f"{folder.name}.log"
     command = [*pip, "--wheel-dir", folder, *settings, source]

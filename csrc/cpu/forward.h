@@ -351,7 +351,7 @@ private:
             // As project_input does it: chains of kDepth, added up, the biases to the first.
             for (int64_t k0 = 0; k0 < I; k0 += Projection::kDepth) {
                 for (int r = 0; r < n; r++) rows[r] = w.weight(w.f_.x) + r * I + k0;
-                accumulate_in_place(acc, n_j, n, rows, w.weight(w.f_.weights[d].ih) + k0, I, min(I - k0, Projection::kDepth), u);
+                multiply_in_place(acc, n_j, n, rows, w.weight(w.f_.weights[d].ih) + k0, I, min(I - k0, Projection::kDepth), u);
                 const Vec<T>* product = acc;
                 for (int j = 0; j < n_j; j++)
                     for (int r = 0; r < n; r++)
@@ -362,19 +362,18 @@ private:
                             (*product++ + Vec<T>::load(before)).store(sum);
                         }
             }
-            accumulate_in_place(acc, n_j, n, previous, w.weight(w.f_.weights[d].hh), O, O, u);
+            multiply_in_place(acc, n_j, n, previous, w.weight(w.f_.weights[d].hh), O, O, u);
             for (int j = 0; j < n_j; j++) cells(acc + j * n * G, n, 0, (u + j) * L);
         }
 
         // acc [n_j][n][G]: rows [n] times the blocks from u on of a weight [G*H, ld].
-        void accumulate_in_place(Vec<T>* acc, int n_j, int n, const T* const* rows, const T* weight, int64_t ld, int64_t depth,
+        void multiply_in_place(Vec<T>* acc, int n_j, int n, const T* const* rows, const T* weight, int64_t ld, int64_t depth,
                                  int64_t u) const {
             const int64_t H = w.size_.hidden;
             WeightRows<T> blocks[2 * G];
             for (int j = 0; j < n_j; j++)
                 for (int g = 0; g < G; g++)
                     blocks[j * G + g] = {weight + (g * H + (u + j) * L) * ld, min(L, H - (u + j) * L)};
-            for (int i = 0; i < n_j * n * G; i++) acc[i] = Vec<T>(0);
             multiply_weight_rows(acc, n_j, n, G, rows, blocks, ld, depth);
         }
 

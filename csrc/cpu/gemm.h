@@ -108,49 +108,50 @@ struct WeightRows {
     int64_t rows;  // how many of the L rows exist; the others count as zero
 };
 
-// acc: [NJ][MR][NV], w: [NJ][NV]. Sums go through memory once per cache line of W, so that neither the number of gates nor the
-// cell is known here: one function for each MR.
-template <class T, int MR>
-__attribute__((noinline)) void accumulate_weight_rows(Vec<T>* acc, int64_t n_j, int64_t n_v, const RowPointers<T, MR>& a,
-                                                      const WeightRows<T>* w, int64_t ld, int64_t depth) {
-    // One cache line of each row at a time: the rows of several gates together would evict each other's lines.
+// sums[n_j][MR][n_v], one of n_j * n_v = NB blocks of weight rows each.
+template <int MR, int NB, class T>
+__attribute__((noinline)) void multiply_blocks(Vec<T>* sums, int n_v, const T* const* rows, const WeightRows<T>* w, int64_t ld,
+                                               int64_t depth) {
     constexpr int64_t E = Piece<T>::kElements, kLine = 64 / static_cast<int64_t>(sizeof(T));
-    const auto add_line = [&](Vec<T>* sums, const WeightRows<T>& block, int64_t k0) {
-        Vec<T> s[MR], columns[E];
-        _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++) s[r] = sums[r * n_v];
-        if (block.rows == Vec<T>::kLanes && k0 + kLine <= depth)
-            _Pragma("GCC unroll 8") for (int64_t k = k0; k < k0 + kLine; k += E) {
-                load_columns<T, true>(block.w + k, ld, 0, 0, columns);
-                _Pragma("GCC unroll 4") for (int64_t e = 0; e < E; e++)
-                    _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++) s[r] = fma(Vec<T>(a.at(r, k + e)), columns[e], s[r]);
-            }
-        else
-            for (int64_t k = k0; k < min(k0 + kLine, depth); k += E) {
-                const int64_t n = min(E, depth - k);
-                load_columns<T, false>(block.w + k, ld, block.rows, n, columns);
-                for (int64_t e = 0; e < n; e++)
-                    _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++) s[r] = fma(Vec<T>(a.at(r, k + e)), columns[e], s[r]);
-            }
-        _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++) sums[r * n_v] = s[r];
-    };
+    RowPointers<T, MR> a;
+    for (int r = 0; r < MR; r++) a.row[r] = rows[r];
+    Vec<T> acc[NB][MR] = {}, columns[E];
+    // One cache line of each row at a time: the rows of several gates together would evict each other's lines.
     for (int64_t k0 = 0; k0 < depth; k0 += kLine)
-        for (int64_t j = 0; j < n_j; j++)
-            for (int64_t v = 0; v < n_v; v++)
-                if (const WeightRows<T>& block = w[j * n_v + v]; block.rows) add_line(acc + j * MR * n_v + v, block, k0);
+        _Pragma("GCC unroll 8") for (int i = 0; i < NB; i++) {
+            if (w[i].rows == Vec<T>::kLanes && k0 + kLine <= depth)
+                _Pragma("GCC unroll 8") for (int64_t k = k0; k < k0 + kLine; k += E) {
+                    load_columns<T, true>(w[i].w + k, ld, 0, 0, columns);
+                    _Pragma("GCC unroll 4") for (int64_t e = 0; e < E; e++)
+                        _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++)
+                            acc[i][r] = fma(Vec<T>(a.at(r, k + e)), columns[e], acc[i][r]);
+                }
+            else if (w[i].rows)
+                for (int64_t k = k0; k < min(k0 + kLine, depth); k += E) {
+                    const int64_t n = min(E, depth - k);
+                    Vec<T> parts[E];
+                    load_partial_columns(w[i].w + k, ld, w[i].rows, n, parts);
+                    for (int64_t e = 0; e < n; e++)
+                        _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++)
+                            acc[i][r] = fma(Vec<T>(a.at(r, k + e)), parts[e], acc[i][r]);
+                }
+        }
+    _Pragma("GCC unroll 8") for (int i = 0; i < NB; i++)
+        _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++) sums[(i / n_v * MR + r) * n_v + i % n_v] = acc[i][r];
 }
 
-// That function for 1 to 4 rows of A.
+// sums[n_j][n_rows][n_v] = 1 to 4 rows of A times n_j * n_v <= 4 blocks w[n_j][n_v]. The cell and what is done with the sums
+// are not known here, so that this is compiled once for each number of rows and blocks.
 template <class T>
-inline void multiply_weight_rows(Vec<T>* acc, int64_t n_j, int n_rows, int64_t n_v, const T* const* rows, const WeightRows<T>* w,
+inline void multiply_weight_rows(Vec<T>* sums, int n_j, int n_rows, int n_v, const T* const* rows, const WeightRows<T>* w,
                                  int64_t ld, int64_t depth) {
-    const auto with = [&](auto a) {
-        for (size_t r = 0; r < sizeof a.row / sizeof a.row[0]; r++) a.row[r] = rows[r];
-        accumulate_weight_rows(acc, n_j, n_v, a, w, ld, depth);
-    };
-    if (n_rows == 1) with(RowPointers<T, 1>{});
-    if (n_rows == 2) with(RowPointers<T, 2>{});
-    if (n_rows == 3) with(RowPointers<T, 3>{});
-    if (n_rows == 4) with(RowPointers<T, 4>{});
+    using Multiply = void (*)(Vec<T>*, int, const T* const*, const WeightRows<T>*, int64_t, int64_t);
+    static constexpr Multiply kOf[4][4] = {  // [rows - 1][blocks - 1]
+        {multiply_blocks<1, 1, T>, multiply_blocks<1, 2, T>, multiply_blocks<1, 3, T>, multiply_blocks<1, 4, T>},
+        {multiply_blocks<2, 1, T>, multiply_blocks<2, 2, T>, multiply_blocks<2, 3, T>, multiply_blocks<2, 4, T>},
+        {multiply_blocks<3, 1, T>, multiply_blocks<3, 2, T>, multiply_blocks<3, 3, T>, multiply_blocks<3, 4, T>},
+        {multiply_blocks<4, 1, T>, multiply_blocks<4, 2, T>, multiply_blocks<4, 3, T>, multiply_blocks<4, 4, T>}};
+    kOf[n_rows - 1][n_j * n_v - 1](sums, n_v, rows, w, ld, depth);
 }
 
 // Writes L columns of B = W^T, i.e. L rows of a row-major W, as [depth][stride] lanes: dst[k * stride + lane].
@@ -164,13 +165,13 @@ inline void pack_transposed(const T* w, int64_t ld, int64_t rows, int64_t depth,
         if (rows == Vec<T>::kLanes && n == E)
             load_columns<T, true>(w + k, ld, rows, n, columns);
         else
-            load_columns<T, false>(w + k, ld, rows, n, columns);
+            load_partial_columns(w + k, ld, rows, n, columns);
         for (int64_t i = 0; i < n; i++) columns[i].store(dst + (k + i) * stride);
     }
 }
 
 // ---- sources of B: pack(dst, stride, k0, depth, column) writes L columns from `column` on, dst[k * stride + lane];
-// accumulate(acc, a, k0, depth, column) adds A * (all the columns of acc, from `column` on) without a packed copy ----
+// multiply(acc, a, k0, depth, column) makes acc, which is zero, A * (as many columns, from `column` on) without a packed copy ----
 
 // B = W^T for a weight of shape [gates * hidden, K]; column c is row (c / padded) * hidden + c % padded of W.
 // With padded a multiple of the lanes, a vector never crosses a gate, and columns past `hidden` are zero.
@@ -188,13 +189,13 @@ struct TransposedWeight {
         return {w + (gate * hidden + unit) * ld + k0, max(0, min(Vec<T>::kLanes, hidden - unit))};
     }
     template <int MR, int NV>
-    void accumulate(Vec<T> (&acc)[1][MR][NV], const RowPointers<T, MR>& a, int64_t k0, int64_t depth, int64_t column) const {
+    void multiply(Vec<T> (&acc)[1][MR][NV], const RowPointers<T, MR>& a, int64_t k0, int64_t depth, int64_t column) const {
         WeightRows<T> source[NV];
         for (int v = 0; v < NV; v++) {
             const int64_t first = column + v * Vec<T>::kLanes;
             source[v] = first < columns() ? rows_of(k0, first) : WeightRows<T>{w, 0};
         }
-        accumulate_weight_rows(acc[0][0], 1, NV, a, source, ld, depth);
+        multiply_weight_rows(acc[0][0], 1, MR, NV, a.row, source, ld, depth);
     }
 };
 
@@ -213,7 +214,7 @@ struct RowMatrix {
     }
     // Where there is no table. NV vectors of adjacent columns.
     template <int MR, int NV>
-    void accumulate(Vec<T> (&acc)[1][MR][NV], const RowPointers<T, MR>& a, int64_t k0, int64_t depth, int64_t column) const {
+    void multiply(Vec<T> (&acc)[1][MR][NV], const RowPointers<T, MR>& a, int64_t k0, int64_t depth, int64_t column) const {
         constexpr int64_t L = Vec<T>::kLanes;
         const T* rows = base + k0 * ld + column;
         if (column + NV * L <= columns) return ostinato::accumulate<MR, 1, NV>(acc, a, rows, 0, depth, ld);
@@ -325,9 +326,9 @@ private:
                 for (int64_t n = n0; n < n1; n += NR * L) {
                     Vec<T> acc[1][R][NR] = {};
                     if (weight.w)
-                        weight.accumulate(acc, a_rows, segment * depth + k0, kn, n);
+                        weight.multiply(acc, a_rows, segment * depth + k0, kn, n);
                     else
-                        matrix.accumulate(acc, a_rows, segment * depth + k0, kn, n);
+                        matrix.multiply(acc, a_rows, segment * depth + k0, kn, n);
                     finish<R, NR>(acc, rows, c[batch], 0, n, first);
                 }
                 first = false;

@@ -240,6 +240,12 @@ inline void load_columns(const T* w, int64_t ld, int64_t rows, int64_t n, Vec<T>
     }
 }
 
+// The same where rows or elements are missing: rare, and long.
+template <class T>
+__attribute__((noinline)) void load_partial_columns(const T* w, int64_t ld, int64_t rows, int64_t n, Vec<T>* columns) {
+    load_columns<T, false>(w, ld, rows, n, columns);
+}
+
 // ---- activations ----
 
 // 2^x = 2^n + 2^n * p with n = round(x), r = x - n and p = 2^r - 1 = r * (c_0 + c_1 r + ...), |r| <= 1/2. The polynomial
