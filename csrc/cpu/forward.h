@@ -266,6 +266,7 @@ private:
             T* panels = panels_ + member * kGroup * panel_;
             Step step(*this, d, 0, gx(d), 0, member);
             step.begin(0, n);
+            if (n == 0) return;  // no row has a first step
             if (is_few_rows()) return step.few_rows(static_cast<int>(n), u0, u1);
             for (int64_t u = u0; u < u1; u++) pack(d, u, panels + (u - u0) * panel_);
             step.panels = panels, step.first_block = u0;
