@@ -77,6 +77,13 @@ def test_results_and_gradients(isa, rng, kind, dtype, directions, layout):
         assert_close(actual[name], expected, layer.steps, name)
 
 
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_step_that_no_row_takes(isa, rng, kind, directions):
+    layer = Layer.draw(rng, kind, 1, 3, 5, 19, directions=directions, sizes=[0])
+    check(layer, layer.cotangents(rng))
+
+
 @pytest.mark.parametrize("index", range(len(LANES)))
 @pytest.mark.parametrize("kind", KINDS)
 def test_sizes_around_the_lanes(isa, rng, kind, index):
