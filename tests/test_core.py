@@ -166,6 +166,11 @@ def test_whole_numbers_are_exact(isa, rng):
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_steps_and_no_rows(isa, rng, kind):
     cases = [(0, 3, None), (0, 3, []), (4, 0, None), (4, 0, [0] * 4), (2, 3, [0, 0])]
+    cases += [
+        (1, 3, [0]),
+        (1, 0, None),
+        (1, 40, [0]),
+    ]  # one step has a way of its own, few rows another
     for (steps, batch, sizes), states in itertools.product(cases, (STATES, ())):
         options = {"directions": 2, "sizes": sizes, "states": states}
         layer = Layer.draw(rng, kind, steps, batch, 3, 9, **options)
