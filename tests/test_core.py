@@ -77,13 +77,6 @@ def test_results_and_gradients(isa, rng, kind, dtype, directions, layout):
         assert_close(actual[name], expected, layer.steps, name)
 
 
-@pytest.mark.parametrize("directions", [1, 2])
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_step_that_no_row_takes(isa, rng, kind, directions):
-    layer = Layer.draw(rng, kind, 1, 3, 5, 19, directions=directions, sizes=[0])
-    check(layer, layer.cotangents(rng))
-
-
 @pytest.mark.parametrize("index", range(len(LANES)))
 @pytest.mark.parametrize("kind", KINDS)
 def test_sizes_around_the_lanes(isa, rng, kind, index):
@@ -166,11 +159,8 @@ def test_whole_numbers_are_exact(isa, rng):
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_steps_and_no_rows(isa, rng, kind):
     cases = [(0, 3, None), (0, 3, []), (4, 0, None), (4, 0, [0] * 4), (2, 3, [0, 0])]
-    cases += [
-        (1, 3, [0]),
-        (1, 0, None),
-        (1, 40, [0]),
-    ]  # one step has a way of its own, few rows another
+    # One step has a way of its own, few rows another.
+    cases += [(1, 3, [0]), (1, 0, None), (1, 40, [0])]
     for (steps, batch, sizes), states in itertools.product(cases, (STATES, ())):
         options = {"directions": 2, "sizes": sizes, "states": states}
         layer = Layer.draw(rng, kind, steps, batch, 3, 9, **options)
