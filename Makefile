@@ -158,5 +158,5 @@ $(VENV)/demo.stamp: $(VENV)/package.stamp
 # The engine for aarch64, cross-compiled, its bits beside those of this machine and its tests, all under emulation.
 # Minutes; ARM names the parts: "bits", files of tests, or nothing to compile alone.
 ARM ?= bits $(ENGINE_TESTS)
-test-arm: $(VENV)/package.stamp
+test-arm: $(VENV)/dev.stamp
 	$(BIN)/python tools/arm/run.py $(BUILD) $(ARM) -- $(ARGS)
