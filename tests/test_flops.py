@@ -190,8 +190,8 @@ def test_a_profile_names_cell_and_direction(name):
         sum(result.sum() for result in flat(module(x, hx))).backward()
 
     found = names(step)
-    if on_cpu():
-        assert {"ostinato::layer", "ostinato::layer_backward"} <= found
+    # A call that goes past the dispatcher does so under a profiler, too.
+    assert on_cpu() != ({"ostinato::layer", "ostinato::layer_backward"} <= found)
     assert {f"ostinato::{cell}_forward", f"ostinato::{cell}_backward"} <= found
     with torch.no_grad():
         assert f"ostinato::{cell}_backward" not in names(lambda: module(x, hx))

@@ -55,9 +55,9 @@ def test_no_recurrent_operator_of_torch_runs(name):
     def train():
         sum(t.sum() for t in tensors_of(module(inputs))).backward()
 
-    for function, ours in ((infer, {"ostinato::layer"}), (train, {"ostinato::layer_backward"})):
+    for function, ours in ((infer, "_forward"), (train, "_backward")):
         names = names_in_profile(function)
-        assert ours <= names
+        assert any(name.startswith("ostinato::") and name.endswith(ours) for name in names)
         assert not [n for n in names if RECURRENT.search(n)]
 
 
@@ -81,7 +81,7 @@ def test_the_pattern_knows_torch_s_operators():
 
 @pytest.mark.parametrize("name", CASES)
 def test_nor_where_no_profiler_looks(name, monkeypatch):
-    """Calls that nobody watches go past the dispatcher (short.py), and so past a profile."""
+    """A profile shows what a call is without it; this does not rest on the profiler's word."""
 
     def refuse(*_, **__):
         pytest.fail("an operator of torch ran")

@@ -151,8 +151,6 @@ def test_it_steps_aside_where_somebody_looks_on(monkeypatch):
         call()
     with Mode():
         assert call() is None
-    with torch.profiler.profile():
-        assert call() is None
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert call() is None
     with forward_ad.dual_level():

@@ -18,6 +18,10 @@ from ostinato.engine import CELLS, GATES, Sizes, check_batch_sizes
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
+# input_size, hidden_size, proj_size, directions
+Shape = tuple[int, int, int, int]
+
+
 class Call(NamedTuple):
     """The arguments that both operators share, in the order of their schemas."""
 
@@ -44,6 +48,21 @@ class Call(NamedTuple):
     def is_cut(self) -> bool:
         """Whether rows end early or begin anew."""
         return self.lengths is not None or self.resets is not None
+
+
+def shape_of(call: Call) -> Shape | None:
+    """Return the sizes that the weights say, or None if they make no sense."""
+    directions = 2 if call.bidirectional else 1
+    weights, gates = call.weights, GATES.get(call.cell)
+    count = len(weights) // directions
+    if gates is None or count < 2 or not call.input.dim() or not weights[0].dim():
+        return None
+    projection = 0
+    if call.cell == "lstm" and count == (5 if call.has_biases else 3):
+        if not weights[count - 1].dim():
+            return None
+        projection = weights[count - 1].shape[0]
+    return call.input.shape[-1], weights[0].shape[0] // gates, projection, directions
 
 
 def thread_count() -> int:

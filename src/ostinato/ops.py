@@ -48,6 +48,7 @@ from ostinato.call import (
     reject_nested,
     require_tensor,
     reserve_bytes,
+    shape_of,
     thread_count,
 )
 from ostinato.cuda import layer as gpu
@@ -144,7 +145,7 @@ def layer(
     )
     if is_compiled:
         return _run(call)[:3]
-    if _has_engine(call) and (shape := short.shape_of(call)) is not None:
+    if _has_engine(call) and (shape := shape_of(call)) is not None:
         found = short.run(
             cell, shape, input, batch_sizes, h_0, c_0, tuple(weights), has_biases, recompute
         )
@@ -156,7 +157,7 @@ def layer(
 def one_step(
     cell: str, input: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor | None] | None:
-    """Run one step of a cell by elementary operators, where transforms are at work that want these.
+    """Run one step of a cell by the reference, where transforms are at work that want operators.
 
     Args:
         cell: as in `layer`.
@@ -172,6 +173,41 @@ def one_step(
         return None
     found = reference.one_step(cell, input, h, c, weights, has_biases=len(weights) == 4)
     return found[0], found[1] if cell == "lstm" else None
+
+
+# torch's operator for one step. On a CPU it is composed of others.
+_TORCH_STEPS: dict[str, Callable[..., Any]] = {
+    "rnn_tanh": torch._VF.rnn_tanh_cell,
+    "rnn_relu": torch._VF.rnn_relu_cell,
+    "gru": torch._VF.gru_cell,
+    "lstm": torch._VF.lstm_cell,
+}
+
+
+def torch_step(
+    cell: str, input: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None] | None:
+    """Run one step of a cell by torch's operator, where one gradient of torch.func is at work.
+
+    It calls the operators of the reference with less time between them, and checks for itself.
+
+    Args:
+        cell: as in `layer`.
+        input: (B, I). Nothing is checked before.
+        h: (B, H), or None for zeros.
+        c: likewise; LSTM only.
+        weights: weight_ih, weight_hh[, bias_ih, bias_hh].
+
+    Returns:
+        h', and c' or None; or None instead where the step is to run in another way.
+    """
+    if not transforms.is_one_gradient() or not input.is_cpu:
+        return None
+    if h is None:
+        h = input.new_zeros((input.shape[0], weights[1].shape[1]))
+    if cell == "lstm":
+        return _TORCH_STEPS[cell](input, (h, c if c is not None else h), *weights)  # type: ignore[no-any-return]
+    return _TORCH_STEPS[cell](input, h, *weights), None
 
 
 def cut_layer(

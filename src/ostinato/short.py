@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ostinato import _core, transforms
+from ostinato import _core, profile, transforms
 from ostinato.adjoint import is_batch
-from ostinato.call import Call, batch_of, thread_count
+from ostinato.call import Call, Shape, batch_of, thread_count
 from ostinato.engine import CELLS, GATES
 from ostinato.gradients import is_asked, is_beyond_engine, reference_gradients
 
@@ -29,8 +29,6 @@ _modes = torch._C._len_torch_dispatch_stack
 _any_requires_grad = torch._C._any_requires_grad
 _is_profiled = torch._C._autograd._profiler_enabled
 
-# input_size, hidden_size, proj_size, directions
-Shape = tuple[int, int, int, int]
 # cell, is_cell, shape, has_biases, recompute
 _Config = tuple[str, bool, Shape, bool, bool]
 
@@ -86,13 +84,14 @@ def run(
     arguments = batch_sizes, input, h_0, c_0, *weights
     if torch.is_grad_enabled() and _any_requires_grad(*arguments):
         try:
-            found: Any = _Short.apply(config, *arguments)  # type: ignore[no-untyped-call]
+            found: Any = _apply(config, *arguments)
         except _DeclinedError:
             return None
         if is_cell:
             return (found[0], None, found[1]) if cell == "lstm" else (found, None, None)
         return found if cell == "lstm" else (*found, None)
-    found = _forward(config, False, *arguments)
+    forward = _shown_forward if _is_profiled() else _forward
+    found = forward(config, False, *arguments)
     return None if found is None else found[:3]
 
 
@@ -123,32 +122,21 @@ def _forward(
     )
 
 
+def _shown_forward(config: _Config, keep: bool, *tensors: Any) -> Any:
+    with profile.shown(config[0], "forward"):
+        return _forward(config, keep, *tensors)
+
+
 def _is_alone() -> bool:
-    """Whether no compiler, tracer, mode, profiler, autocast or transform is to see the operator."""
+    """Whether no compiler, tracer, mode, autocast or transform is to see the operator."""
     return not (
         torch.compiler.is_compiling()
+        or _interpreter() is not None
         or _is_autocast()
         or _tracing_state() is not None
         or _modes()
-        or _is_profiled()
-        or _interpreter() is not None
         or _forward_ad._current_level >= 0
     )
-
-
-def shape_of(call: Call) -> Shape | None:
-    """Return the sizes that the weights say, or None if they make no sense."""
-    directions = 2 if call.bidirectional else 1
-    weights, gates = call.weights, GATES.get(call.cell)
-    count = len(weights) // directions
-    if gates is None or count < 2 or not call.input.dim() or not weights[0].dim():
-        return None
-    projection = 0
-    if call.cell == "lstm" and count == (5 if call.has_biases else 3):
-        if not weights[count - 1].dim():
-            return None
-        projection = weights[count - 1].shape[0]
-    return call.input.shape[-1], weights[0].shape[0] // gates, projection, directions
 
 
 class _Short(torch.autograd.Function):
@@ -165,7 +153,8 @@ class _Short(torch.autograd.Function):
         *weights: Any,
     ) -> Any:
         cell, is_cell, *_ = config
-        found = _forward(config, True, batch_sizes, input, h_0, c_0, *weights)
+        forward = _shown_forward if _is_profiled() else _forward
+        found = forward(config, True, batch_sizes, input, h_0, c_0, *weights)
         if found is None:
             raise _DeclinedError
         output, h_n, c_n, reserve = found
@@ -192,7 +181,7 @@ class _Short(torch.autograd.Function):
         output, reserve, batch_sizes, input, h_0, c_0, *weights = ctx.saved_tensors
         found: Any = None
         if not is_beyond_engine((dy, dh_n, dc_n)):
-            found = _core.tensors_backward(
+            arguments = (
                 CELLS[cell],
                 is_cell,
                 shape,
@@ -211,6 +200,11 @@ class _Short(torch.autograd.Function):
                 recompute,
                 thread_count(),
             )
+            if not _is_profiled():
+                found = _core.tensors_backward(*arguments)
+            else:
+                with profile.shown(cell, "backward"):
+                    found = _core.tensors_backward(*arguments)
         if found is None:
             call = Call(
                 input,
@@ -236,3 +230,8 @@ class _Short(torch.autograd.Function):
             dx, dh_0, dc_0, _, _, *dw = all_found
             found = dx, dh_0, dc_0, *dw
         return (None, None, *found)
+
+
+# torch's own `Function.apply` first asks for transforms and what they left behind; the engine
+# declines these.
+_apply: Any = super(torch.autograd.Function, _Short).apply

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ostinato import _core
+from ostinato import _core, profile
 from ostinato.call import (
     DTYPES,
     Call,
@@ -30,6 +30,7 @@ from ostinato.call import (
     check_backward,
     check_lengths,
     reserve_bytes,
+    shape_of,
     thread_count,
 )
 from ostinato.engine import CELLS, Sizes, five_per_direction
@@ -153,15 +154,76 @@ def unmapped(
 
 
 def run_one(plan: Plan, tensors: Maybe) -> tuple[Tensor, ...]:
-    """Run a layer by its operator."""
+    """Run a layer."""
     call = plan.call(tensors)
+    if not (call.is_cut or plan.all_c):
+        found = _run_plainly(call, plan.keep)
+        if found is not None:
+            return found
     output, h_n, c_n, cells, reserve = torch.ops.ostinato.layer(*call, plan.all_c, plan.keep)
     if plan.keep and not call.is_cut:
-        reserve = reserve.view(_kept_shape(output, len(h_n), reserve.numel()))
+        reserve = reserve.view(kept_shape(output, len(h_n), reserve.numel()))
     return _present(plan, output, h_n, c_n, cells, reserve)
 
 
-def _kept_shape(output: Tensor, directions: int, count: int) -> tuple[int, int, int]:
+def _run_plainly(call: Call, keep: bool) -> tuple[Tensor, ...] | None:
+    """Run a layer past the dispatcher; None where the engine declines, or a profiler looks on."""
+    shape = None if profile.is_on() else shape_of(call)
+    if shape is None:
+        return None
+    found: Any = _core.tensors_forward(
+        CELLS[call.cell],
+        False,
+        shape,
+        call.input,
+        call.batch_sizes,
+        call.h_0,
+        call.c_0,
+        tuple(call.weights),
+        call.has_biases,
+        keep,
+        call.recompute,
+        thread_count(),
+    )
+    if found is None:
+        return None
+    *results, kept = found
+    kept = call.input.new_empty((0,)) if kept is None else kept
+    kept = kept.view(torch.uint8)
+    if keep:
+        kept = kept.view(kept_shape(found[0], shape[3], kept.numel()))
+    return *(r for r in results if r is not None), kept
+
+
+def _differentiate_plainly(call: Call, values: Maybe, wanted: Sequence[bool]) -> Any:
+    """Differentiate a layer past the dispatcher; None where `_run_plainly` returns None."""
+    shape = None if call.is_cut or profile.is_on() else shape_of(call)
+    dy, dh_n, dc_n, dcells, output, reserve = values
+    if shape is None or dcells is not None:
+        return None
+    assert reserve is not None
+    return _core.tensors_backward(
+        CELLS[call.cell],
+        False,
+        shape,
+        call.input,
+        call.batch_sizes,
+        call.h_0,
+        call.c_0,
+        tuple(call.weights),
+        call.has_biases,
+        output,
+        reserve.contiguous().view(-1).view(call.input.dtype),
+        dy,
+        dh_n,
+        dc_n if call.cell == "lstm" else None,
+        (*wanted[:3], *wanted[5:]),
+        call.recompute,
+        thread_count(),
+    )
+
+
+def kept_shape(output: Tensor, directions: int, count: int) -> tuple[int, int, int]:
     """Return the shape of what is kept for each direction and row."""
     rows = output.shape[:-1].numel()
     return directions, rows, count // max(directions * rows, 1)
@@ -177,11 +239,14 @@ def _present(
 
 
 def run_one_backward(plan: Plan, values: Maybe) -> tuple[Tensor, ...]:
-    """Run the gradient of a layer by its operator."""
+    """Run the gradient of a layer."""
     *grads, output, reserve = values[:FRONT]
     assert reserve is not None
     wanted = list(plan.wanted[FLAGS:])
     call = plan.call(values[FRONT:])
+    plain = _differentiate_plainly(call, values[:FRONT], wanted)
+    if plain is not None:
+        return tuple(grad for grad in plain if grad is not None)
     found = torch.ops.ostinato.layer_backward(
         *grads, output, reserve.contiguous().view(-1), wanted, *call
     )
@@ -257,7 +322,7 @@ def run_stack(plan: Plan, tensors: Maybe) -> tuple[Tensor, ...]:
             # the inputs.
             reserve = reserve.new_zeros((models, kept))
         else:
-            reserve = reserve.new_empty((models, *_kept_shape(output[0], directions, kept)))
+            reserve = reserve.new_empty((models, *kept_shape(output[0], directions, kept)))
     arrays = _Arrays()
     _add_inputs(arrays, call, sizes, tensors, plan.stacked)
     present = (True, True, has_cell, plan.all_c, plan.keep)

@@ -18,7 +18,6 @@ D directions, V models of a stack, or elements of a mapped dimension.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -42,6 +41,7 @@ from ostinato.call import (
     without_autocast,
 )
 from ostinato.gradients import Results, reference_results
+from ostinato.levels import apply
 from ostinato.stacks import (
     FLAGS,
     FRONT,
@@ -51,6 +51,7 @@ from ostinato.stacks import (
     Maybe,
     Plan,
     fold,
+    kept_shape,
     replaced,
     run_one,
     run_one_backward,
@@ -64,6 +65,7 @@ _functorch = torch._C._functorch
 _peek_transform = _functorch.peek_interpreter_stack
 _forward_ad = torch.autograd.forward_ad
 
+_GRAD = TransformType.Grad
 _KINDS = TransformType.Vmap, TransformType.Grad, TransformType.Jvp
 
 
@@ -116,6 +118,17 @@ def sees_through_step() -> bool:
     return bool(kinds) and TransformType.Vmap not in kinds
 
 
+def is_one_gradient() -> bool:
+    """Whether one torch.func.grad, or one of its kind, is all that is at work."""
+    innermost = None if torch.compiler.is_compiling() else _peek_transform()
+    return (
+        innermost is not None
+        and innermost.level() == 1
+        and innermost.key() == _GRAD
+        and _forward_ad._current_level < 0
+    )
+
+
 def run(call: Call, all_c: bool) -> Results:
     """Run a layer by the rules.
 
@@ -142,7 +155,7 @@ def run(call: Call, all_c: bool) -> Results:
     has_c = call.cell == "lstm" and (all_c or _is_forward_mode())  # what tangents are made of
     plan = Plan(call[2], call[6:10], has_c, keep, gradients)
     tensors = call.batch_sizes, call.lengths, call.resets, *call.tensors()
-    *found, _ = _Layer.apply(plan, *tensors)  # type: ignore[no-untyped-call]
+    *found, _ = apply(_Layer, plan, *tensors)
     output, h_n, c_n, cells = (*found, None, None)[:4]
     return output, h_n, c_n, cells if all_c else None
 
@@ -174,6 +187,8 @@ def gradients(
         kept = output.new_empty((0,), dtype=torch.uint8)
     else:
         kept = reserve.view(torch.uint8)  # the short way has numbers of the input's dtype
+    if not call.is_cut:
+        kept = kept.view(kept_shape(output, 2 if call.bidirectional else 1, kept.numel()))
     front = (*arrived, output, kept)
     values = *front, call.batch_sizes, call.lengths, call.resets, *tensors
     found = iter(_apply_backward(plan, values))
@@ -221,6 +236,11 @@ def cell_gradients(
 
 def _transforms() -> list[Any]:
     """List what kinds of transforms are at work."""
+    innermost = _peek_transform()
+    if innermost is None:
+        return []
+    if innermost.level() == 1:
+        return [innermost.key()]  # sooner than the list
     return [level.key() for level in _functorch.get_interpreter_stack() or ()]
 
 
@@ -268,7 +288,7 @@ class _Layer(torch.autograd.Function):
             or any(plan.gradients[below + 1 :])
         )
         mapped_plan, mapped = (stack if is_stack else fold)(size, dims, plan, tensors, 0)
-        found = _Layer.apply(mapped_plan, *mapped)  # type: ignore[no-untyped-call]
+        found = apply(_Layer, mapped_plan, *mapped)
         if plan.keep:
             return unmapped(found, size, plan, is_stack)
         results, places = unmapped(found[:-1], size, plan, is_stack)
@@ -320,7 +340,7 @@ def _apply_backward(plan: Plan, values: Maybe) -> Sequence[Tensor]:
     if not torch.is_grad_enabled() and any(map(is_batch, values[:FRONT])) and not plan.models:
         return _engine_batch(plan, values)
     found: Sequence[Tensor] = over_batches(
-        lambda *values: _LayerBackward.apply(plan, *values),  # type: ignore[no-untyped-call]
+        lambda *values: apply(_LayerBackward, plan, *values),
         values,
     )
     return found
@@ -363,7 +383,7 @@ class _LayerBackward(torch.autograd.Function):
             or dims[FRONT - 1] is not None
         )
         mapped_plan, mapped = (stack if is_stack else fold)(size, dims, plan, values, FRONT)
-        found = _LayerBackward.apply(mapped_plan, *mapped)  # type: ignore[no-untyped-call]
+        found = apply(_LayerBackward, mapped_plan, *mapped)
         return unmapped(found, size, plan, is_stack)
 
     @staticmethod
@@ -383,11 +403,6 @@ class _LayerBackward(torch.autograd.Function):
             return _pulled_back(gradients, [values[index] for index in asked], grads)
 
         return None, *replaced([None] * len(values), asked, over_batches(found, grads))
-
-
-# torch asks for the signature in each call, and would find it anew each time.
-for _function in (_Layer, _LayerBackward):
-    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]
 
 
 # ---- derivatives of both ----

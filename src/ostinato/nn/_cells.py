@@ -22,7 +22,7 @@ from ostinato.nn._arguments import (
     state_pair,
 )
 from ostinato.nn._neighbours import Neighbour
-from ostinato.nn._stand_ins import is_symbolic, is_tensor_like, leaf
+from ostinato.nn._stand_ins import are_tensors, is_symbolic, is_tensor_like, leaf
 from ostinato.traced import is_recorded, unrecorded
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
@@ -52,7 +52,7 @@ class _Cell(Neighbour, torch.nn.modules.rnn.RNNCellBase):
     def _step(
         self,
         cell: str,
-        weights: tuple[Tensor, ...],
+        weights: tuple[Any, ...],
         input: Any,
         h: Tensor | None,
         c: Tensor | None,
@@ -85,12 +85,16 @@ class _Cell(Neighbour, torch.nn.modules.rnn.RNNCellBase):
             input = input.unsqueeze(0)
             h = None if h is None else h.unsqueeze(0)
             c = None if c is None else c.unsqueeze(0)
-        for name, weight in zip(_NAMES, weights, strict=False):
-            if weight is None:
+        if weights[0] is None or weights[1] is None:
+            for name in _NAMES[:2]:
                 attribute(self, name)  # says so
         autocast = torch._C._is_any_autocast_enabled()
         if autocast:
             input, h, c = cast(weights[0].dtype, input, h, c)
+        else:
+            found = ops.torch_step(cell, input, h, c, weights)
+            if found is not None:
+                return found if dim == 2 else self._one_row(*found)
         self._check(weights, input, h, c)
         if not autocast:
             return self._call(cell, weights, input, h, c, dim)
@@ -139,11 +143,7 @@ class _Cell(Neighbour, torch.nn.modules.rnn.RNNCellBase):
         """Run one step of (B, I), (B, H) as a layer of (1, B, I), (1, B, H)."""
         found = ops.one_step(cell, input, h, c, weights)
         if found is not None:
-            if dim == 2:
-                return found
-            h, c = found
-            # Copies, since backward may read these states: an alias would hide a change from it.
-            return h.squeeze(0).clone(), None if c is None else c.squeeze(0).clone()
+            return found if dim == 2 else self._one_row(*found)
         # Not the output, which backward may read: h_n is memory of its own in every backend.
         _, h_n, c_n = ops.layer(
             cell,
@@ -157,6 +157,11 @@ class _Cell(Neighbour, torch.nn.modules.rnn.RNNCellBase):
         )
         size = self.hidden_size
         return _alone(h_n, size, dim), None if c_n is None else _alone(c_n, size, dim)
+
+    @staticmethod
+    def _one_row(h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        # Copies, since backward may read these states: an alias would hide a change from it.
+        return h.squeeze(0).clone(), None if c is None else c.squeeze(0).clone()
 
     def _weights(self) -> tuple[Any, ...]:
         """Return weight_ih, weight_hh and, unless there are none, bias_ih and bias_hh."""
@@ -293,10 +298,11 @@ class RNNCell(_Cell):
         found = short.run(cell, sizes, input, None, hx, None, weights, biases, is_cell=True)
         if found is not None:
             return found[0]
-        if is_symbolic(input, hx):
-            return leaf(self, input, hx)  # type: ignore[no-any-return]
-        if hx is not None and not is_tensor_like(hx):
-            reject_type(self._kind, "hx", "a Tensor or None", hx)
+        if not are_tensors(input, hx):
+            if is_symbolic(input, hx):
+                return leaf(self, input, hx)  # type: ignore[no-any-return]
+            if hx is not None and not is_tensor_like(hx):
+                reject_type(self._kind, "hx", "a Tensor or None", hx)
         # As in torch, the attribute counts when it is used, not when it is set.
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
@@ -358,10 +364,11 @@ class GRUCell(_Cell):
         found = short.run("gru", sizes, input, None, hx, None, weights, biases, is_cell=True)
         if found is not None:
             return found[0]
-        if is_symbolic(input, hx):
-            return leaf(self, input, hx)  # type: ignore[no-any-return]
-        if hx is not None and not is_tensor_like(hx):
-            reject_type(self._kind, "hx", "a Tensor or None", hx)
+        if not are_tensors(input, hx):
+            if is_symbolic(input, hx):
+                return leaf(self, input, hx)  # type: ignore[no-any-return]
+            if hx is not None and not is_tensor_like(hx):
+                reject_type(self._kind, "hx", "a Tensor or None", hx)
         return self._step("gru", weights, input, hx, None)[0]
 
 

@@ -284,7 +284,7 @@ class Layers(Neighbour, torch.nn.RNNBase):
         with without_autocast(input):
             return self._walk(input, batch_sizes, h_0, c_0, weights, cuts)
 
-    def _shape(self) -> short.Shape:
+    def _shape(self) -> call.Shape:
         directions = 2 if self.bidirectional else 1
         return self.input_size, self.hidden_size, self.proj_size, directions
 

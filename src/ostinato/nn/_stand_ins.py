@@ -13,6 +13,11 @@ def is_tensor_like(value: object) -> bool:
     return isinstance(value, torch.Tensor) or hasattr(type(value), "__torch_function__")
 
 
+def are_tensors(*values: object) -> bool:
+    """Whether all are tensors or None: the quick answer to both other questions."""
+    return all(value is None or isinstance(value, torch.Tensor) for value in values)
+
+
 def is_symbolic(*values: object) -> bool:
     """Whether torch.fx follows what is computed from any of these, or from what they hold."""
     return any(
