@@ -48,7 +48,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/japanese_vowels.py $(ARGS)
 
 test: sanitize
-	$(BIN)/python -m pytest --doctest-modules --pyargs ./tests ostinato $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=auto --doctest-modules --pyargs ./tests ostinato $(ARGS)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
