@@ -514,6 +514,8 @@ class FakeProperties:
 def test_a_run_from_its_start_to_its_files(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: FakeProperties)
+    # A torch with CUDA would look at the devices that it is told are there.
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: None)
     monkeypatch.setattr(gpu.micro, "in_a_process", lambda: {"left out": "all: no GPU"})
     small = [GpuCase("GRU", "bf16", train, "padded", 2, 4, steps=20) for train in (False, True)]
     monkeypatch.setattr(gpu, "chosen", lambda *arguments: small)

@@ -3,8 +3,10 @@
 Every wait here has an end: what hangs fails by its own timeout and says where.
 """
 
+import concurrent.futures
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import platform
 import select
@@ -348,8 +350,20 @@ def test_a_fork_before_the_first_use_of_the_pool():
     )
 
 
+def in_a_new_process(body):
+    """Run a function of this module in a process that is small, and has run nothing before."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        pool.submit(body).result(TIMEOUT)
+
+
 @forks
 def test_a_forked_child_and_its_child():
+    in_a_new_process(fork_twice)
+
+
+def fork_twice():
+    torch.set_num_threads(2)
     module, x = layer_of(), torch.randn(8, 3, 64)
     expected = gradients(module, x)
 
