@@ -526,7 +526,8 @@ def test_a_call_that_does_not_fit_names_the_public_class(name, named):
         given = () if "hx" in named else (torch.randn(2, 4),)
         with pytest.raises(TypeError, match=rf"^{name}\.forward\(\)") as caught:
             module(*given, **named)
-        messages.append(str(caught.value))
+        # Python 3.13 goes on: did you mean lengths?
+        messages.append(str(caught.value).partition(". Did")[0])
     assert messages[0] == messages[1]
 
 
