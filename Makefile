@@ -23,6 +23,9 @@ CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -
 # What runs without torch: the engine by itself and the NumPy face of it.
 ENGINE_TESTS := tests/test_core.py tests/test_narrow.py tests/test_numpy.py tests/test_lengths.py
 
+# A comparison of something with the name of a cell.
+NAMED_CELL := '[!=]= ?("(rnn_tanh|rnn_relu|gru|lstm|RNN|GRU|LSTM)"|Cell::k(Rnn|Gru|Lstm))'
+
 .PHONY: help demo test lint bench bench-quick bench-gpu test-gpu test-arm gpu-ready docs features wheel test-versions sanitize clean
 .DELETE_ON_ERROR:
 
@@ -57,6 +60,8 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 	PYTHONPATH=src $(BIN)/lint-imports --no-logo
 	$(BIN)/python tools/check_symbols.py $(BUILD)/cmake
+	@! grep -rnE $(NAMED_CELL) src csrc --include=*.py --include=*.h --include=*.cpp --include=*.cuh --include=*.cu \
+		--exclude=reference.py || { echo 'compared with a name: ask the record (src/ostinato/cells.py) instead'; false; }
 	@wc -l $(SOURCES) | awk '$$2 != "total" && $$1 > 600 {print "note: " $$2 " has " $$1 " lines; over 600, a file states why"}'
 
 bench: $(VENV)/bench.stamp

@@ -3,12 +3,14 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <array>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cpu/engine.h"
@@ -33,7 +35,7 @@ P at(Address address) {
 }
 
 Cell cell_of(int cell) {
-    if (cell < 0 || cell > static_cast<int>(Cell::kLstm)) throw std::invalid_argument("cell must be 0..3");
+    if (cell < 0 || cell >= kCells) throw std::invalid_argument("cell must be 0..3");
     return static_cast<Cell>(cell);
 }
 
@@ -232,6 +234,15 @@ NB_MODULE(_core, m) {
         },
         nb::arg("cell"), nb::arg("dtype"), nb::arg("sizes"), nb::arg("recompute") = false,
         "Bytes that forward keeps for backward.");
+    m.def(
+        "traits",
+        [](int cell) {
+            const Traits& t = traits_of(cell_of(cell));
+            return std::make_tuple(t.gates, t.grads, t.saved, t.recomputed, t.has_cell, t.projects, t.uses_output);
+        },
+        nb::arg("cell"),
+        "Of a cell: gates, gradients of their products, values kept for backward and with recompute, whether it has c, may be "
+        "projected, and reads its output in backward.");
     m.def("instruction_sets", &instruction_sets, "Instruction sets that this processor can run, best first.");
     m.def("isa", [] { return std::string(active_isa()); }, "The instruction set in use.");
     m.def(

@@ -115,5 +115,31 @@ struct Lstm {
     }
 };
 
+// What is asked of a cell where its type is not known: the constants above as a value. ostinato/cells.py has the same.
+struct Traits {
+    int gates, grads, saved;
+    int recomputed;  // how many of `saved` are kept where backward computes the gates again
+    bool has_cell, projects, uses_output;
+};
+
+// Whether a joint gate's input product has the slot of its hidden one, and the gate apart the slot behind all of these.
+template <class C>
+constexpr bool slots_fit() {
+    for (int gate = 0; gate < C::kGates; gate++)
+        if (C::input_slot(gate) != (gate < C::kJoint ? gate : C::kGates)) return false;
+    return true;
+}
+
+// What the walkers rely on, checked where a cell is listed.
+template <class C>
+constexpr Traits traits() {
+    static_assert(C::kJoint == C::kGates || C::kJoint == C::kGates - 1, "at most one gate, the last, takes its products apart");
+    static_assert(C::kGrads == 2 * C::kGates - C::kJoint, "a gate apart has a gradient for each of its two products");
+    static_assert(slots_fit<C>(), "input_slot does not fit kJoint");
+    static_assert(!C::kHasCell || C::kSaved > 0, "c is the last value that is saved, and all that recompute keeps");
+    static_assert(C::kUsesOutput || C::kSaved > 0, "backward has nothing to start from");
+    return {C::kGates, C::kGrads, C::kSaved, C::kHasCell ? 1 : 0, C::kHasCell, C::kProjects, C::kUsesOutput};
+}
+
 }  // namespace
 }  // namespace ostinato

@@ -239,8 +239,8 @@ struct Layer {
     // Reads and checks everything against the sizes of the module: (input_size, hidden_size, proj_size, directions).
     bool read(const std::array<int64_t, 4>& expected) {
         const auto [I, H, P, D] = expected;
-        if (cell < Cell::kRnnTanh || cell > Cell::kLstm || (D != 1 && D != 2)) return false;
-        if (P && cell != Cell::kLstm) return false;
+        if (static_cast<int>(cell) < 0 || static_cast<int>(cell) >= kCells || (D != 1 && D != 2)) return false;
+        if (P && !traits_of(cell).projects) return false;
         x_data = reader.read(input, x, true);
         if (!reader.accepts || x.ndim < 1 || x.ndim > 3 || x.shape[x.ndim - 1] != I || H < 1) return false;
         const int64_t columns = x.ndim > 1 ? x.shape[x.ndim - 2] : 1;
@@ -252,7 +252,7 @@ struct Layer {
             return false;
         h_data = state(h_0, sizes.output());
         c_data = state(c_0, H);
-        if (c_data && cell != Cell::kLstm) return false;
+        if (c_data && !traits_of(cell).has_cell) return false;
         const int64_t rows = gates_of(cell) * H, O = sizes.output();
         per_direction = 2 + 2 * has_biases + (P ? 1 : 0);
         if (!PyTuple_CheckExact(weights.ptr()) || PyTuple_Size(weights.ptr()) != D * per_direction) return false;
@@ -318,7 +318,7 @@ nb::object layer_forward(int cell, bool is_cell, std::array<int64_t, 4> expected
     if (!layer.read(expected)) return nb::none();
     layer.sizes.recompute = recompute;
     const Sizes& z = layer.sizes;
-    const bool has_cell = layer.cell == Cell::kLstm;
+    const bool has_cell = traits_of(layer.cell).has_cell;
     const Fresh y = layer.new_output();
     const Fresh h_n = is_cell ? Fresh() : layer.new_state(h_0, z.output());
     const Fresh c_n = has_cell ? layer.new_state(c_0, z.hidden) : Fresh();
@@ -351,7 +351,7 @@ nb::object layer_backward(int cell, bool is_cell, std::array<int64_t, 4> expecte
     const int64_t kept = reserve_bytes(layer.cell, reader.dtype, z) / stored_bytes(reader.dtype);
     Backward call{};
     call.y = layer.read_output(output);
-    if (!call.y && (z.steps > 1 || gates_of(layer.cell) == 1)) return nb::none();
+    if (!call.y && (z.steps > 1 || traits_of(layer.cell).uses_output)) return nb::none();
     if (kept) call.reserve = reader.require(reserve, {kept});
     call.dy = layer.read_output(dy);
     call.dh_n = layer.state(dh_n, z.output());

@@ -13,8 +13,8 @@ import torch
 
 from ostinato import ops
 from ostinato.call import Call, check
+from ostinato.cells import CELLS
 from ostinato.cuda import sequence
-from ostinato.engine import GATES
 
 SOURCES = pathlib.Path(__file__).parents[1] / "csrc"
 DTYPES = {
@@ -81,7 +81,7 @@ def draw(
     states=True,
 ):
     """Draw a call; `kind` names what its rows have: packed, lengths, resets."""
-    dtype, gates = DTYPES[math], GATES[cell]
+    dtype, gates = DTYPES[math], CELLS[cell].gates
 
     def some(*shape, scale=0.5):
         return (torch.randn(shape) * scale).to(dtype)
@@ -95,13 +95,13 @@ def draw(
     if "lengths" in kind:
         lengths = torch.randint(0, steps + 1, (batch,))
     state = (directions, batch, hidden)
-    is_lstm = cell == "lstm"
+    has_c = CELLS[cell].has_c
     if "resets" in kind:
         resets = torch.rand(rows) < 0.3
         if states:
-            reset_h, reset_c = some(*state), some(*state) if is_lstm else None
+            reset_h, reset_c = some(*state), some(*state) if has_c else None
     h_0 = some(*state) if states else None
-    c_0 = some(*state) if states and is_lstm else None
+    c_0 = some(*state) if states and has_c else None
     weights = []
     for _ in range(directions):
         weights += [some(gates * hidden, size, scale=0.3)]
@@ -151,6 +151,6 @@ def cut_layer(call):
         resets=call.resets,
         reset_h=call.reset_h,
         reset_c=call.reset_c,
-        all_c=call.cell == "lstm",
+        all_c=call.kind.has_c,
     )
     return [result for result in results if result is not None]

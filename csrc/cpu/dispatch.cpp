@@ -149,7 +149,7 @@ bool has_long_tasks(Cell cell, const Sizes& sizes, int threads) {
 }  // namespace
 
 int64_t reserve_bytes(Cell cell, Dtype dtype, const Sizes& sizes) {
-    const int64_t values = sizes.recompute ? cell == Cell::kLstm : saved_of(cell);
+    const int64_t values = sizes.recompute ? traits_of(cell).recomputed : traits_of(cell).saved;
     return sizes.directions * sizes.rows * values * padded(sizes.hidden) * computed_bytes(dtype);
 }
 

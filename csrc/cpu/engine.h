@@ -6,9 +6,12 @@
 
 #include <cstdint>
 
+#include "../cells.h"
+
 namespace ostinato {
 
 enum class Cell : int { kRnnTanh, kRnnRelu, kGru, kLstm };
+constexpr int kCells = 4;
 
 // How the arrays of a call are stored. The 16-bit types are computed in float32 (narrow.h).
 enum class Dtype : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
@@ -18,11 +21,12 @@ constexpr int kDtypes = 4;
 constexpr int64_t stored_bytes(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
 constexpr int64_t computed_bytes(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : 4; }
 
-// Gates per unit: rows of weight_ih = gates * H.
-constexpr int64_t gates_of(Cell cell) { return cell == Cell::kLstm ? 4 : cell == Cell::kGru ? 3 : 1; }
+inline constexpr Traits kTraits[kCells] = {traits<Rnn<false>>(), traits<Rnn<true>>(), traits<Gru>(), traits<Lstm>()};
 
-// Values per unit and row that forward keeps for backward (cells.h, kSaved).
-constexpr int64_t saved_of(Cell cell) { return cell == Cell::kLstm ? 5 : cell == Cell::kGru ? 4 : 0; }
+constexpr const Traits& traits_of(Cell cell) { return kTraits[static_cast<int>(cell)]; }
+
+// Gates per unit: rows of weight_ih = gates * H.
+constexpr int64_t gates_of(Cell cell) { return traits_of(cell).gates; }
 
 struct Sizes {
     int64_t steps, rows, batch, input, hidden, projection, directions;
@@ -87,7 +91,7 @@ struct Kernel {
 };
 
 struct Kernels {
-    Kernel of[4];  // [Cell]
+    Kernel of[kCells];  // [Cell]
 };
 
 // Units are stored in multiples of this many in reserve and scratch, so that both are the same on every instruction set.

@@ -127,7 +127,7 @@ public:
         wide.x = this->in(call.x, z.rows * z.input), wide.y = this->out(call.y, z.rows * z.directions * z.output());
         wide.h_0 = this->in(call.h_0, states * z.output()), wide.h_n = this->out(call.h_n, states * z.output());
         wide.cuts.h = this->in(call.cuts.h, states * z.output());
-        if (cell == Cell::kLstm) {
+        if (traits_of(cell).has_cell) {
             wide.c_0 = this->in(call.c_0, states * z.hidden), wide.c_n = this->out(call.c_n, states * z.hidden);
             wide.cuts.c = this->in(call.cuts.c, states * z.hidden);
             wide.cells = this->out(call.cells, z.rows * z.directions * z.hidden);
@@ -155,7 +155,7 @@ public:
         wide.h_0 = this->in(call.h_0, states * z.output()), wide.dh_0 = this->out(call.dh_0, states * z.output());
         wide.dh_n = this->in(call.dh_n, states * z.output());
         wide.cuts.h = this->in(call.cuts.h, states * z.output()), wide.dcut_h = this->out(call.dcut_h, states * z.output());
-        if (cell == Cell::kLstm) {
+        if (traits_of(cell).has_cell) {
             wide.c_0 = this->in(call.c_0, states * z.hidden), wide.dc_0 = this->out(call.dc_0, states * z.hidden);
             wide.dc_n = this->in(call.dc_n, states * z.hidden);
             wide.cuts.c = this->in(call.cuts.c, states * z.hidden), wide.dcut_c = this->out(call.dcut_c, states * z.hidden);

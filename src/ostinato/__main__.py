@@ -13,6 +13,7 @@ from importlib.util import find_spec
 import numpy
 
 from ostinato import __version__
+from ostinato.cells import LAYERS
 
 
 def info() -> dict[str, str]:
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
 def _add_shape(bench: argparse.ArgumentParser) -> None:
     """Add the options that say which layer, and on what input."""
     bench.add_argument(
-        "--cell", choices=["rnn", "gru", "lstm"], default="gru", help="which layer; %(default)s"
+        "--cell", choices=list(LAYERS), default="gru", help="which layer; %(default)s"
     )
     for name, default, what in (
         ("--input-size", 128, "features of an input step"),

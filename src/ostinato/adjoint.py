@@ -29,7 +29,7 @@ from torch._C._functorch import TransformType
 
 from ostinato import reference
 from ostinato.call import Call
-from ostinato.engine import GATES
+from ostinato.cells import CELLS
 
 _peek_transform = torch._C._functorch.peek_interpreter_stack
 
@@ -386,7 +386,7 @@ def _directions(call: Call, output: Tensor, cells: Tensor | None) -> list[_Direc
         gates_x = reference.linear(x, weight.ih, weight.bias_ih)
         gates_h = reference.linear(before[0], weight.hh, weight.bias_hh)
         new, inputs, gates, carry = _slopes(call.cell, gates_x, gates_h, before[-1])
-        shape, per_unit = (order.steps, order.batch), [GATES[call.cell]] * bool(carry)
+        shape, per_unit = (order.steps, order.batch), [call.kind.gates] * bool(carry)
         jacobian = _Jacobian(
             [g.view(*shape, *per_unit, new.shape[-1]) for g in gates],
             [order.steps_of(c) for c in carry],
@@ -406,7 +406,7 @@ def _slopes(
         h; then for each new state derivatives by gates_x, by gates_h and by the last state, shaped
         as these; the last are none for an RNN.
     """
-    has_carry = GATES[cell] > 1
+    has_carry = CELLS[cell].gates > 1
 
     def step(gates_x: Tensor, gates_h: Tensor, last: Tensor) -> tuple[Tensor, ...]:
         return reference.STEPS[cell](gates_x, gates_h, (last, last), None)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ostinato import nn
+from ostinato.cells import LAYERS
 
 # A sample is at least this long, so that the clock's resolution does not show, and follows so much
 # that is not timed: threads that slept need milliseconds until they all run.
@@ -129,7 +130,7 @@ def least_bytes(shape: Shape) -> int:
         >>> least_bytes(Shape("rnn", 1, 1, batch=1, steps=1))
         44
     """
-    gates, directions = {"rnn": 1, "gru": 3, "lstm": 4}[shape.cell], 1 + shape.bidirectional
+    gates, directions = LAYERS[shape.cell].gates, 1 + shape.bidirectional
     wide = directions * shape.hidden_size
     inputs = shape.input_size + (shape.layers - 1) * wide
     weights = gates * wide * (inputs + shape.layers * (shape.hidden_size + 2))
@@ -200,12 +201,11 @@ def gain(
         >>> gain(Shape("gru", 3, 4, batch=1, steps=5), seconds=0.001).difference < 1e-5
         True
     """
-    names = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM"}
-    if shape.cell not in names:
-        raise ValueError(f"cell: expected one of {', '.join(names)}, got {shape.cell!r}")
+    if shape.cell not in LAYERS:
+        raise ValueError(f"cell: expected one of {', '.join(LAYERS)}, got {shape.cell!r}")
     if shape.batch < 1 or shape.steps < 0:
         raise ValueError(f"expected batch >= 1 and steps >= 0, got {shape.batch}, {shape.steps}")
-    name, options = names[shape.cell], {}
+    name, options = LAYERS[shape.cell].layer, {}
     if shape.steps:
         options = {"num_layers": shape.layers, "bidirectional": shape.bidirectional}
     elif shape.layers != 1 or shape.bidirectional:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ostinato import _core
-from ostinato.engine import CELLS, GATES, Sizes, check_batch_sizes
+from ostinato.cells import CELLS, Cell
+from ostinato.engine import Sizes, check_batch_sizes
 
 # The engine's number of each dtype (csrc/cpu/engine.h). The last two are computed in float32.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -45,6 +46,11 @@ class Call(NamedTuple):
         return [self.input, self.h_0, self.c_0, self.reset_h, self.reset_c, *self.weights]
 
     @property
+    def kind(self) -> Cell:
+        """What cell this is."""
+        return CELLS[self.cell]
+
+    @property
     def is_cut(self) -> bool:
         """Whether rows end early or begin anew."""
         return self.lengths is not None or self.resets is not None
@@ -53,16 +59,16 @@ class Call(NamedTuple):
 def shape_of(call: Call) -> Shape | None:
     """Return the sizes that the weights say, or None if they make no sense."""
     directions = 2 if call.bidirectional else 1
-    weights, gates = call.weights, GATES.get(call.cell)
+    weights, kind = call.weights, CELLS.get(call.cell)
     count = len(weights) // directions
-    if gates is None or count < 2 or not call.input.dim() or not weights[0].dim():
+    if kind is None or count < 2 or not call.input.dim() or not weights[0].dim():
         return None
     projection = 0
-    if call.cell == "lstm" and count == (5 if call.has_biases else 3):
+    if kind.projects and count == (5 if call.has_biases else 3):
         if not weights[count - 1].dim():
             return None
         projection = weights[count - 1].shape[0]
-    return call.input.shape[-1], weights[0].shape[0] // gates, projection, directions
+    return call.input.shape[-1], weights[0].shape[0] // kind.gates, projection, directions
 
 
 def thread_count() -> int:
@@ -154,9 +160,10 @@ def check(call: Call, values: bool = True) -> Sizes:
     The values of batch_sizes are checked too, unless they are those of a fake tensor.
     """
     input, batch_sizes, batch, h_0, c_0, weights, cell, has_biases, bidirectional, *_ = call
-    gates = GATES.get(cell)
-    if gates is None:
-        raise ValueError(f"cell: expected one of {', '.join(GATES)}, got {cell!r}")
+    kind = CELLS.get(cell)
+    if kind is None:
+        raise ValueError(f"cell: expected one of {', '.join(CELLS)}, got {cell!r}")
+    gates = kind.gates
     if input.dim() != (3 if batch_sizes is None else 2):
         expected = "3D" if batch_sizes is None else "2D (packed)"
         raise RuntimeError(f"input: expected {expected}, got {input.dim()}D")
@@ -168,7 +175,7 @@ def check(call: Call, values: bool = True) -> Sizes:
     directions = 2 if bidirectional else 1
     count, rest = divmod(len(weights), directions)
     plain = 4 if has_biases else 2
-    projected = cell == "lstm" and count == plain + 1
+    projected = kind.projects and count == plain + 1
     if rest or not (count == plain or projected):
         raise RuntimeError(
             f"weights: expected {plain} per direction for {cell}, got {len(weights)} in all"
@@ -199,7 +206,7 @@ def check(call: Call, values: bool = True) -> Sizes:
     if h_0 is not None and not _fits(h_0, (directions, batch, output), input):
         _refuse("h_0", h_0, (directions, batch, output), input)
     if c_0 is not None:
-        if cell != "lstm":
+        if not kind.has_c:
             raise RuntimeError(f"c_0: expected None for {cell}")
         if not _fits(c_0, (directions, batch, hidden), input):
             _refuse("c_0", c_0, (directions, batch, hidden), input)
@@ -237,7 +244,7 @@ def _check_cuts(
             continue
         if resets is None:
             raise RuntimeError(f"{name}: expected None without resets")
-        if name == "reset_c" and call.cell != "lstm":
+        if name == "reset_c" and not call.kind.has_c:
             raise RuntimeError(f"reset_c: expected None for {call.cell}")
         if not _fits(state, shape, input):
             _refuse(name, state, shape, input)
@@ -303,7 +310,7 @@ def _check_batch_sizes_form(batch_sizes: Tensor) -> None:
 
 def reserve_bytes(call: Call, sizes: Sizes) -> int:
     """Return how much the CPU engine keeps for backward."""
-    return _core.reserve_bytes(CELLS[call.cell], DTYPES[call.input.dtype], sizes, call.recompute)
+    return _core.reserve_bytes(call.kind.number, DTYPES[call.input.dtype], sizes, call.recompute)
 
 
 def check_backward(
@@ -321,12 +328,13 @@ def check_backward(
     state = (sizes.directions, sizes.batch, sizes.output)
     cell_state = (sizes.directions, sizes.batch, sizes.hidden)
     cells = (*input.shape[:-1], sizes.directions * sizes.hidden)
+    has_c = call.kind.has_c
     for name, tensor, expected in (
         ("output", output, shape),
         ("grad_output", grads[0], shape),
         ("grad_h_n", grads[1], state),
-        ("grad_c_n", grads[2] if call.cell == "lstm" else None, cell_state),
-        ("grad_cells", grads[3] if call.cell == "lstm" else None, cells),
+        ("grad_c_n", grads[2] if has_c else None, cell_state),
+        ("grad_cells", grads[3] if has_c else None, cells),
     ):
         if tensor is not None and not _fits(tensor, expected, input):
             _refuse(name, tensor, expected, input)

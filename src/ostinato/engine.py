@@ -11,12 +11,8 @@ from typing import NamedTuple, TypeVar
 
 _T = TypeVar("_T")
 
-# Its number of each cell, and the cell's gates.
-CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3}
-GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
-# What it keeps for backward: values per unit and row (saved_of), units padded to a multiple
-# (padded). A fake kernel cannot ask the engine, since sizes are symbols.
-SAVED = {"rnn_tanh": 0, "rnn_relu": 0, "gru": 4, "lstm": 5}
+# The engine rounds H up to a multiple of this in what it keeps for backward. A fake kernel cannot
+# ask the engine, since sizes are symbols.
 PAD = 16
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ostinato.call import Call, check
-from ostinato.engine import GATES, Sizes
+from ostinato.engine import Sizes
 from ostinato.later import when_imported
 
 
@@ -71,7 +71,7 @@ def _bind(operator: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> t
 
 def _per_row(call: Call, sizes: Sizes) -> tuple[int, int, int]:
     """Return the operations of the three products for one row of a step in one direction."""
-    gates = 2 * GATES[call.cell] * sizes.hidden
+    gates = 2 * call.kind.gates * sizes.hidden
     return gates * sizes.input, gates * sizes.output, 2 * sizes.hidden * sizes.projection
 
 

@@ -22,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ostinato import _core, reference
-from ostinato.engine import CELLS, GATES, Sizes, check_batch_sizes, five_per_direction
+from ostinato.cells import CELLS, Cell
+from ostinato.engine import Sizes, check_batch_sizes, five_per_direction
 
 __all__ = ["gru", "layer", "lstm", "rnn"]
 
@@ -279,6 +280,10 @@ class _Call(NamedTuple):
     batch_first: bool = False
     batch_sizes: Sequence[int] | Array | None = None
 
+    @property
+    def record(self) -> Cell:
+        return CELLS[self.cell]
+
 
 def _named(
     kind: str,
@@ -306,7 +311,7 @@ def _named(
     ways = ("", "_reverse") if f"{first}_reverse" in parameters else ("",)
     has_biases = f"{prefix}bias_ih_l0" in parameters
     parts = _PLAIN + _BIASES if has_biases else _PLAIN
-    if cell == "lstm" and f"{prefix}weight_hr_l0" in parameters:
+    if CELLS[cell].projects and f"{prefix}weight_hr_l0" in parameters:
         parts = (*parts, "weight_hr")
     names = [f"{prefix}{part}_l{k}{way}" for k in range(layers) for way in ways for part in parts]
     for name in names:
@@ -338,15 +343,14 @@ def _reject_type(kind: str, argument: str, expected: str, got: object) -> NoRetu
 
 def _check(call: _Call) -> tuple[Sizes, Array | None]:
     """Check everything; return the sizes of the first layer, and batch_sizes as dense int64."""
-    gates = GATES.get(call.cell)
-    if gates is None:
-        raise ValueError(f"cell: expected one of {', '.join(GATES)}, got {call.cell!r}")
+    if call.cell not in CELLS:
+        raise ValueError(f"cell: expected one of {', '.join(CELLS)}, got {call.cell!r}")
     input = call.input
     _check_array(call.kind, "input", input)
     _check_dims(call)
     for name, weight in zip(call.names, call.weights, strict=True):
         _check_array(call.kind, name, weight)
-    size, hidden, output = _check_weights(call, gates)
+    size, hidden, output = _check_weights(call)
     dtype = call.weights[0].dtype
     _check_dtype(call.kind, "input", input, dtype)
     if input.shape[-1] != size:
@@ -378,12 +382,14 @@ def _check(call: _Call) -> tuple[Sizes, Array | None]:
 
 def _states(call: _Call) -> tuple[str, str]:
     """Return what the caller knows the two states as."""
-    return {"LSTM": ("hx[0]", "hx[1]"), "layer": ("h_0", "c_0")}.get(call.kind, ("hx", "hx"))
+    if call.kind == "layer":
+        return "h_0", "c_0"
+    return ("hx[0]", "hx[1]") if call.record.has_c else ("hx", "hx")
 
 
 def _projected(call: _Call) -> bool:
     per_direction = len(call.weights) // (call.layers * call.directions)
-    return call.cell == "lstm" and per_direction == (5 if call.has_biases else 3)
+    return call.record.projects and per_direction == (5 if call.has_biases else 3)
 
 
 def _check_array(kind: str, name: str, array: object) -> None:
@@ -411,32 +417,31 @@ def _check_dims(call: _Call) -> None:
             raise ValueError(f"layer: Expected input to be {what}, got {dim}D instead")
         dim = 3
     elif dim not in (2, 3):
-        # torch's RNN says one word more than its siblings.
-        word = " tensor" if kind == "RNN" else ""
+        word = call.record.dim_word
         raise ValueError(f"{kind}: Expected input to be 2D or 3D, got {dim}D{word} instead")
     given = [(n, s) for n, s in zip(_states(call), call[3:5], strict=True) if s is not None]
     for name, state in given:
         _check_array(kind, name, state)
-    if call.c_0 is not None and call.cell != "lstm":
+    if call.c_0 is not None and not call.record.has_c:
         raise RuntimeError(f"c_0: expected None for {call.cell}")
     if all(state.ndim == dim for _, state in given):
         return
     batched = "unbatched 2-D" if dim == 2 else "batched 3-D"
-    what = {"LSTM": "hx and cx", "layer": "h_0 and c_0"}.get(kind, "hx")
+    what = "h_0 and c_0" if kind == "layer" else "hx and cx" if call.record.has_c else "hx"
     got = ", ".join(f"{state.ndim}-D" for _, state in given)
     got = f"{got} tensor" if what == "hx" else f"({got}) tensors"
     raise RuntimeError(f"For {batched} input, {what} should also be {dim}-D but got {got}")
 
 
-def _check_weights(call: _Call, gates: int) -> tuple[int, int, int]:
+def _check_weights(call: _Call) -> tuple[int, int, int]:
     """Check all layers against the first two weights; return I, H and O."""
-    names, weights = call.names, call.weights
+    names, weights, gates = call.names, call.weights, call.record.gates
     ways = call.layers * call.directions
     plain = 4 if call.has_biases else 2
     projected = _projected(call)
     count = plain + projected
     if len(weights) != ways * count:
-        extra = f" or {plain + 1}" if call.cell == "lstm" else ""
+        extra = f" or {plain + 1}" if call.record.projects else ""
         raise RuntimeError(
             f"weights: expected {plain}{extra} per direction for {call.cell}, "
             f"got {len(weights)} in all for {ways}"
@@ -541,10 +546,10 @@ def _layer(
     output = np.empty((*input.shape[:-1], sizes.directions * sizes.output), input.dtype)
     h_n = np.empty((sizes.directions, sizes.batch, sizes.output), input.dtype)
     c_n = None
-    if call.cell == "lstm":
+    if call.record.has_c:
         c_n = np.empty((sizes.directions, sizes.batch, sizes.hidden), input.dtype)
     _core.layer_forward(
-        CELLS[call.cell],
+        call.record.number,
         _DTYPES[input.dtype],
         sizes,
         _address(batch_sizes),

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from ostinato import ops  # noqa: F401  registers the operators
-from ostinato.onnx_node import KINDS, NoCounterpartError, Values, node
+from ostinato.cells import CELLS
+from ostinato.onnx_node import NoCounterpartError, Values, node
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -154,7 +155,7 @@ def _fold_weights(model: Any) -> None:
     pending = [
         value.producer()
         for each in model.graph
-        if each.op_type in KINDS.values()
+        if each.op_type in {cell.onnx.operator for cell in CELLS.values()}
         for value in each.inputs[1:4]
         if value is not None
     ]

@@ -24,14 +24,11 @@ import torch
 from torch import Tensor
 
 from ostinato.call import DTYPES, Call
+from ostinato.cells import CELLS
 from ostinato.gradients import Results
 from ostinato.later import when_imported
 from ostinato.traced import unrecorded
 
-# The operator of each cell.
-KINDS = {"rnn_tanh": "RNN", "rnn_relu": "RNN", "gru": "GRU", "lstm": "LSTM"}
-# Our gates in ONNX's order. An RNN has no gates to order.
-_ORDER = {"rnn_tanh": [0], "rnn_relu": [0], "gru": [1, 0, 2], "lstm": [0, 3, 1, 2]}
 # TensorProto's numbers.
 _INT32, _BFLOAT16 = 6, 16
 # What a node says, or need not say since only backward asks.
@@ -55,7 +52,8 @@ class NoCounterpartError(NotImplementedError):
 class Form(NamedTuple):
     """What a node is beside its inputs."""
 
-    kind: str
+    operator: str
+    states: int
     hidden: int
     directions: int
     attributes: dict[str, Any]
@@ -105,26 +103,26 @@ def node(write: Writer, call: dict[str, Any]) -> tuple[Any, ...]:
         NoCounterpartError: ONNX has no node for such a layer.
     """
     taken = _TAKEN | {"batch_sizes"} if write.takes_packed else _TAKEN
-    if call["cell"] != "lstm":
+    kind = CELLS[call["cell"]]
+    if not kind.has_c:
         taken = taken | {"all_c"}  # there is no c
     for name, given in call.items():
         if name not in taken and given is not None and given is not False:
             raise NoCounterpartError(f"{name}: {_REFUSED.get(name, 'ONNX has nothing like it')}")
-    cell, weights, lengths = call["cell"], call["weights"], call.get("lengths")
+    node, weights, lengths = kind.onnx, call["weights"], call.get("lengths")
     if weights[0].dtype in (_BFLOAT16, torch.bfloat16):
-        raise NoCounterpartError(f"dtype: ONNX has no {KINDS[cell]} in bfloat16 before opset 22")
+        raise NoCounterpartError(f"dtype: ONNX has no {node.operator} in bfloat16 before opset 22")
     directions = 2 if call["bidirectional"] else 1
     count = len(weights) // directions
     if count > (4 if call["has_biases"] else 2):
-        raise NoCounterpartError("proj_size: ONNX has no LSTM with a projection")
+        raise NoCounterpartError(f"proj_size: ONNX has no {node.operator} with a projection")
     rows, hidden = _sizes(weights[1])
-    order = _ORDER[cell]
-    units = [gate * hidden + unit for gate in order for unit in range(hidden)]
+    units = [gate * hidden + unit for gate in node.gates for unit in range(hidden)]
 
     def joined(names: slice, *shape: int) -> Any:
         """Return these weights of every direction as one, (D, *shape)."""
         parts = [
-            weight if len(order) == 1 else write.ordered(weight, units)
+            weight if len(node.gates) == 1 else write.ordered(weight, units)
             for first in range(0, len(weights), count)
             for weight in weights[first : first + count][names]
         ]
@@ -137,12 +135,16 @@ def node(write: Writer, call: dict[str, Any]) -> tuple[Any, ...]:
         joined(slice(2, 4), 2 * rows) if call["has_biases"] else None,
         call["batch_sizes"] if lengths is None else write.small(lengths),
         call["h_0"],
-        *([call["c_0"]] if cell == "lstm" else []),
+        *([call["c_0"]] if kind.has_c else []),
     ]
-    attributes = {"hidden_size": hidden, **_attributes(cell, directions)}
+    attributes: dict[str, Any] = {"hidden_size": hidden, **node.attributes}
+    if node.activation:
+        attributes["activations"] = [node.activation] * directions
     if directions == 2:
         attributes["direction"] = "bidirectional"
-    output, *states = write.recur(Form(KINDS[cell], hidden, directions, attributes), inputs)
+    output, *states = write.recur(
+        Form(node.operator, len(kind.states), hidden, directions, attributes), inputs
+    )
     if lengths is not None:
         # A row of no steps keeps its state. ONNX does not say so, and ONNX Runtime gives zeros.
         states = [
@@ -156,15 +158,6 @@ def node(write: Writer, call: dict[str, Any]) -> tuple[Any, ...]:
 def _sizes(weight: Any) -> list[int]:
     """Return the sizes of a weight, which no model may change, as numbers."""
     return [int(size) for size in weight.shape]
-
-
-def _attributes(cell: str, directions: int) -> dict[str, Any]:
-    """Return what makes the node compute our equations."""
-    if cell == "gru":
-        return {"linear_before_reset": 1}
-    if cell == "lstm":
-        return {}
-    return {"activations": [cell.removeprefix("rnn_").capitalize()] * directions}
 
 
 class Values:
@@ -193,7 +186,7 @@ class Values:
 
     def recur(self, form: Form, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """Write the node, and bring its output to (T, B, D * H)."""
-        output, *states = getattr(self._op, form.kind)(*inputs, **form.attributes)
+        output, *states = getattr(self._op, form.operator)(*inputs, **form.attributes)
         if form.directions == 1:
             return self._op.Squeeze(output, self._ints(1)), *states
         output = self._op.Transpose(output, perm=[0, 2, 1, 3])
@@ -234,19 +227,23 @@ class _Traced(_Tensors):
 
 
 def _symbols(
-    kind: str, hidden: int, directions: int, attributes: dict[str, Any], *inputs: Tensor | None
+    operator: str,
+    count: int,
+    hidden: int,
+    directions: int,
+    attributes: dict[str, Any],
+    *inputs: Tensor | None,
 ) -> list[Tensor]:
     """Put torch's symbols in the place of a node and of what brings its output to (T, B, D * H)."""
     x = inputs[0]
     assert x is not None
     steps, batch = x.shape[0], x.shape[1]
-    each = 2 if kind == "LSTM" else 1
     output, *states = torch.onnx.ops.symbolic_multi_out(
-        kind,
+        operator,
         inputs,
         attributes,
-        dtypes=(x.dtype,) * (1 + each),
-        shapes=((steps, directions, batch, hidden), *[(directions, batch, hidden)] * each),
+        dtypes=(x.dtype,) * (1 + count),
+        shapes=((steps, directions, batch, hidden), *[(directions, batch, hidden)] * count),
     )
     if directions == 1:
         return [output.squeeze(1), *states]
@@ -301,8 +298,8 @@ class _Node(torch.autograd.Function):
         absent = g.op("prim::Constant")
         absent.setType(torch._C.OptionalType.ofTensor())
         given = [absent if value is None else value for value in inputs]
-        count = 3 if form.kind == "LSTM" else 2
-        output, *states = g.op(form.kind, *given, outputs=count, **attributes)
+        count = 1 + form.states
+        output, *states = g.op(form.operator, *given, outputs=count, **attributes)
         if form.directions == 1:
             # A squeeze is written differently in each version of ONNX.
             return torch.onnx.symbolic_helper._squeeze_helper(g, output, [1]), *states

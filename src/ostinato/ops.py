@@ -51,9 +51,10 @@ from ostinato.call import (
     shape_of,
     thread_count,
 )
+from ostinato.cells import CELLS
 from ostinato.cuda import layer as gpu
 from ostinato.cuda.sequence import reserve_bytes as gpu_reserve_bytes
-from ostinato.engine import CELLS, PAD, SAVED, Sizes, five_per_direction
+from ostinato.engine import PAD, Sizes, five_per_direction
 from ostinato.gradients import Results, is_beyond_engine, reference_gradients, reference_results
 from ostinato.later import when_imported
 
@@ -172,15 +173,12 @@ def one_step(
     if not transforms.is_active() or not transforms.sees_through_step():
         return None
     found = reference.one_step(cell, input, h, c, weights, has_biases=len(weights) == 4)
-    return found[0], found[1] if cell == "lstm" else None
+    return found[0], found[1] if CELLS[cell].has_c else None
 
 
 # torch's operator for one step. On a CPU it is composed of others.
 _TORCH_STEPS: dict[str, Callable[..., Any]] = {
-    "rnn_tanh": torch._VF.rnn_tanh_cell,
-    "rnn_relu": torch._VF.rnn_relu_cell,
-    "gru": torch._VF.gru_cell,
-    "lstm": torch._VF.lstm_cell,
+    name: getattr(torch._VF, f"{name}_cell") for name in CELLS
 }
 
 
@@ -205,7 +203,7 @@ def torch_step(
         return None
     if h is None:
         h = input.new_zeros((input.shape[0], weights[1].shape[1]))
-    if cell == "lstm":
+    if CELLS[cell].has_c:
         return _TORCH_STEPS[cell](input, (h, c if c is not None else h), *weights)  # type: ignore[no-any-return]
     return _TORCH_STEPS[cell](input, h, *weights), None
 
@@ -348,7 +346,7 @@ def _run_elsewhere(call: Call, all_c: bool, keep: bool, is_engines: bool) -> Res
 
 def _run_operator(call: Call, all_c: bool, keep: bool) -> Results:
     output, h_n, c_n, cells, _ = torch.ops.ostinato.layer(*call, all_c, keep)
-    if call.cell != "lstm":
+    if not call.kind.has_c:
         return output, h_n, None, None
     return output, h_n, c_n, cells if all_c else None
 
@@ -418,10 +416,9 @@ def _layer_backward_cuda(
 ) -> list[Tensor]:
     call = Call(*arguments)
     sizes = check(call)
-    is_lstm = call.cell == "lstm"
     arrived = (grad_output, grad_h_n, grad_c_n, grad_cells)
     check_backward(call, sizes, arrived, output, reserve, wanted, gpu_reserve_bytes(call, sizes))
-    arrived = arrived if is_lstm else (grad_output, grad_h_n, None, None)
+    arrived = arrived if call.kind.has_c else (grad_output, grad_h_n, None, None)
     return gpu.backward(call, sizes, arrived, output, reserve, wanted)
 
 
@@ -455,11 +452,11 @@ def _layer_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
     held, cuts = _cut_addresses(call)
     output = x.new_empty((*x.shape[:-1], sizes.directions * sizes.output))
     h_n = x.new_empty((sizes.directions, sizes.batch, sizes.output))
-    has_cell = call.cell == "lstm"
+    has_cell = call.kind.has_c
     c_n = x.new_empty((sizes.directions, sizes.batch, sizes.hidden) if has_cell else (0,))
     has_cells = has_cell and all_c
     cells = x.new_empty((*x.shape[:-1], sizes.directions * sizes.hidden) if has_cells else (0,))
-    cell = CELLS[call.cell]
+    cell = call.kind.number
     kept = _core.reserve_bytes(cell, dtype, sizes, call.recompute) if keep else 0
     reserve = x.new_empty((kept,), dtype=torch.uint8)
     if kept and call.lengths is not None:
@@ -499,9 +496,9 @@ def _layer_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor
         kept = gpu_reserve_bytes(call, sizes)
     else:
         padded = (sizes.hidden + PAD - 1) // PAD * PAD
-        values = int(call.cell == "lstm") if call.recompute else SAVED[call.cell]
+        values = call.kind.recomputed if call.recompute else call.kind.saved
         kept = sizes.directions * sizes.rows * values * padded * max(4, input.element_size())
-    has_cell = call.cell == "lstm"
+    has_cell = call.kind.has_c
     return (
         input.new_empty((*input.shape[:-1], sizes.directions * sizes.output)),
         input.new_empty((*state, sizes.output)),
@@ -530,7 +527,7 @@ def _layer_backward_cpu(
     x, steps, h, c = call.input.contiguous(), *map(_dense, (call.batch_sizes, call.h_0, call.c_0))
     weights, y = [weight.contiguous() for weight in call.weights], output.contiguous()
     held, cuts = _cut_addresses(call)
-    has_cell = call.cell == "lstm"
+    has_cell = call.kind.has_c
     dy, dh_n = _dense(grad_output), _dense(grad_h_n)
     dc_n = _dense(grad_c_n) if has_cell else None
     dcells = _dense(grad_cells) if has_cell else None
@@ -540,7 +537,7 @@ def _layer_backward_cpu(
         grad if want else None for grad, want in zip(grads, wanted, strict=True)
     )
     _core.layer_backward(
-        CELLS[call.cell],
+        call.kind.number,
         DTYPES[x.dtype],
         sizes,
         address(steps),

@@ -16,7 +16,7 @@ from torch import Tensor
 from ostinato import _core, profile, transforms
 from ostinato.adjoint import is_batch
 from ostinato.call import Call, Shape, batch_of, thread_count
-from ostinato.engine import CELLS, GATES
+from ostinato.cells import CELLS
 from ostinato.gradients import is_asked, is_beyond_engine, reference_gradients
 
 # Looked up once: a cell's whole call takes a few microseconds.
@@ -28,6 +28,10 @@ _modes = torch._C._len_torch_dispatch_stack
 # Looks at tensors alone, and does not ask a class of tensors that has its own way with functions.
 _any_requires_grad = torch._C._any_requires_grad
 _is_profiled = torch._C._autograd._profiler_enabled
+
+# Of the records, what each call asks: a cell's whole call takes a few microseconds.
+_NUMBERS = {name: cell.number for name, cell in CELLS.items()}
+_HAVE_C = {name for name, cell in CELLS.items() if cell.has_c}
 
 # cell, is_cell, shape, has_biases, recompute
 _Config = tuple[str, bool, Shape, bool, bool]
@@ -88,8 +92,8 @@ def run(
         except _DeclinedError:
             return None
         if is_cell:
-            return (found[0], None, found[1]) if cell == "lstm" else (found, None, None)
-        return found if cell == "lstm" else (*found, None)
+            return (found[0], None, found[1]) if cell in _HAVE_C else (found, None, None)
+        return found if cell in _HAVE_C else (*found, None)
     forward = _shown_forward if _is_profiled() else _forward
     found = forward(config, False, *arguments)
     return None if found is None else found[:3]
@@ -107,7 +111,7 @@ def _forward(
     """Return output, h_n, c_n and what is kept for backward, or None if these are declined."""
     cell, is_cell, shape, has_biases, recompute = config
     return _core.tensors_forward(
-        CELLS.get(cell, -1),
+        _NUMBERS.get(cell, -1),
         is_cell,
         shape,
         input,
@@ -160,7 +164,7 @@ class _Short(torch.autograd.Function):
         output, h_n, c_n, reserve = found
         # One step of a GRU or an LSTM is differentiated without its output, which the caller may
         # then change in place, as with torch's cells.
-        reads_output = GATES[cell] == 1 or not is_cell
+        reads_output = CELLS[cell].reads_output or not is_cell
         ctx.save_for_backward(
             output if reads_output else None, reserve, batch_sizes, input, h_0, c_0, *weights
         )
@@ -182,7 +186,7 @@ class _Short(torch.autograd.Function):
         found: Any = None
         if not is_beyond_engine((dy, dh_n, dc_n)):
             arguments = (
-                CELLS[cell],
+                _NUMBERS[cell],
                 is_cell,
                 shape,
                 input,

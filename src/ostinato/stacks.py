@@ -33,7 +33,8 @@ from ostinato.call import (
     shape_of,
     thread_count,
 )
-from ostinato.engine import CELLS, Sizes, five_per_direction
+from ostinato.cells import CELLS
+from ostinato.engine import Sizes, five_per_direction
 
 Maybe = Sequence[Tensor | None]
 
@@ -65,7 +66,7 @@ class Plan:
 
     def knows_states(self, values: Sequence[Any]) -> bool:
         """Whether what the gradient takes holds every state: all but c of an LSTM."""
-        return self.config[0] != "lstm" and not self.is_cut(values[FRONT:])
+        return not CELLS[self.config[0]].has_c and not self.is_cut(values[FRONT:])
 
     def call(self, tensors: Sequence[Any]) -> Call:
         """Return the call on these tensors."""
@@ -172,7 +173,7 @@ def _run_plainly(call: Call, keep: bool) -> tuple[Tensor, ...] | None:
     if shape is None:
         return None
     found: Any = _core.tensors_forward(
-        CELLS[call.cell],
+        call.kind.number,
         False,
         shape,
         call.input,
@@ -203,7 +204,7 @@ def _differentiate_plainly(call: Call, values: Maybe, wanted: Sequence[bool]) ->
         return None
     assert reserve is not None
     return _core.tensors_backward(
-        CELLS[call.cell],
+        call.kind.number,
         False,
         shape,
         call.input,
@@ -216,7 +217,7 @@ def _differentiate_plainly(call: Call, values: Maybe, wanted: Sequence[bool]) ->
         reserve.contiguous().view(-1).view(call.input.dtype),
         dy,
         dh_n,
-        dc_n if call.cell == "lstm" else None,
+        dc_n if call.kind.has_c else None,
         (*wanted[:3], *wanted[5:]),
         call.recompute,
         thread_count(),
@@ -233,7 +234,7 @@ def _present(
     plan: Plan, output: Tensor, h_n: Tensor, c_n: Tensor, cells: Tensor, reserve: Tensor
 ) -> tuple[Tensor, ...]:
     """Leave out what a cell, or a call, does not have."""
-    if plan.config[0] != "lstm":
+    if not CELLS[plan.config[0]].has_c:
         return output, h_n, reserve
     return (output, h_n, c_n, cells, reserve) if plan.all_c else (output, h_n, c_n, reserve)
 
@@ -306,7 +307,7 @@ def run_stack(plan: Plan, tensors: Maybe) -> tuple[Tensor, ...]:
     """Run each model of a stack."""
     call, sizes = _first_call(plan, tensors, plan.stacked)
     input, models, directions = call.input, plan.models, sizes.directions
-    has_cell = call.cell == "lstm"
+    has_cell = call.kind.has_c
     dtype = DTYPES[input.dtype]
     output = input.new_empty((models, *input.shape[:-1], directions * sizes.output))
     h_n = input.new_empty((models, directions, sizes.batch, sizes.output))
@@ -316,7 +317,7 @@ def run_stack(plan: Plan, tensors: Maybe) -> tuple[Tensor, ...]:
     )
     reserve = input.new_empty((0,), dtype=torch.uint8)
     if plan.keep:
-        kept = _core.reserve_bytes(CELLS[call.cell], dtype, sizes, call.recompute)
+        kept = _core.reserve_bytes(call.kind.number, dtype, sizes, call.recompute)
         if call.is_cut:
             # What stands for steps that are not taken is nobody's, but this is to be a function of
             # the inputs.
@@ -329,7 +330,7 @@ def run_stack(plan: Plan, tensors: Maybe) -> tuple[Tensor, ...]:
     for result, is_there in zip((output, h_n, c_n, cells, reserve), present, strict=True):
         arrays.add(result if is_there else None, True)
     _core.layers_forward(
-        CELLS[call.cell],
+        call.kind.number,
         dtype,
         sizes,
         address(call.batch_sizes),
@@ -360,7 +361,7 @@ def run_stack_backward(plan: Plan, values: Maybe) -> tuple[Tensor, ...]:
     arrays = _Arrays()
     for index, pair in enumerate(front):
         # c has no gradient where there is none.
-        arrays.add(*((None, False) if index in (2, 3) and call.cell != "lstm" else pair))
+        arrays.add(*((None, False) if index in (2, 3) and not call.kind.has_c else pair))
     _add_inputs(arrays, call, sizes, tensors, stacked)
     found = [
         call.input.new_empty((plan.models, *first.shape)) if want and first is not None else None
@@ -370,7 +371,7 @@ def run_stack_backward(plan: Plan, values: Maybe) -> tuple[Tensor, ...]:
         arrays.add(grad, True)
     arrays.add_weights(call, sizes, [(grad, True) for grad in found[WEIGHTS - FLAGS :]])
     _core.layers_backward(
-        CELLS[call.cell],
+        call.kind.number,
         DTYPES[call.input.dtype],
         sizes,
         address(call.batch_sizes),

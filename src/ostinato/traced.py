@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ostinato.call import without_autocast
-from ostinato.engine import GATES
+from ostinato.cells import CELLS
 from ostinato.gradients import Results
 
 _P = ParamSpec("_P")
@@ -74,7 +74,7 @@ def define(
         layer: `ostinato.ops.layer`, which they run.
         cut_layer: `ostinato.ops.cut_layer`, likewise.
     """
-    for cell in GATES:
+    for cell in CELLS:
         library.define(cell + _SCHEMA)  # type: ignore[no-untyped-call]
         kernel = functools.partial(_run, layer, cut_layer, cell)
         library.impl(cell, kernel, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
@@ -122,6 +122,6 @@ def record(cell: str, *arguments: Any) -> Results:
         output, h_n, c_n or None, c at every step or None, as `ostinato.ops.cut_layer`.
     """
     output, h_n, c_n, cells = getattr(torch.ops.ostinato, cell)(*arguments)
-    if cell != "lstm":
+    if not CELLS[cell].has_c:
         return output, h_n, None, None
     return output, h_n, c_n, cells if arguments[-1] else None

@@ -152,7 +152,7 @@ def run(call: Call, all_c: bool) -> Results:
         torch.is_grad_enabled()
         and any(t is not None and _unwrapped(t).requires_grad for t in call.tensors())
     )
-    has_c = call.cell == "lstm" and (all_c or _is_forward_mode())  # what tangents are made of
+    has_c = call.kind.has_c and (all_c or _is_forward_mode())  # what tangents are made of
     plan = Plan(call[2], call[6:10], has_c, keep, gradients)
     tensors = call.batch_sizes, call.lengths, call.resets, *call.tensors()
     *found, _ = apply(_Layer, plan, *tensors)
@@ -441,7 +441,7 @@ def _again(plan: Plan, values: Maybe, asked: Sequence[int]) -> Callable[..., tup
         grads, tensors = values[: FRONT - 2], values[FRONT:]
         call = plan.call(tensors)
         output, cells = values[OUTPUT], None
-        if call.cell == "lstm":
+        if call.kind.has_c:
             output, _, _, cells = run(call, all_c=True)
         found = adjoint_gradients(call, output, cells, grads, plan.wanted[FLAGS:])
         return tuple(grad for grad in found if grad is not None)

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from importlib import resources
 from typing import Any, NamedTuple
 
+from ostinato.cells import CELLS
+
 
 class Question(NamedTuple):
     """What a choice depends on, in the words of a row of the benchmark."""
@@ -95,7 +97,7 @@ def answer(rows: list[dict[str, Any]], question: Question) -> tuple[bool, str]:
     Returns:
         The answer, and its reason in words.
     """
-    cell = "rnn_tanh" if question.cell == "rnn_relu" else question.cell
+    cell = CELLS[question.cell].timed_as or question.cell
     alike = (cell, question.math, question.form, question.is_training)
     ratios = {
         (row["hidden"], row["batch"]): row["ratio"]

@@ -9,11 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ostinato.engine import GATES
-
-# Gate gradients per unit (csrc/cells.h).
-GRADS = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 4, "lstm": 4}
-_TYPES = {"rnn_tanh": "Rnn<false>", "rnn_relu": "Rnn<true>", "gru": "Gru", "lstm": "Lstm"}
+from ostinato.cells import CELLS, Cell
 
 GROUP_ROWS = 8
 
@@ -50,6 +46,11 @@ class Config(NamedTuple):
     is_backward: bool
 
     @property
+    def kind(self) -> Cell:
+        """What cell this is."""
+        return CELLS[self.cell]
+
+    @property
     def source(self) -> str:
         """The main file's name, in csrc/cuda."""
         return "sequence.cu"
@@ -83,7 +84,7 @@ class Config(NamedTuple):
     def defines(self) -> dict[str, str | int]:
         """The macros that csrc/cuda/plan.cuh asks for."""
         return {
-            "OSTINATO_CELL_TYPE": _TYPES[self.cell],
+            "OSTINATO_CELL_TYPE": self.kind.kernel,
             "OSTINATO_MATH": MATHS[self.math].type,
             "OSTINATO_HIDDEN": self.hidden,
             "OSTINATO_BLOCKS": self.blocks,
@@ -109,7 +110,7 @@ class Config(NamedTuple):
     @property
     def width(self) -> int:
         """How many fragments are used together, one for each of so many sums."""
-        gates = GATES[self.cell]
+        gates = self.kind.gates
         if not self.is_backward:
             return gates
         if not MATHS[self.math].depth:
@@ -120,7 +121,7 @@ class Config(NamedTuple):
     @property
     def fragments(self) -> int:
         """Of weight_hh, 16 bytes in each thread."""
-        depth, gates = MATHS[self.math].depth or 4, GATES[self.cell]
+        depth, gates = MATHS[self.math].depth or 4, self.kind.gates
         if not self.is_backward:
             return self.padded // depth // self.slices * gates
         if MATHS[self.math].depth:
@@ -132,7 +133,7 @@ class Config(NamedTuple):
     @property
     def is_even(self) -> bool:
         """Whether warps, or threads, share the product evenly, as the kernel asks."""
-        depth, gates = MATHS[self.math].depth, GATES[self.cell]
+        depth, gates = MATHS[self.math].depth, self.kind.gates
         workers = self.warps if depth else self.threads
         size = 16 if depth else 1
         depth = depth or 4
@@ -158,11 +159,11 @@ class Config(NamedTuple):
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a block: ForwardShared, BackwardShared."""
-        item, gates = MATHS[self.math].bytes, GATES[self.cell]
+        item, gates = MATHS[self.math].bytes, self.kind.gates
         pad = 16 // item
         halves = 2 if self.groups > 1 else 1
         buffers = 2 if self.exchange == "cluster" else 1
-        is_grid, is_lstm = self.exchange == "grid", self.cell == "lstm"
+        is_grid, has_c = self.exchange == "grid", self.kind.has_c
         sums = GROUP_ROWS * (self.units + 4) * 4
         states = self.rows * self.units * 4
         weights = (max(self.fragments - self.resident, 0) * self.threads + 1) * 16
@@ -171,7 +172,7 @@ class Config(NamedTuple):
             size += halves * GROUP_ROWS * (gates * self.units + pad) * item
             size += (1 if is_grid else buffers * self.groups) * self.sources * sums
             size = _align(size, 16) + weights
-            size += states + (states if is_lstm else self.units * 4)
+            size += states + (states if has_c else self.units * 4)
         else:
             size += (
                 (1 if is_grid else buffers * self.groups) * GROUP_ROWS * (self.padded + pad) * item
@@ -179,7 +180,7 @@ class Config(NamedTuple):
             size += (1 if is_grid else halves) * self.slices * gates * sums
             size = _align(size, 16) + weights
             size += (gates + 1) * self.units * 4
-            size += states + (states if is_lstm else self.units * 4)
+            size += states + (states if has_c else self.units * 4)
         size += self.rows * 8
         size = _align(size, 8) + buffers * self.groups * 8
         return _align(size, 16)

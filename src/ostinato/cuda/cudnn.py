@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ostinato.cells import CELLS
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -61,11 +63,12 @@ def layer(
     if h_0 is None:
         h_0 = input.new_zeros(rows, sizes.batch, sizes.output)
     hx: Any = h_0
-    if cell == "lstm":
+    has_c = CELLS[cell].has_c
+    if has_c:
         hx = h_0, input.new_zeros(rows, sizes.batch, sizes.hidden) if c_0 is None else c_0
     # It takes weights and input of any strides, but nothing else.
     batch_sizes = None if batch_sizes is None else batch_sizes.contiguous()
-    hx = hx.contiguous() if cell != "lstm" else tuple(state.contiguous() for state in hx)
+    hx = tuple(state.contiguous() for state in hx) if has_c else hx.contiguous()
     operator = getattr(torch._VF, cell)
     # cuDNN keeps what backward needs only in training mode, which changes nothing but dropout.
     train = torch.is_grad_enabled() or dropout > 0
@@ -74,4 +77,4 @@ def layer(
         output, *states = operator(input, hx, weights, *options, False)
     else:
         output, *states = operator(input, batch_sizes, hx, weights, *options)
-    return output, states[0], states[1] if cell == "lstm" else None
+    return output, states[0], states[1] if has_c else None

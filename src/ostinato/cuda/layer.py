@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ostinato.call import DTYPES, Call, batch_of, check, check_dtype
+from ostinato.cells import CELLS
 from ostinato.cuda import choice, cudnn, launch, sequence
 from ostinato.cuda.config import Config
 from ostinato.cuda.plan import Device, at_once, plan
-from ostinato.engine import GATES, Sizes
+from ostinato.engine import Sizes
 from ostinato.later import when_imported
 
 _MATHS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -63,7 +64,7 @@ def decide(call: Call, *, is_training: bool, all_c: bool = False) -> Decision:
     """
     input, weights = call.input, call.weights
     math = math_of(input.dtype)
-    if call.cell not in GATES or input.dim() < 2:
+    if call.cell not in CELLS or input.dim() < 2:
         return Decision(False, "the arguments are not those of a layer")
     if math is None:
         return Decision(False, f"no kernel computes in {input.dtype}")
@@ -231,7 +232,7 @@ def _of_no_rows(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return what a layer makes of no steps or no batch, where there is no kernel to launch."""
     x = call.input
-    is_lstm = call.cell == "lstm"
+    has_c = call.kind.has_c
     shape = (sizes.directions, sizes.batch, sizes.hidden)
     h_n, c_n = (
         x.new_zeros(shape) if state is None else state.clone(memory_format=torch.contiguous_format)
@@ -241,8 +242,8 @@ def _of_no_rows(
     return (
         x.new_empty(output),
         h_n,
-        c_n if is_lstm else x.new_empty(0),
-        x.new_empty(output if is_lstm and all_c else (0,)),
+        c_n if has_c else x.new_empty(0),
+        x.new_empty(output if has_c and all_c else (0,)),
         x.new_empty(0, dtype=torch.uint8),
     )
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ostinato.cuda.config import GROUP_ROWS, MATHS, Config
-from ostinato.engine import GATES
 
 
 class Device(NamedTuple):
@@ -140,7 +139,7 @@ def _resident(config: Config, room: int) -> int:
 
 def overhead(config: Config) -> int:
     """Registers beside the weights; tests/test_cuda_report.py holds that nothing spills."""
-    gates, pairs, words = GATES[config.cell], _pairs(config), MATHS[config.math].bytes // 2
+    gates, pairs, words = config.kind.gates, _pairs(config), MATHS[config.math].bytes // 2
     if not MATHS[config.math].depth:
         return 104 + 56 * (pairs - 1) if config.is_backward else 94 + 16 * (pairs - 1)
     # Gathering; a lone gate, whose product the compiler reads far ahead; exact activations.
@@ -157,7 +156,7 @@ def overhead(config: Config) -> int:
 
 def cycles(config: Config, batch: int, directions: int, device: Device) -> float:
     """Model the time of one step of the whole batch."""
-    gates, item, pairs = GATES[config.cell], MATHS[config.math].bytes, _pairs(config)
+    gates, item, pairs = config.kind.gates, MATHS[config.math].bytes, _pairs(config)
     products = max(config.fragments - config.resident, 0) * config.warps * 4.0
     if MATHS[config.math].depth:
         products += config.fragments * -(-config.warps // 4) * 12

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ostinato.call import Call
-from ostinato.cuda.config import GRADS, Config
-from ostinato.engine import GATES, SAVED, Sizes
+from ostinato.cuda.config import Config
+from ostinato.engine import Sizes
 
 
 class Launcher(Protocol):
@@ -79,7 +79,7 @@ def forward(
         output, h_n, c_n, cells, reserve; what there is not is empty.
     """
     x, hidden, directions = call.input.contiguous(), sizes.hidden, sizes.directions
-    gates, is_lstm = GATES[call.cell], call.cell == "lstm"
+    gates, has_c = call.kind.gates, call.kind.has_c
     rows = rows_of(call, sizes)
     flat = x.reshape(sizes.rows, sizes.input)
     weights = _directions(call, sizes)
@@ -92,8 +92,8 @@ def forward(
     make = x.new_zeros if call.lengths is not None else x.new_empty
     output = make((*x.shape[:-1], directions * hidden))
     h_n = x.new_empty(directions, sizes.batch, hidden)
-    c_n = x.new_empty((directions, sizes.batch, hidden) if is_lstm else (0,))
-    cells = make((*x.shape[:-1], directions * hidden) if is_lstm and all_c else (0,))
+    c_n = x.new_empty((directions, sizes.batch, hidden) if has_c else (0,))
+    cells = make((*x.shape[:-1], directions * hidden) if has_c and all_c else (0,))
     reserve = x.new_empty(reserve_bytes(call, sizes) if keep else 0, dtype=torch.uint8)
     states = [_dense(t) for t in (call.h_0, call.c_0, call.reset_h, call.reset_c)]
     held = [_pair([w[i] for w in weights]) for i in (1, 2, 3)]
@@ -136,7 +136,7 @@ def backward(
     x, hidden, directions = call.input.contiguous(), sizes.hidden, sizes.directions
     rows = rows_of(call, sizes)
     weights = _directions(call, sizes)
-    slots = GRADS[call.cell]
+    slots = call.kind.grads
     # Where a row has no step or no first piece, nothing is written.
     make = x.new_zeros if call.lengths is not None else x.new_empty
     dgates = make((directions, sizes.rows, slots * hidden))
@@ -189,7 +189,7 @@ def _products(
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Return the gradients of input and weights, products over all steps."""
-    hidden, gates = sizes.hidden, GATES[call.cell]
+    hidden, gates = sizes.hidden, call.kind.gates
     flat = call.input.reshape(sizes.rows, sizes.input)
     dx: Tensor | None = None
     dweights: list[Tensor | None] = []
@@ -270,7 +270,7 @@ def _previous(call: Call, sizes: Sizes, rows: Rows, y: Tensor, direction: int) -
 
 def reserve_bytes(call: Call, sizes: Sizes) -> int:
     """Return how much forward keeps for backward: values of each unit and row, in its dtype."""
-    values = sizes.rows * sizes.directions * SAVED[call.cell] * sizes.hidden
+    values = sizes.rows * sizes.directions * call.kind.saved * sizes.hidden
     return values * call.input.element_size()
 
 

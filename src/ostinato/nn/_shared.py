@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ostinato import call, fallback, ops, short
 from ostinato.call import without_autocast
+from ostinato.cells import CELLS, Cell
 from ostinato.nn._arguments import (
     States,
     attribute,
@@ -194,7 +195,7 @@ class Layers(Neighbour, torch.nn.RNNBase):
                 resets = resets.transpose(0, 1)
         rows = self.num_layers * (2 if self.bidirectional else 1)
         shapes = [(rows, self.proj_size or self.hidden_size)]
-        if self._kind == "LSTM":
+        if self._cell().has_c:
             shapes.append((rows, self.hidden_size))
         states = reset_states(kind, reset_to, resets, batch, tuple(shapes), data)
         return Cuts(lengths, resets, *states, return_all_states)
@@ -283,6 +284,9 @@ class Layers(Neighbour, torch.nn.RNNBase):
             return self._walk(input, batch_sizes, h_0, c_0, weights, cuts)
         with without_autocast(input):
             return self._walk(input, batch_sizes, h_0, c_0, weights, cuts)
+
+    def _cell(self) -> Cell:
+        return CELLS[self.mode.lower()]
 
     def _shape(self) -> call.Shape:
         directions = 2 if self.bidirectional else 1
@@ -400,8 +404,7 @@ class Layers(Neighbour, torch.nn.RNNBase):
         return data, batch_sizes, weights
 
     def _reject_dim(self, dim: int) -> NoReturn:
-        # torch's RNN says one word more than its siblings.
-        word = " tensor" if self._kind == "RNN" else ""
+        word = self._cell().dim_word
         raise ValueError(f"{self._kind}: Expected input to be 2D or 3D, got {dim}D{word} instead")
 
     def _reject_dims(self, dim: int, h_0: Tensor | None, c_0: Tensor | None) -> NoReturn:

@@ -1,0 +1,142 @@
+"""A cell is a value: one record for each, and nobody else knows a cell by its name.
+
+Legend: H hidden, G gates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Onnx:
+    """ONNX's operator for a cell's layer.
+
+    Args:
+        operator: its name.
+        gates: our gates in ONNX's order.
+        attributes: what makes it compute our equations.
+        activation: the function that the operator is told for each direction, or nothing.
+    """
+
+    operator: str
+    gates: tuple[int, ...]
+    attributes: dict[str, int] = field(default_factory=dict)
+    activation: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is asked of a cell beside its step, which is in `ostinato.reference` and csrc/cells.h.
+
+    csrc/cells.h states the same of each type there, and a test holds both equal.
+
+    Args:
+        name: in operators and messages, and in `ostinato.reference.STEPS`.
+        number: the engine's (csrc/cpu/engine.h).
+        kernel: the type's name in csrc/cells.h.
+        layer: the layer's name in torch.nn.
+        gates: G, rows of weight_hh for each unit.
+        grads: gradients of the gates' products for each unit; more than G where a gate takes the
+            two products apart.
+        saved: values for each unit and row that forward keeps for backward.
+        recomputed: how many of these it keeps where backward computes the gates again.
+        states: what a step hands on; the first is h, the output.
+        projects: whether h may be projected by weight_hr.
+        reads_output: whether backward of a step reads its output.
+        onnx: ONNX's operator.
+        dim_word: a word that torch's layer adds when it refuses an input's dimensions.
+        timed_as: the cell whose measured times stand for this one's, or nothing.
+
+    Example:
+        >>> CELLS["lstm"].states, CELLS["gru"].has_c
+        (('h', 'c'), False)
+    """
+
+    name: str
+    number: int
+    kernel: str
+    layer: str
+    gates: int
+    grads: int
+    saved: int
+    recomputed: int
+    states: tuple[str, ...]
+    projects: bool
+    reads_output: bool
+    onnx: Onnx
+    dim_word: str = ""
+    timed_as: str = ""
+
+    @property
+    def has_c(self) -> bool:
+        """Whether there is a second state."""
+        return len(self.states) > 1
+
+
+CELLS = {
+    cell.name: cell
+    for cell in (
+        Cell(
+            name="rnn_tanh",
+            number=0,
+            kernel="Rnn<false>",
+            layer="RNN",
+            gates=1,
+            grads=1,
+            saved=0,
+            recomputed=0,
+            states=("h",),
+            projects=False,
+            reads_output=True,
+            onnx=Onnx("RNN", (0,), activation="Tanh"),
+            dim_word=" tensor",
+        ),
+        Cell(
+            name="rnn_relu",
+            number=1,
+            kernel="Rnn<true>",
+            layer="RNN",
+            gates=1,
+            grads=1,
+            saved=0,
+            recomputed=0,
+            states=("h",),
+            projects=False,
+            reads_output=True,
+            onnx=Onnx("RNN", (0,), activation="Relu"),
+            dim_word=" tensor",
+            timed_as="rnn_tanh",
+        ),
+        Cell(
+            name="gru",
+            number=2,
+            kernel="Gru",
+            layer="GRU",
+            gates=3,
+            grads=4,
+            saved=4,
+            recomputed=0,
+            states=("h",),
+            projects=False,
+            reads_output=False,
+            onnx=Onnx("GRU", (1, 0, 2), {"linear_before_reset": 1}),
+        ),
+        Cell(
+            name="lstm",
+            number=3,
+            kernel="Lstm",
+            layer="LSTM",
+            gates=4,
+            grads=4,
+            saved=5,
+            recomputed=1,
+            states=("h", "c"),
+            projects=True,
+            reads_output=False,
+            onnx=Onnx("LSTM", (0, 3, 1, 2)),
+        ),
+    )
+}
+# By the name of a layer, in small letters. An RNN's two cells differ in nothing that is asked here.
+LAYERS = {cell.layer.lower(): cell for cell in CELLS.values()}
