@@ -346,7 +346,8 @@ def _run_elsewhere(call: Call, all_c: bool, keep: bool, is_engines: bool) -> Res
 
 def _run_operator(call: Call, all_c: bool, keep: bool) -> Results:
     output, h_n, c_n, cells, _ = torch.ops.ostinato.layer(*call, all_c, keep)
-    if not call.kind.has_c:
+    # Not call.kind, which torch 2.10's compiler cannot ask.
+    if not CELLS[call.cell].has_c:
         return output, h_n, None, None
     return output, h_n, c_n, cells if all_c else None
 
