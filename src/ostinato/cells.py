@@ -5,21 +5,19 @@ Legend: H hidden, G gates.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
 class Onnx:
-    """ONNX's operator for a cell's layer.
+    """What ONNX's operator for a cell's layer is told.
 
     Args:
-        operator: its name.
         gates: our gates in ONNX's order.
         attributes: what makes it compute our equations.
         activation: the function that the operator is told for each direction, or nothing.
     """
 
-    operator: str
     gates: tuple[int, ...]
     attributes: dict[str, int] = field(default_factory=dict)
     activation: str = ""
@@ -35,16 +33,15 @@ class Cell:
         name: in operators and messages, and in `ostinato.reference.STEPS`.
         number: the engine's (csrc/cpu/engine.h).
         kernel: the type's name in csrc/cells.h.
-        layer: the layer's name in torch.nn.
+        layer: the name of the layer in torch.nn, and of its operator in ONNX.
         gates: G, rows of weight_hh for each unit.
         grads: gradients of the gates' products for each unit; more than G where a gate takes the
             two products apart.
         saved: values for each unit and row that forward keeps for backward.
-        recomputed: how many of these it keeps where backward computes the gates again.
         states: what a step hands on; the first is h, the output.
         projects: whether h may be projected by weight_hr.
         reads_output: whether backward of a step reads its output.
-        onnx: ONNX's operator.
+        onnx: how ONNX's operator is told to compute this.
         dim_word: a word that torch's layer adds when it refuses an input's dimensions.
         timed_as: the cell whose measured times stand for this one's, or nothing.
 
@@ -60,7 +57,6 @@ class Cell:
     gates: int
     grads: int
     saved: int
-    recomputed: int
     states: tuple[str, ...]
     projects: bool
     reads_output: bool
@@ -73,70 +69,60 @@ class Cell:
         """Whether there is a second state."""
         return len(self.states) > 1
 
+    @property
+    def recomputed(self) -> int:
+        """How many of the values saved are kept where backward computes the gates again: c."""
+        return len(self.states) - 1
 
-CELLS = {
-    cell.name: cell
-    for cell in (
-        Cell(
-            name="rnn_tanh",
-            number=0,
-            kernel="Rnn<false>",
-            layer="RNN",
-            gates=1,
-            grads=1,
-            saved=0,
-            recomputed=0,
-            states=("h",),
-            projects=False,
-            reads_output=True,
-            onnx=Onnx("RNN", (0,), activation="Tanh"),
-            dim_word=" tensor",
-        ),
-        Cell(
-            name="rnn_relu",
-            number=1,
-            kernel="Rnn<true>",
-            layer="RNN",
-            gates=1,
-            grads=1,
-            saved=0,
-            recomputed=0,
-            states=("h",),
-            projects=False,
-            reads_output=True,
-            onnx=Onnx("RNN", (0,), activation="Relu"),
-            dim_word=" tensor",
-            timed_as="rnn_tanh",
-        ),
-        Cell(
-            name="gru",
-            number=2,
-            kernel="Gru",
-            layer="GRU",
-            gates=3,
-            grads=4,
-            saved=4,
-            recomputed=0,
-            states=("h",),
-            projects=False,
-            reads_output=False,
-            onnx=Onnx("GRU", (1, 0, 2), {"linear_before_reset": 1}),
-        ),
-        Cell(
-            name="lstm",
-            number=3,
-            kernel="Lstm",
-            layer="LSTM",
-            gates=4,
-            grads=4,
-            saved=5,
-            recomputed=1,
-            states=("h", "c"),
-            projects=True,
-            reads_output=False,
-            onnx=Onnx("LSTM", (0, 3, 1, 2)),
-        ),
-    )
-}
+
+_RNN = Cell(
+    name="rnn_tanh",
+    number=0,
+    kernel="Rnn<false>",
+    layer="RNN",
+    gates=1,
+    grads=1,
+    saved=0,
+    states=("h",),
+    projects=False,
+    reads_output=True,
+    onnx=Onnx((0,), activation="Tanh"),
+    dim_word=" tensor",
+)
+_RELU = replace(
+    _RNN,
+    name="rnn_relu",
+    number=1,
+    kernel="Rnn<true>",
+    onnx=Onnx((0,), activation="Relu"),
+    timed_as="rnn_tanh",
+)
+_GRU = Cell(
+    name="gru",
+    number=2,
+    kernel="Gru",
+    layer="GRU",
+    gates=3,
+    grads=4,
+    saved=4,
+    states=("h",),
+    projects=False,
+    reads_output=False,
+    onnx=Onnx((1, 0, 2), {"linear_before_reset": 1}),
+)
+_LSTM = Cell(
+    name="lstm",
+    number=3,
+    kernel="Lstm",
+    layer="LSTM",
+    gates=4,
+    grads=4,
+    saved=5,
+    states=("h", "c"),
+    projects=True,
+    reads_output=False,
+    onnx=Onnx((0, 3, 1, 2)),
+)
+CELLS = {cell.name: cell for cell in (_RNN, _RELU, _GRU, _LSTM)}
 # By the name of a layer, in small letters. An RNN's two cells differ in nothing that is asked here.
 LAYERS = {cell.layer.lower(): cell for cell in CELLS.values()}

@@ -155,7 +155,7 @@ def _fold_weights(model: Any) -> None:
     pending = [
         value.producer()
         for each in model.graph
-        if each.op_type in {cell.onnx.operator for cell in CELLS.values()}
+        if each.op_type in {cell.layer for cell in CELLS.values()}
         for value in each.inputs[1:4]
         if value is not None
     ]

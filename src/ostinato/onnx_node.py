@@ -111,11 +111,11 @@ def node(write: Writer, call: dict[str, Any]) -> tuple[Any, ...]:
             raise NoCounterpartError(f"{name}: {_REFUSED.get(name, 'ONNX has nothing like it')}")
     node, weights, lengths = kind.onnx, call["weights"], call.get("lengths")
     if weights[0].dtype in (_BFLOAT16, torch.bfloat16):
-        raise NoCounterpartError(f"dtype: ONNX has no {node.operator} in bfloat16 before opset 22")
+        raise NoCounterpartError(f"dtype: ONNX has no {kind.layer} in bfloat16 before opset 22")
     directions = 2 if call["bidirectional"] else 1
     count = len(weights) // directions
     if count > (4 if call["has_biases"] else 2):
-        raise NoCounterpartError(f"proj_size: ONNX has no {node.operator} with a projection")
+        raise NoCounterpartError(f"proj_size: ONNX has no {kind.layer} with a projection")
     rows, hidden = _sizes(weights[1])
     units = [gate * hidden + unit for gate in node.gates for unit in range(hidden)]
 
@@ -143,7 +143,7 @@ def node(write: Writer, call: dict[str, Any]) -> tuple[Any, ...]:
     if directions == 2:
         attributes["direction"] = "bidirectional"
     output, *states = write.recur(
-        Form(node.operator, len(kind.states), hidden, directions, attributes), inputs
+        Form(kind.layer, len(kind.states), hidden, directions, attributes), inputs
     )
     if lengths is not None:
         # A row of no steps keeps its state. ONNX does not say so, and ONNX Runtime gives zeros.

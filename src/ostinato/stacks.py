@@ -25,6 +25,7 @@ from ostinato import _core, profile
 from ostinato.call import (
     DTYPES,
     Call,
+    Shape,
     address,
     check,
     check_backward,
@@ -167,25 +168,20 @@ def run_one(plan: Plan, tensors: Maybe) -> tuple[Tensor, ...]:
     return _present(plan, output, h_n, c_n, cells, reserve)
 
 
+def _plain_arguments(call: Call, shape: Shape) -> Any:
+    """Return what both entries for plain tensors (csrc/tensors.cpp) take first, as a tuple."""
+    states = call.h_0, call.c_0
+    start = call.kind.number, False, shape, call.input, call.batch_sizes
+    return *start, *states, tuple(call.weights), call.has_biases
+
+
 def _run_plainly(call: Call, keep: bool) -> tuple[Tensor, ...] | None:
-    """Run a layer past the dispatcher; None where the engine declines, or a profiler looks on."""
-    shape = None if profile.is_on() else shape_of(call)
+    """Run a layer past the dispatcher; None where the engine declines."""
+    shape = shape_of(call)
     if shape is None:
         return None
-    found: Any = _core.tensors_forward(
-        call.kind.number,
-        False,
-        shape,
-        call.input,
-        call.batch_sizes,
-        call.h_0,
-        call.c_0,
-        tuple(call.weights),
-        call.has_biases,
-        keep,
-        call.recompute,
-        thread_count(),
-    )
+    arguments = *_plain_arguments(call, shape), keep, call.recompute, thread_count()
+    found: Any = _core.tensors_forward(*arguments)
     if found is None:
         return None
     *results, kept = found
@@ -198,21 +194,13 @@ def _run_plainly(call: Call, keep: bool) -> tuple[Tensor, ...] | None:
 
 def _differentiate_plainly(call: Call, values: Maybe, wanted: Sequence[bool]) -> Any:
     """Differentiate a layer past the dispatcher; None where `_run_plainly` returns None."""
-    shape = None if call.is_cut or profile.is_on() else shape_of(call)
+    shape = None if call.is_cut else shape_of(call)
     dy, dh_n, dc_n, dcells, output, reserve = values
     if shape is None or dcells is not None:
         return None
     assert reserve is not None
-    return _core.tensors_backward(
-        call.kind.number,
-        False,
-        shape,
-        call.input,
-        call.batch_sizes,
-        call.h_0,
-        call.c_0,
-        tuple(call.weights),
-        call.has_biases,
+    arguments = (
+        *_plain_arguments(call, shape),
         output,
         reserve.contiguous().view(-1).view(call.input.dtype),
         dy,
@@ -222,6 +210,10 @@ def _differentiate_plainly(call: Call, values: Maybe, wanted: Sequence[bool]) ->
         call.recompute,
         thread_count(),
     )
+    if not profile.is_on():
+        return _core.tensors_backward(*arguments)
+    with profile.shown(call.cell, "backward"):
+        return _core.tensors_backward(*arguments)
 
 
 def kept_shape(output: Tensor, directions: int, count: int) -> tuple[int, int, int]:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor
 
-from ostinato import ops, short
+from ostinato import ops, short, steps
 from ostinato.call import reject_nested, without_autocast
 from ostinato.nn._arguments import (
     attribute,
@@ -92,7 +92,7 @@ class _Cell(Neighbour, torch.nn.modules.rnn.RNNCellBase):
         if autocast:
             input, h, c = cast(weights[0].dtype, input, h, c)
         else:
-            found = ops.torch_step(cell, input, h, c, weights)
+            found = steps.torch_step(cell, input, h, c, weights)
             if found is not None:
                 return found if dim == 2 else self._one_row(*found)
         self._check(weights, input, h, c)
@@ -141,7 +141,7 @@ class _Cell(Neighbour, torch.nn.modules.rnn.RNNCellBase):
         dim: int,
     ) -> tuple[Tensor, Tensor | None]:
         """Run one step of (B, I), (B, H) as a layer of (1, B, I), (1, B, H)."""
-        found = ops.one_step(cell, input, h, c, weights)
+        found = steps.one_step(cell, input, h, c, weights)
         if found is not None:
             return found if dim == 2 else self._one_row(*found)
         # Not the output, which backward may read: h_n is memory of its own in every backend.
