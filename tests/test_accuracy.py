@@ -21,8 +21,9 @@ import warnings
 
 import pytest
 import torch
-from conftest import seed_of
-from devices import device_type
+from support.calls import seed_of
+from support.cells import TORCH_KINDS, has_c, is_projected, options_of, record_of
+from support.devices import device_type
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from ostinato import nn, reference
@@ -30,7 +31,6 @@ from ostinato import nn, reference
 EPS = torch.finfo(torch.float32).eps
 TIMES, FLOOR = 4, 2 * EPS
 
-CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm", "lstm_projected")
 FORMS = ("padded", "packed", "unbatched")
 BOTH = (False, True)
 # layers, bidirectional, form, bias, batch_first, and two shapes each; the steps of a cell besides.
@@ -44,7 +44,7 @@ LONG = [(1000, 32, 16, 32), (100, 32, 64, 64), (300, 1, 7, 129), (20, 8, 300, 30
 
 def grid_of(cell):
     # A projection belongs to the layer alone.
-    return [g for g in GRID if cell != "lstm_projected" or g[2] != "cell"]
+    return [g for g in GRID if not is_projected(cell) or g[2] != "cell"]
 
 
 def one_of(values):
@@ -52,13 +52,11 @@ def one_of(values):
 
 
 def module_of(library, cell, form, size, hidden, layers, bias, batch_first, bidirectional):
-    name = cell.partition("_")[0].upper()
-    options = {"bias": bias}
-    if name == "RNN":
-        options["nonlinearity"] = cell.removeprefix("rnn_")
+    name = record_of(cell).layer
+    options = {"bias": bias} | options_of(cell)
     if form == "cell":
         return getattr(library, f"{name}Cell")(size, hidden, **options)
-    if cell == "lstm_projected":
+    if is_projected(cell):
         options["proj_size"] = max(1, hidden // 2)
     options |= {"batch_first": batch_first, "bidirectional": bidirectional}
     return getattr(library, name)(size, hidden, layers, **options)
@@ -72,7 +70,7 @@ class Case:
         torch.manual_seed(seed_of(self.name))
         steps, batch, size, hidden = shape or map(one_of, (STEPS, BATCHES, SIZES, SIZES))
         batch = 1 if form == "unbatched" else batch
-        hidden = max(hidden, 2) if cell == "lstm_projected" else hidden
+        hidden = max(hidden, 2) if is_projected(cell) else hidden
         self.name += f" T{steps} B{batch} I{size} H{hidden}"
         self.cell, self.form, self.batch_first, self.bias = cell, form, batch_first, bias
         self.layers, self.directions = layers, 1 + bidirectional
@@ -80,9 +78,9 @@ class Case:
         arguments = (cell, form, size, hidden, layers, bias, batch_first, bidirectional)
         self.ours, self.theirs = module_of(nn, *arguments), module_of(torch.nn, *arguments)
         names = [name for name, _ in self.ours.named_parameters()]
-        states = ["h", "c"] if cell.startswith("lstm") else ["h"]
+        states = record_of(cell).states
         self.labels = ["output", *[f"{s}_n" for s in states], "grad of input"]
-        self.labels += [f"grad of {name}" for name in [f"{s}_0" for s in states] + names]
+        self.labels += [f"grad of {name}" for name in [*(f"{s}_0" for s in states), *names]]
 
     def draw(self):
         """Draw weights, input, lengths and states."""
@@ -93,7 +91,7 @@ class Case:
         self.lengths = torch.randint(1, steps + 1, (batch,), device="cpu")
         rows = self.layers * self.directions
         self.h_0 = torch.randn(rows, batch, getattr(self.ours, "proj_size", 0) or hidden)
-        self.c_0 = torch.randn(rows, batch, hidden) if self.cell.startswith("lstm") else None
+        self.c_0 = torch.randn(rows, batch, hidden) if has_c(self.cell) else None
 
     def leaves(self, dtype):
         tensors = [self.input, self.h_0, self.c_0, *self.ours.parameters()]
@@ -223,10 +221,10 @@ def compare(cases, capsys):
 
 
 def test_the_grid_is_large_enough():
-    assert sum(len(grid_of(cell)) for cell in CELLS) >= 500
+    assert sum(len(grid_of(cell)) for cell in TORCH_KINDS) >= 500
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_KINDS)
 def test_float32_error_is_at_most_four_times_torchs(cell, capsys):
     cases = []
     for arguments in grid_of(cell):
@@ -237,7 +235,7 @@ def test_float32_error_is_at_most_four_times_torchs(cell, capsys):
 
 
 @pytest.mark.parametrize("shape", LONG)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_KINDS)
 def test_long_sums(cell, shape, capsys):
     case = Case(cell, 1, False, "padded", True, False, 0, shape)
     wrong = compare([(case, 1)], capsys)

@@ -5,9 +5,9 @@ Legend: T steps, B batch, V elements of a batch of gradients.
 
 import pytest
 import torch
-from conftest import tolerance
-from devices import on_cpu
-from samples import SAMPLES, draw, gradients
+from support.devices import on_cpu
+from support.samples import SAMPLES, draw, gradients
+from support.tolerances import tolerance
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 

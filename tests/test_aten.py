@@ -8,7 +8,8 @@ import sys
 
 import pytest
 import torch
-from conftest import tolerance
+from support.cells import CELL_MODULES, has_c
+from support.tolerances import tolerance
 from torch.export import Dim
 from torch.utils._pytree import tree_leaves
 
@@ -105,10 +106,10 @@ def test_initial_states_lengths_and_resets_for_any_number_of_rows(name):
         batch = len(lengths)
         h_0, c_0 = torch.randn(2, 4, batch, 4)
         resets = torch.rand(6, batch) < 0.3
-        hx = (h_0, c_0) if name == "LSTM" else h_0
+        hx = (h_0, c_0) if has_c(name) else h_0
         return torch.randn(6, batch, 3), hx, torch.tensor(lengths), resets
 
-    each = ({1: B}, {1: B}) if name == "LSTM" else {1: B}
+    each = ({1: B}, {1: B}) if has_c(name) else {1: B}
     shapes = ({1: B}, each, {0: B}, {1: B})
     program = export(model, *arguments(6, 4), shapes=shapes).run_decompositions(merged())
     assert namespaces(program) <= {"aten", "_operator"}
@@ -118,9 +119,9 @@ def test_initial_states_lengths_and_resets_for_any_number_of_rows(name):
             compare(program.module()(*args), model(*args))
 
 
-@pytest.mark.parametrize("cls", [nn.RNNCell, nn.GRUCell, nn.LSTMCell])
-def test_a_cell_for_any_number_of_rows(cls):
-    cell = cls(3, 4)
+@pytest.mark.parametrize("name", CELL_MODULES)
+def test_a_cell_for_any_number_of_rows(name):
+    cell = getattr(nn, name)(3, 4)
     program = export(cell, torch.randn(2, 3), shapes=({0: B},)).run_decompositions(merged())
     assert namespaces(program) <= {"aten", "_operator"}
     x = torch.randn(7, 3)

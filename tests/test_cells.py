@@ -9,7 +9,8 @@ import shutil
 
 import pytest
 import torch
-from devices import device_type
+from support.cells import CELL_MODULES, LAYERS, has_c
+from support.devices import device_type
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations
 from torch.profiler import ProfilerActivity, profile
@@ -26,7 +27,6 @@ BACKENDS = [
     ),
 ]
 B, I, H = 3, 4, 5
-CELLS = ("RNNCell", "GRUCell", "LSTMCell")
 # What torch.nn's cells let be changed before backward: not the output of RNNCell, which it reads.
 CHANGED = ("GRUCell", "LSTMCell")
 
@@ -59,7 +59,7 @@ def make(name, dtype=torch.float32, seed=0):
     """A cell of ours, and input and states that require gradients."""
     torch.manual_seed(seed)
     cell = getattr(nn, name)(I, H, dtype=dtype)
-    states = 2 if name == "LSTMCell" else 1
+    states = 1 + has_c(name)
     tensors = [torch.randn(B, size, dtype=dtype) for size in (I, *[H] * states)]
     return cell, [t.requires_grad_() for t in tensors]
 
@@ -152,7 +152,7 @@ def test_outputs_may_be_changed_in_place_in_a_compiled_graph(name, backend):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", CELL_MODULES)
 def test_outputs_may_be_changed_in_place_under_transforms(name):
     cell, inputs = make(name)
 
@@ -178,7 +178,7 @@ def test_outputs_may_be_changed_in_place_under_transforms(name):
 
 @pytest.mark.parametrize("shape", ["rows", "one row"])
 @pytest.mark.parametrize("looker", LOOKERS)
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", CELL_MODULES)
 def test_outputs_may_be_detached_in_place(name, looker, shape):
     cell, inputs = make(name)
     if shape == "one row":
@@ -192,7 +192,7 @@ def test_outputs_may_be_detached_in_place(name, looker, shape):
             assert not state.requires_grad
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", CELL_MODULES)
 def test_outputs_on_meta_may_be_changed_and_detached(name):
     cell, inputs = make(name)
     cell, inputs = cell.to("meta"), [t.to("meta") for t in inputs]
@@ -249,7 +249,7 @@ def test_one_row_may_be_changed_in_place(name, looker):
     torch.testing.assert_close(actual, expected, **TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", CELL_MODULES)
 def test_a_cell_without_units(name):
     cell = getattr(nn, name)(I, 0)
     expected = getattr(torch.nn, name)(I, 0)(torch.zeros(B, I))
@@ -298,7 +298,7 @@ def counted_calls(monkeypatch):
 @pytest.mark.skipif(not short._IS_SHORT, reason="this torch has no table of C functions")
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("change", [as_buffers, as_attributes, with_weight_norm])
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", CELL_MODULES)
 def test_any_weights_take_the_fast_path(name, change, training, monkeypatch):
     cell, inputs = make(name)
     with torch.no_grad():
@@ -315,7 +315,7 @@ def test_any_weights_take_the_fast_path(name, change, training, monkeypatch):
 
 @pytest.mark.cpu("the fast path")
 @pytest.mark.skipif(not short._IS_SHORT, reason="this torch has no table of C functions")
-@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+@pytest.mark.parametrize("name", LAYERS)
 def test_any_weights_of_a_layer_take_the_fast_path(name, monkeypatch):
     layer, x = as_buffers(getattr(nn, name)(I, H)), torch.randn(2, B, I, requires_grad=True)
     served = counted_calls(monkeypatch)
@@ -324,7 +324,7 @@ def test_any_weights_of_a_layer_take_the_fast_path(name, monkeypatch):
     assert output.requires_grad
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", CELL_MODULES)
 def test_a_parametrization_runs_once(name):
     """Spectral norm changes its vectors whenever it is asked in training."""
 

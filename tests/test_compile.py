@@ -6,8 +6,9 @@ import sys
 
 import pytest
 import torch
-from conftest import tolerance
-from devices import engine_dtype, on_cpu
+from support.cells import LAYERS
+from support.devices import engine_dtype, on_cpu
+from support.tolerances import tolerance
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor import metrics
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -125,7 +126,7 @@ def test_other_steps_and_batches_do_not_compile_again(backend):
             )
 
 
-LAYERS = {
+STACKS = {
     "RNN": lambda: nn.RNN(5, 6, nonlinearity="relu"),
     "GRU": lambda: nn.GRU(5, 6, num_layers=2, bidirectional=True),
     "LSTM": lambda: nn.LSTM(5, 6),
@@ -133,14 +134,14 @@ LAYERS = {
 }
 # torch's operator is compiled for one number of steps.
 projects = pytest.mark.cpu("no kernel for GPUs projects")
-per_layer = [pytest.param(k, marks=[projects] * ("projected" in k)) for k in LAYERS]
+per_layer = [pytest.param(k, marks=[projects] * ("projected" in k)) for k in STACKS]
 
 
 @pytest.mark.parametrize("marked", [False, True])
 @pytest.mark.parametrize("name", per_layer)
 def test_compilations(name, marked):
     """One where T and B are marked, and one more where torch finds out that they change."""
-    layer = LAYERS[name]()
+    layer = STACKS[name]()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     for steps, batch in ((6, 3), (4, 7), (11, 2), (30, 9)):
@@ -264,15 +265,15 @@ def test_compiling_hardly_takes_longer_with_layers_and_steps():
 
 
 @pytest.mark.parametrize("backend", ["aot_eager"])
-@pytest.mark.parametrize("cls", [nn.RNN, nn.GRU, nn.LSTM])
-def test_options_of_a_layer(cls, backend):
+@pytest.mark.parametrize("name", LAYERS)
+def test_options_of_a_layer(name, backend):
     """Unbatched input, batch_first, no bias, and a state of its own."""
     for options, x in (
         ({"batch_first": True}, torch.randn(3, 6, 4)),
         ({"bias": False, "num_layers": 2}, torch.randn(6, 3, 4)),
         ({"bidirectional": True}, torch.randn(6, 4)),
     ):
-        layer = cls(4, 5, **options)
+        layer = getattr(nn, name)(4, 5, **options)
         compiled = torch.compile(layer, fullgraph=True, backend=backend)
         with torch.no_grad():
             _, states = layer(x)

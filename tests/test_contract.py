@@ -10,7 +10,8 @@ import warnings
 
 import pytest
 import torch
-from pairs import CELLS, LAYERS, SIX, TORCH_WARNS, assert_same, flat, pair, shapes
+from support.cells import CELL_MODULES, LAYERS, SIX, TORCH_CELL_MODULES, TORCH_LAYERS, has_c
+from support.pairs import TORCH_WARNS, assert_same, flat, pair, shapes
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from ostinato import nn
@@ -41,7 +42,7 @@ def assert_constructed_alike(name, args, kwargs):
 # ---- bases and signatures ----
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", TORCH_LAYERS)
 def test_layers_derive_from_the_base_and_not_from_torchs_layers(name):
     ours = getattr(nn, name)
     assert issubclass(ours, torch.nn.RNNBase)
@@ -49,7 +50,7 @@ def test_layers_derive_from_the_base_and_not_from_torchs_layers(name):
     assert ours.__module__ == "ostinato.nn"
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", TORCH_CELL_MODULES)
 def test_cells_derive_from_the_base_and_not_from_torchs_cells(name):
     ours = getattr(nn, name)
     assert issubclass(ours, torch.nn.modules.rnn.RNNCellBase)
@@ -101,13 +102,13 @@ LAYER_CONSTRUCTIONS = [
 ]
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", TORCH_LAYERS)
 @pytest.mark.parametrize(("args", "kwargs"), LAYER_CONSTRUCTIONS)
 def test_layer_constructors_accept_refuse_and_warn_alike(name, args, kwargs):
     assert_constructed_alike(name, args, kwargs)
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", TORCH_CELL_MODULES)
 @pytest.mark.parametrize(
     ("args", "kwargs"),
     [
@@ -125,7 +126,7 @@ def test_cell_constructors_accept_and_refuse_alike(name, args, kwargs):
     assert_constructed_alike(name, args, kwargs)
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", CELL_MODULES)
 def test_cell_constructors_name_a_missing_argument(name):
     with pytest.raises(TypeError, match="hidden_size"):
         getattr(nn, name)(4)
@@ -354,7 +355,7 @@ class Doubled(torch.nn.Module):
         return 2 * weight
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", TORCH_LAYERS)
 def test_a_parametrization_without_inverse_survives_moving_and_copying(name):
     ours, _ = pair(name, 4, 8)
     input = shapes(name)[0].double()
@@ -440,7 +441,7 @@ def test_attributes_that_user_code_reads(name, args, kwargs):
         assert type(getattr(ours, key)) is type(getattr(theirs, key))
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", TORCH_LAYERS)
 def test_flat_weights_follow_every_change_and_can_be_assigned(name):
     ours, _ = pair(name, 4, 8)
     other, _ = pair(name, 4, 8, seed=1)
@@ -457,20 +458,20 @@ def test_flat_weights_follow_every_change_and_can_be_assigned(name):
     assert_same(ours(x, h), other(x, h))
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", TORCH_LAYERS)
 def test_methods_that_user_code_calls(name):
     ours, theirs = pair(name, 4, 8, 2, bidirectional=True)
     input, order = shapes(name)[0], torch.tensor([2, 0, 1])
     h = torch.randn(4, 3, 8)
-    hx = (h, h + 1) if name == "LSTM" else h
+    hx = (h, h + 1) if has_c(name) else h
     assert_same(ours.permute_hidden(hx, order), theirs.permute_hidden(hx, order))
     assert ours.get_expected_hidden_size(input, None) == (4, 3, 8)
     assert ours.check_forward_args(input, hx, None) is None
-    wrong = (h[:1], h) if name == "LSTM" else h[:1]
+    wrong = (h[:1], h) if has_c(name) else h[:1]
     _, error, _ = outcome(lambda: ours.check_forward_args(input, wrong, None))
     assert error == outcome(lambda: theirs.check_forward_args(input, wrong, None))[1]
     assert error[0] is RuntimeError
-    if name == "LSTM":
+    if has_c(name):
         assert ours.get_expected_cell_size(input, None) == (4, 3, 8)
 
 

@@ -4,20 +4,9 @@ import copy
 
 import pytest
 import torch
-from devices import assert_equal, device_type
-from pairs import (
-    LAYERS,
-    SIX,
-    TORCH_WARNS,
-    assert_same,
-    by_cpu,
-    each,
-    flat,
-    packed,
-    pair,
-    shapes,
-    state,
-)
+from support.cells import LAYERS, MODULES, SIX, TORCH_LAYERS
+from support.devices import assert_equal, device_type
+from support.pairs import TORCH_WARNS, assert_same, by_cpu, each, flat, packed, pair, shapes, state
 
 from ostinato import cuda, nn, short
 
@@ -64,7 +53,7 @@ def test_every_float_dtype_forward_and_backward(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.complex64])
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", TORCH_LAYERS)
 def test_packed_layers_in_other_dtypes(name, dtype):
     ours, theirs = pair(name, 4, 8, 2, bidirectional=True, dtype=dtype)
     kept_from_poles(ours)
@@ -80,7 +69,7 @@ def test_packed_layers_in_other_dtypes(name, dtype):
 
 @pytest.mark.parametrize("given", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("weights", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", MODULES)
 def test_autocast_computes_in_the_dtype_of_the_weights(name, weights, given):
     module = getattr(nn, name)(4, 8, dtype=weights)
     x, h = shapes(name, dtype=given)
@@ -105,7 +94,7 @@ def test_autocast_serves_packed_input_and_mixed_states(name):
         assert_equal(mine, other)
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", MODULES)
 def test_autocast_trains(name):
     module = getattr(nn, name)(4, 8)
     x, h = shapes(name)
@@ -116,7 +105,7 @@ def test_autocast_trains(name):
     assert all(weight.grad.dtype == torch.float32 for weight in module.parameters())
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", MODULES)
 def test_autocast_does_not_turn_other_numbers_into_floats(name):
     module = getattr(nn, name)(4, 8)
     x, h = shapes(name)
@@ -143,7 +132,7 @@ def test_a_disabled_region_is_no_autocast():
 @pytest.mark.cpu("kernels for GPUs carry states in 16 bits")
 @pytest.mark.parametrize("way", ["short", "long", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", MODULES)
 def test_16_bits_are_the_float32_module_rounded_once(name, dtype, way, monkeypatch):
     torch._dynamo.reset()
     if way == "long":

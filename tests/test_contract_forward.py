@@ -8,12 +8,19 @@ import re
 
 import pytest
 import torch
-from devices import assert_equal
 from packaging.version import Version
-from pairs import (
-    CELLS,
+from support.cells import (
+    CELL_MODULES,
     LAYERS,
+    MODULES,
     SIX,
+    TORCH_CELL_MODULES,
+    TORCH_LAYERS,
+    has_c,
+    record_of,
+)
+from support.devices import assert_equal
+from support.pairs import (
     TOLERANCE,
     TORCH_WARNS,
     assert_same,
@@ -113,7 +120,7 @@ def newest_words(text):
 
 
 @pytest.mark.parametrize("case", layer_errors("GRU"))
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", TORCH_LAYERS)
 def test_layers_refuse_in_torchs_words(name, case, finished):
     ours, theirs = pair(name, 4, 8)
     arguments = layer_errors(name)[case]
@@ -172,7 +179,7 @@ def cell_errors(name):
 
 
 @pytest.mark.parametrize("case", cell_errors("GRUCell"))
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", TORCH_CELL_MODULES)
 def test_cells_refuse_in_torchs_words(name, case, finished):
     ours, theirs = pair(name, 4, 8)
     arguments = cell_errors(name)[case]
@@ -198,18 +205,18 @@ def test_a_cell_refuses_a_square_state_that_would_broadcast():
 
 
 @pytest.mark.parametrize("wrong", [None, [[1.0]], 3, 2.5, "x", (torch.randn(5, 3, 4),)])
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", MODULES)
 def test_an_input_of_another_type_is_a_type_error(name, wrong, finished):
     with pytest.raises(TypeError, match=rf"{name}: input must be a Tensor.*{type(wrong).__name__}"):
         getattr(nn, name)(4, 8)(wrong)
     assert finished == []
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", MODULES)
 def test_a_state_of_another_type_is_a_type_error(name, finished):
     module = getattr(nn, name)(4, 8)
     x, h = shapes(name)
-    lstm = name.startswith("LSTM")
+    lstm = has_c(name)
     wrong = [3, 2.5, "hx", {"h": h}]
     wrong += [(None, None), (h[0], 3), [None, h[1]], h[0]] if lstm else [[h], (h, h), (h,)]
     for hx in wrong:
@@ -233,20 +240,20 @@ def test_lstm_takes_two_states_neither_fewer_nor_more(name):
             module(x, hx)
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", MODULES)
 def test_a_state_of_another_dtype_is_a_value_error_naming_both(name, finished):
     module = getattr(nn, name)(4, 8)
     x, h = shapes(name)
     hx = each(h, lambda t: t.double())
     with pytest.raises(ValueError, match=r"hx.* \(torch.float64\) .* \(torch.float32\)"):
         module(x, hx)
-    if name.startswith("LSTM"):
+    if has_c(name):
         with pytest.raises(ValueError, match=r"hx\[1\] .*\(torch.float64\)"):
             module(x, (h[0], hx[1]))
     assert finished == []
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", CELL_MODULES)
 def test_an_input_of_another_dtype_is_a_value_error_naming_both_in_cells_too(name, finished):
     x, h = shapes(name)
     for wrong in (x.double(), x.long(), x.half(), x.cfloat()):
@@ -255,7 +262,7 @@ def test_an_input_of_another_dtype_is_a_value_error_naming_both_in_cells_too(nam
     assert finished == []
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", MODULES)
 def test_another_device_is_refused(name, finished):
     module = getattr(nn, name)(4, 8)
     x, h = shapes(name)
@@ -295,14 +302,14 @@ def wrong_weights(weight):
     yield "device", weight.detach().to("meta")
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", MODULES)
 def test_a_wrong_weight_is_named_before_any_layer_runs(name, finished):
-    if name in CELLS:
+    if name in CELL_MODULES:
         args, kwargs = (4, 8), {}
         x, h = shapes(name)
     else:
         args, kwargs = (4, 8, 2), {"bidirectional": True}
-        kwargs |= {"proj_size": 3} if name == "LSTM" else {}
+        kwargs |= {"proj_size": 3} if record_of(name).projects else {}
         x, h = torch.randn(5, 3, 4), None
     for key, right in getattr(nn, name)(*args, **kwargs).named_parameters():
         for case, wrong in wrong_weights(right):
@@ -319,7 +326,7 @@ def test_a_wrong_weight_is_named_before_any_layer_runs(name, finished):
             assert finished == [], (key, case)
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", MODULES)
 def test_weights_that_fit_each_other_but_not_the_module_are_refused(name, finished):
     module = getattr(nn, name)(4, 8)
     for key, weight in getattr(nn, name)(4, 6).named_parameters():
@@ -329,7 +336,7 @@ def test_weights_that_fit_each_other_but_not_the_module_are_refused(name, finish
     assert finished == []
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", MODULES)
 def test_a_weight_that_is_gone_is_named(name):
     module = getattr(nn, name)(4, 8)
     key = next(n for n, _ in module.named_parameters() if "weight_hh" in n)
@@ -341,7 +348,7 @@ def test_a_weight_that_is_gone_is_named(name):
         module(shapes(name)[0])
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", TORCH_CELL_MODULES)
 @pytest.mark.parametrize("key", ["bias_ih", "bias_hh"])
 def test_a_cell_does_with_a_bias_on_one_side(name, key):
     ours, theirs = pair(name, 4, 8)
@@ -405,7 +412,7 @@ def test_final_states_stand_per_layer_then_direction():
 
 
 @pytest.mark.parametrize("enforce_sorted", [True, False])
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", TORCH_LAYERS)
 def test_packed_sequences_come_back_packed_and_in_the_callers_order(name, enforce_sorted):
     ours, theirs = pair(name, 4, 8, 2, bidirectional=True)
     sequences, h = packed(enforce_sorted), state(name, 4, 3, 8)
@@ -488,7 +495,7 @@ def test_nan_and_infinity_go_where_they_go_in_torch(name, value):
             each(h, lambda t: t[..., 1, 3].fill_(value))
         else:
             for module in (ours, theirs):
-                key = where if name in CELLS else f"{where}_l0"
+                key = where if name in CELL_MODULES else f"{where}_l0"
                 with torch.no_grad():
                     getattr(module, key)[9 % len(getattr(module, key))] = value
         assert_same(ours(x, h), theirs(x, h), **TOLERANCE, equal_nan=True)
@@ -497,7 +504,7 @@ def test_nan_and_infinity_go_where_they_go_in_torch(name, value):
 # ---- results are the caller's own ----
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", MODULES)
 def test_results_can_be_written_without_touching_anything_else(name):
     module = getattr(nn, name)(4, 8)
     x, h = shapes(name)
@@ -531,7 +538,7 @@ def test_a_call_that_does_not_fit_names_the_public_class(name, named):
     assert messages[0] == messages[1]
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", TORCH_LAYERS)
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_nested_tensors_are_refused_in_words_that_lead_on(name, batch_first):
@@ -558,7 +565,7 @@ def test_nested_tensors_are_refused_in_words_that_lead_on(name, batch_first):
     assert_equal(output, again)
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", CELL_MODULES)
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_nested_tensors_are_refused_by_cells(name):
     x = torch.nested.nested_tensor([torch.randn(4), torch.randn(4)])

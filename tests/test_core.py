@@ -16,21 +16,21 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import INSTRUCTION_SETS, SANITIZED, assert_close, assert_same_bits
-from engine import (
-    CELLS,
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.calls import STATES, ragged
+from support.cells import KINDS, RECORDS
+from support.engine import (
     COTANGENTS,
     DTYPES,
-    KINDS,
-    STATES,
+    INSTRUCTION_SETS,
     Layer,
     every_kind_of_number,
     first_step,
     instruction_set,
-    ragged,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from support.poison import SANITIZED
+from support.tolerances import assert_close, assert_same_bits
 
 from ostinato import _core
 
@@ -433,7 +433,7 @@ def test_more_input_elements_than_32_bits_count(steps, size, hidden):
     dy[-1, 0] = 1
     at = [a.ctypes.data for a in (x, h_0, weight, recurrent, y, h_n, dy, dw)]
     dims = (steps, steps, 1, size, hidden, 0, 1)
-    head = (CELLS.index("rnn_relu"), False, dims, 0, at[0], at[1], 0, [*at[2:4], 0, 0, 0])
+    head = (RECORDS["rnn_relu"].number, False, dims, 0, at[0], at[1], 0, [*at[2:4], 0, 0, 0])
     _core.layer_forward(*head, at[4], at[5], 0, 0, 2)
     np.testing.assert_array_equal(y[[0, 1, -2, -1], 0], np.float32([1.75, 0.875, 4, 2.5]))
     assert (h_n[0], np.abs(y[:, 1:]).sum()) == (2.5, 0)
@@ -451,7 +451,7 @@ def test_more_weight_elements_than_32_bits_count():
     recurrent = np.zeros((hidden, hidden), np.float32)
     y, h_n = np.empty(hidden, np.float32), np.empty(hidden, np.float32)
     at = [a.ctypes.data for a in (x, weight, recurrent, y, h_n)]
-    head = (CELLS.index("rnn_relu"), False, (1, 1, 1, size, hidden, 0, 1), 0, at[0], 0, 0)
+    head = (RECORDS["rnn_relu"].number, False, (1, 1, 1, size, hidden, 0, 1), 0, at[0], 0, 0)
     _core.layer_forward(*head, [*at[1:3], 0, 0, 0], at[3], at[4], 0, 0, 2)
     assert (y[0], y[-1], y[-2], np.abs(y).sum()) == (20, 300, 5, 325)
 
@@ -594,8 +594,8 @@ def test_a_forked_child_computes_the_same():
     program = """
         import os, warnings
         import numpy as np
-        from engine import Layer
-        from conftest import assert_same_bits
+        from support.engine import Layer
+        from support.tolerances import assert_same_bits
 
         warnings.simplefilter("ignore")  # newer Pythons warn of a fork beside the pool's threads
         rng = np.random.default_rng(0)

@@ -1,5 +1,6 @@
 """Kernels from text to machine code, and the cache of it. No GPU takes part."""
 
+import inspect
 import logging
 import os
 import pwd
@@ -309,13 +310,13 @@ def test_the_folder_is_that_of_the_user(tmp_path, monkeypatch):
     assert compiler.cache_folder() == Path("/home/someone/.cache/ostinato/cubins")
 
 
-PROCESS = """
+PROCESS = f"""
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from ostinato.cuda import compiler
-sys.path.insert(0, sys.argv[1])
-from test_cuda_compiler import Config
-folder = Path(sys.argv[2])
+{inspect.getsource(Config)}
+folder = Path(sys.argv[1])
 compiler.text_folder = lambda: folder
 first = compiler.compile(Config(), "sm_80")
 key = compiler._key(folder, Config(), "sm_80")
@@ -329,13 +330,8 @@ print(first.registers)
 
 
 def test_processes_at_once(text, cache, compilations):
-    here = str(Path(__file__).parent)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, here, str(text)], stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(3)
-    ]
+    command = [sys.executable, "-c", PROCESS, str(text)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     outputs = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * 3
     assert {int(output) for output in outputs} == {compiler.compile(Config(), "sm_80").registers}

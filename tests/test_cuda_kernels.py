@@ -4,19 +4,17 @@ Fibers find wrong indices, wrong phases of barriers and deadlocks; what they do 
 is said in csrc/cuda/emulation.h.
 """
 
-import emulation
 import pytest
 import torch
+from support import emulation
+from support.cells import CELLS, has_c
+from support.emulation import EPS, KINDS, errors, widened
 
 from ostinato.cuda.config import Config
 from ostinato.cuda.plan import A100, H200, plan
 from ostinato.transforms import reference_results
 
-# Of what a product reads: the largest relative error of one rounding is half of this.
-EPS = {"bf16": 2**-7, "fp16": 2**-10, "tf32": 2**-10, "fp32": 2**-23}
-CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
 MATHS = ("bf16", "fp16", "tf32", "fp32")
-KINDS = ("padded", "packed", "lengths", "resets", "resets packed", "resets lengths")
 
 # hidden, blocks, units, warps, groups, resident, exchange: rows that a tile does not fill, units
 # that do not exist, fragments in registers and in shared memory, sums that warps share.
@@ -72,31 +70,11 @@ def built():
     )
 
 
-def errors(found, expected, terms=0.0):
-    """Return the largest error, relative to the largest element or, if larger, to `terms`."""
-    assert (found is None) == (expected is None) or not (
-        found if expected is None else expected
-    ).any()
-    if found is None or expected is None or not expected.numel():
-        return 0.0
-    scale = expected.abs().max().clamp_min(max(0.1, terms))
-    return ((found.double() - expected).abs().max() / scale).item()
-
-
-def widened(call):
-    def widen(tensor):
-        return None if tensor is None else tensor.detach().double().requires_grad_()
-
-    names = ("input", "h_0", "c_0", "reset_h", "reset_c")
-    states = {name: widen(getattr(call, name)) for name in names}
-    return call._replace(weights=[widen(w) for w in call.weights], **states)
-
-
 def compare(forward, backward, call, schedule=0):
     """Run both walks and hold every result and gradient to the reference."""
     eps = EPS[forward.math]
     output, h_n, c_n, cells, reserve = emulation.forward(forward, call, schedule)
-    results = [output, h_n, *([c_n, cells] if call.cell == "lstm" else [])]
+    results = [output, h_n, *([c_n, cells] if has_c(call.cell) else [])]
     wide = widened(call)
     expected = [r for r in reference_results(wide, True) if r is not None]
     for mine, other in zip(results, expected, strict=True):

@@ -1,11 +1,11 @@
 """The operators' CUDA side and who runs a layer, on CPU tensors and stand-ins for the device."""
 
-import emulation
 import numpy as np
 import pytest
 import torch
-from devices import pack
-from pairs import SIX
+from support import emulation
+from support.cells import FIRST_CELLS, MODULES
+from support.devices import pack
 
 from ostinato import cuda, nn, ops
 from ostinato.call import check
@@ -75,7 +75,7 @@ def test_an_unmeasured_device_runs_cudnn_unless_asked():
 
 
 @pytest.mark.parametrize("is_backward", [False, True])
-@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
+@pytest.mark.parametrize("cell", FIRST_CELLS)
 @pytest.mark.parametrize("math", ["bf16", "fp16", "tf32", "fp32"])
 @pytest.mark.parametrize("device", [H200, A100, Device(84, 101_376, False)])
 def test_every_plan_fits_its_device(device, math, cell, is_backward):
@@ -95,7 +95,7 @@ def test_every_plan_fits_its_device(device, math, cell, is_backward):
 
 def test_sizes_that_a_plan_serves():
     for hidden in (64, 128, 160, 192, 256, 512, 768, 963, 1024, 1925, 2048):
-        for cell in ("rnn_tanh", "gru", "lstm"):
+        for cell in FIRST_CELLS:
             for is_backward in (False, True):
                 for math in ("bf16", "fp16", "tf32", "fp32"):
                     found = plan(cell, math, hidden, 16, 1, is_backward, H200)
@@ -263,7 +263,7 @@ BAD_INPUTS = {
 
 
 @pytest.mark.parametrize("case", BAD_INPUTS)
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", MODULES)
 def test_explain_refuses_an_input_as_forward_does(name, case):
     module, x = getattr(nn, name)(3, 4), BAD_INPUTS[case]
     with pytest.raises((TypeError, ValueError, RuntimeError)) as expected:

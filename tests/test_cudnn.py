@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from pairs import flat
-from samples import SAMPLES, draw, gradients
+from support.cells import TORCH_CELLS, TORCH_LAYERS, has_c, record_of
+from support.pairs import flat
+from support.samples import SAMPLES, draw, gradients
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from ostinato import fallback, nn, ops
@@ -20,24 +21,16 @@ from ostinato.gradients import differentiable_again, reference_results
 
 def arguments(cell, packed, biases, directions, states):
     """Return ops.layer's arguments for a small float64 layer."""
-    gates = {"gru": 3, "lstm": 4}.get(cell, 1)
-    weights = []
-    for _ in range(directions):
-        weights += [torch.randn(gates * 4, 3), torch.randn(gates * 4, 4)]
-        weights += [torch.randn(gates * 4), torch.randn(gates * 4)] if biases else []
-    sizes = torch.tensor([3, 3, 2, 1], device="cpu") if packed else None
-    input = torch.randn(9, 3) if packed else torch.randn(4, 3, 3)
-    h_0 = torch.randn(directions, 3, 4) if states else None
-    c_0 = torch.randn(directions, 3, 4) if states and cell == "lstm" else None
-    to_double = [None if t is None else t.double() for t in (input, h_0, c_0)]
-    return to_double[0], sizes, to_double[1], to_double[2], [w.double() for w in weights]
+    lengths, given = (4, 3, 2) if packed else None, "hc" if states else ""
+    options = {"bias": biases, "bidirectional": directions == 2, "lengths": lengths}
+    return draw(cell, 4, 3, 3, 4, states=given, dtype=torch.float64, **options)[1:6]
 
 
 @pytest.mark.parametrize("states", [False, True])
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "gru", "lstm"])
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_torch_s_operator_gets_the_arguments_of_the_layer(cell, packed, biases, directions, states):
     input, sizes, h_0, c_0, weights = arguments(cell, packed, biases, directions, states)
     options = {"has_biases": biases, "bidirectional": directions == 2}
@@ -119,7 +112,7 @@ def test_the_reference_differentiates_again_what_torch_s_operator_cannot(kind):
 @pytest.mark.cpu("cuDNN draws dropout's numbers itself")
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+@pytest.mark.parametrize("name", TORCH_LAYERS)
 def test_a_stack_is_one_call_of_torch_s_operator(name, packed, training, monkeypatch):
     monkeypatch.setattr(fallback, "serves", lambda call: True)
     decision = layer.Decision(False, "cuDNN was faster")
@@ -128,14 +121,14 @@ def test_a_stack_is_one_call_of_torch_s_operator(name, packed, training, monkeyp
     theirs = getattr(torch.nn, name)(4, 6, **options).train(training)
     x = torch.randn(5, 3, 4, requires_grad=True)
     h = torch.randn(6, 3, 6, requires_grad=True)
-    hx = (h, h * 2) if name == "LSTM" else h
+    hx = (h, h * 2) if has_c(name) else h
     given = pack_padded_sequence(x, [5, 4, 2]) if packed else x
     torch.manual_seed(1)
     expected = theirs(given, hx)
     torch.manual_seed(1)
-    cell = {"RNN": "rnn_tanh"}.get(name, name.lower())
+    cell = record_of(name).name
     input, counts = (given.data, given.batch_sizes) if packed else (x, None)
-    states = hx if name == "LSTM" else (hx, None)
+    states = hx if has_c(name) else (hx, None)
     flags = {"layers": 3, "has_biases": True, "bidirectional": True}
     weights = list(theirs.parameters())
     found = fallback.stack(
@@ -219,7 +212,7 @@ def test_no_kernel_is_launched_for_no_rows(cell, states, steps, batch):
     sample = draw(cell, steps, batch, states=states, bidirectional=True).training()
     call = Call(*sample.operator_arguments()[:-2])
     with torch.no_grad():
-        results = layer._of_no_rows(call, check(call), True)[: 2 + 2 * (cell == "lstm")]
+        results = layer._of_no_rows(call, check(call), True)[: 2 + 2 * has_c(cell)]
     expected = [r for r in reference_results(call, True) if r is not None]
     torch.testing.assert_close(list(results), expected, rtol=0, atol=0)
     seeds = [torch.randn_like(r) for r in expected]
@@ -255,7 +248,7 @@ def test_what_torch_s_operator_does_not_serve():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
-@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+@pytest.mark.parametrize("kind", TORCH_LAYERS)
 def test_a_layer_on_a_gpu_is_torch_s(kind):
     theirs = getattr(torch.nn, kind)(8, 16, 2, bidirectional=True, device="cuda")
     ours = getattr(nn, kind)(8, 16, 2, bidirectional=True, device="cuda")

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import CPU_ALONE, exact_float32
+from support.cpu_alone import CPU_ALONE
+from support.devices import exact_float32
 
 TESTS = Path(__file__).parent
 
@@ -14,7 +15,7 @@ TESTS = Path(__file__).parent
 def collect(*arguments):
     """Return how many tests of a file that has both kinds are kept, and what is printed."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-p", "no:cacheprovider"]
-    command += [TESTS / "test_cuts.py", TESTS / "test_lengths.py", *arguments]
+    command += [TESTS / "test_cuts_of_operators.py", TESTS / "test_cuts_of_engine.py", *arguments]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return len(re.findall(r"<Function ", printed)), printed
 

@@ -1,6 +1,6 @@
 """Training on two processes, resumed elsewhere, and through copies: the numbers of one process.
 
-`torchrun` starts tests/two_processes.py and examples/train.py on this machine's loopback.
+`torchrun` starts support/two_processes.py and examples/train.py on this machine's loopback.
 """
 
 import contextlib
@@ -14,12 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tolerance
-from devices import assert_equal
-from pairs import CELLS, SIX, each, flat, shapes
-from torch.nn.utils.rnn import pad_packed_sequence
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from two_processes import (
+from support.cells import CELL_MODULES, LAYERS, MODULES
+from support.devices import assert_equal
+from support.pairs import each, flat, shapes
+from support.tolerances import tolerance
+from support.two_processes import (
     CASES,
     DTYPE,
     SAVED,
@@ -34,6 +33,8 @@ from two_processes import (
     share,
     train,
 )
+from torch.nn.utils.rnn import pad_packed_sequence
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ostinato import nn
 
@@ -43,6 +44,7 @@ TORCHRUN = (
     *("-m", "torch.distributed.run", "--standalone"),
     *("--local-addr", "127.0.0.1", "--nproc-per-node", "2"),
 )
+SCRIPT = ("-m", "support.two_processes")
 processes = pytest.mark.cpu("processes on this machine")
 # torch says so wherever a checkpoint is loaded without a process group.
 alone = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -52,7 +54,12 @@ def run(*arguments):
     """Run Python on one thread per process; return what it printed, and leave no process behind."""
     process = subprocess.Popen(
         [sys.executable, *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -93,7 +100,7 @@ def assert_same_bits(actual, expected):
 def folder(tmp_path_factory):
     """Where the two processes trained every case, and left their results and checkpoints."""
     folder = tmp_path_factory.mktemp("two_processes")
-    run(*TORCHRUN, TESTS / "two_processes.py", "start", folder)
+    run(*TORCHRUN, *SCRIPT, "start", folder)
     return folder
 
 
@@ -149,7 +156,7 @@ def test_recompute_changes_no_bit(two, way, saving, keeping):
 
 
 @processes
-@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+@pytest.mark.parametrize("name", LAYERS)
 def test_fsdp2_in_bfloat16(two, name):
     """MixedPrecisionPolicy: weights are gathered, and gradients averaged, in bfloat16."""
     model = Model(CASES[name], dtype=torch.float32).bfloat16()
@@ -170,7 +177,7 @@ def test_fsdp2_in_bfloat16(two, name):
 @pytest.fixture(scope="module")
 def resumed(folder, two):
     """What each of two fresh processes found that went on from the checkpoints."""
-    run(*TORCHRUN, TESTS / "two_processes.py", "resume", folder)
+    run(*TORCHRUN, *SCRIPT, "resume", folder)
     return [torch.load(folder / f"resume_{rank}.pt") for rank in range(2)]
 
 
@@ -211,7 +218,7 @@ def outcome(module, input, hx):
     return [result.detach() for result in results], list(torch.autograd.grad(loss, wanted))
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", MODULES)
 def test_an_ema_copy_counts_at_every_call(name):
     """AveragedModel writes in place: each call sees the average of this moment, and no older."""
     model = getattr(nn, name)(4, 8, dtype=DTYPE)
@@ -233,7 +240,7 @@ def test_an_ema_copy_counts_at_every_call(name):
         assert_same_bits(outcome(average, input, hx), outcome(fresh, input, hx))
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", MODULES)
 def test_a_target_network_written_through_data_counts_at_the_next_call(name):
     online, target = (getattr(nn, name)(4, 8, dtype=DTYPE) for _ in range(2))
     input, hx = shapes(name, dtype=DTYPE)
@@ -247,7 +254,7 @@ def test_a_target_network_written_through_data_counts_at_the_next_call(name):
 
 @pytest.mark.cpu("DataParallel without a GPU")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="DataParallel would take the GPU")
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", MODULES)
 def test_data_parallel_on_a_cpu_is_the_module(name):
     module = getattr(nn, name)(4, 8)
     input, hx = shapes(name)
@@ -255,7 +262,7 @@ def test_data_parallel_on_a_cpu_is_the_module(name):
     assert_same_bits(outcome(parallel, input, hx), outcome(module, input, hx))
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", MODULES)
 def test_replicas_of_data_parallel_train_their_original(name, monkeypatch):
     """A replica has tensors where its original has parameters, to which their gradients flow."""
     # Stands in for the broadcast from one GPU to others; doubled, so that it shows whose weights
@@ -267,7 +274,7 @@ def test_replicas_of_data_parallel_train_their_original(name, monkeypatch):
     )
     module, doubled = (getattr(nn, name)(4, 8, dtype=DTYPE) for _ in range(2))
     input, hx = shapes(name, batch=6, dtype=DTYPE)
-    batch = 0 if name in CELLS else 1
+    batch = 0 if name in CELL_MODULES else 1
     # Again after an update, which new replicas must see.
     for _ in range(2):
         # A list of weights that this call kept would be the replicas', too.

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from pairs import CELLS, LAYERS, flat, state
+from support.cells import CELL_MODULES, LAYERS
+from support.pairs import flat, state
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from ostinato import nn
@@ -89,7 +90,7 @@ def test_a_packed_batch(name):
     assert_close(x.grad, of_x)
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", CELL_MODULES)
 def test_a_cell(name):
     module, x = getattr(nn, name)(4, 5, **DOUBLE), torch.randn(3, 4, **DOUBLE)
     expected = looped(module, [(sample(x, b, 0),) for b in range(3)])

@@ -9,8 +9,9 @@ import sys
 
 import pytest
 import torch
-from conftest import tolerance
-from devices import on_cpu
+from support.cells import CELL_MODULES
+from support.devices import on_cpu
+from support.tolerances import tolerance
 from torch.export import Dim
 
 from ostinato import nn
@@ -102,8 +103,8 @@ def test_both_initial_states_of_an_lstm():
 def test_one_sequence_and_cells():
     program = export(nn.GRU(3, 4), torch.randn(5, 3), shapes=({0: T},))
     assert program.module()(torch.randn(8, 3))[0].shape == (8, 4)
-    for cls in (nn.RNNCell, nn.GRUCell, nn.LSTMCell):
-        cell = cls(3, 4)
+    for name in CELL_MODULES:
+        cell = getattr(nn, name)(3, 4)
         program = export(cell, torch.randn(2, 3), shapes=({0: B},))
         assert len(nodes(program)) == 1
         x = torch.randn(6, 3)

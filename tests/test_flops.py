@@ -5,8 +5,9 @@ import sys
 
 import pytest
 import torch
-from devices import on_cpu
-from pairs import CELLS, LAYERS, SIX, TORCH_WARNS, flat, shapes, state
+from support.cells import LAYERS, MODULES, TORCH_CELL_MODULES, TORCH_LAYERS, record_of
+from support.devices import on_cpu
+from support.pairs import TORCH_WARNS, flat, shapes, state
 from torch.nn.functional import linear
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,8 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from ostinato import nn
 
 pytestmark = pytest.mark.filterwarnings(TORCH_WARNS)
-
-GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 
 
 def counted(run, wanted):
@@ -78,7 +77,7 @@ def test_a_layer_counts_what_its_products_count(name, wanted, lengths):
     for leaf in (x, *flat(hx), *module.parameters()):
         leaf.requires_grad_(any(leaf is other for other in leaves))
     expected = counted(
-        lambda: composed(weights_of(module), GATES[name], x, h_0[0], lengths), leaves
+        lambda: composed(weights_of(module), record_of(name).gates, x, h_0[0], lengths), leaves
     )
     ragged = torch.tensor(lengths, device="cpu")
     assert counted(lambda: module(x, hx, lengths=ragged), leaves) == expected
@@ -102,7 +101,7 @@ def test_a_projection_counts_and_recomputation_too():
 @pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN:UserWarning")
 @pytest.mark.cpu("torch counts nothing for cuDNN's operator")
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"bidirectional": True}], ids=str)
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", TORCH_LAYERS)
 def test_layers_count_what_torchs_count(name, options):
     x = torch.randn(6, 3, 4, requires_grad=True)
     modules = [getattr(library, name)(4, 5, **options) for library in (nn, torch.nn)]
@@ -113,7 +112,7 @@ def test_layers_count_what_torchs_count(name, options):
     assert ours[0] > 0
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", TORCH_CELL_MODULES)
 def test_cells_count_what_torchs_count(name):
     x, hx = shapes(name, requires_grad=True)
     modules = [getattr(library, name)(4, 8) for library in (nn, torch.nn)]
@@ -180,11 +179,11 @@ def names(run):
 
 
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", MODULES)
 def test_a_profile_names_cell_and_direction(name):
     module = getattr(nn, name)(4, 8)
     x, hx = shapes(name, requires_grad=True)
-    cell = {"RNN": "rnn_tanh", "GRU": "gru", "LSTM": "lstm"}[name.removesuffix("Cell")]
+    cell = record_of(name).name
 
     def step():
         sum(result.sum() for result in flat(module(x, hx))).backward()

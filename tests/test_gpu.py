@@ -6,11 +6,12 @@ on the same rounded numbers; torch.nn runs beside it.
 
 import random
 
-import emulation
 import pytest
 import torch
-from samples import SAMPLES, draw, gradients
-from test_cuda_kernels import EPS, KINDS, errors, widened
+from support import emulation
+from support.cells import CELLS, FIRST_CELLS, TORCH_LAYERS, has_c
+from support.emulation import EPS, KINDS, errors, widened
+from support.samples import SAMPLES, draw, gradients
 
 from ostinato import cuda, nn
 from ostinato.cuda import choice, layer
@@ -54,7 +55,7 @@ def compare(call, math):
     assert layer.decide(mine, is_training=True).is_ours
     results = emulation.cut_layer(mine)
     wide = widened(call)
-    expected = [r for r in reference_results(wide, call.cell == "lstm") if r is not None]
+    expected = [r for r in reference_results(wide, has_c(call.cell)) if r is not None]
     seeds = [torch.randn(r.shape).to(call.input.dtype) for r in expected]
     leaves = [t for t in mine.tensors() if t is not None]
     wide_leaves = [t for t in wide.tensors() if t is not None]
@@ -70,7 +71,7 @@ def compare(call, math):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "gru", "lstm"])
+@pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("math", ["bf16", "fp16"])
 def test_sanitized_small_layers(cell, math, kind):
     """Small enough for compute-sanitizer, which `make test-gpu` runs on these."""
@@ -79,7 +80,7 @@ def test_sanitized_small_layers(cell, math, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
+@pytest.mark.parametrize("cell", FIRST_CELLS)
 def test_float32(cell, kind, precision):
     for hidden in (16, 61, 128):
         compare(emulation.draw(cell, hidden, kind, math=precision), precision)
@@ -123,7 +124,7 @@ def test_a_thousand_random_shapes():
             "bias": chance.random() < 0.8,
             "states": chance.random() < 0.8,
         }
-        cell = chance.choice(["rnn_tanh", "gru", "lstm"])
+        cell = chance.choice(FIRST_CELLS)
         torch.manual_seed(chance.randrange(2**31))
         compare(emulation.draw(cell, hidden, chance.choice(KINDS), math=math, **options), math)
 
@@ -143,7 +144,7 @@ def test_what_the_cpu_engine_is_tested_with(kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
+@pytest.mark.parametrize("cell", TORCH_LAYERS)
 @pytest.mark.parametrize("hidden", [128, 256, 512])
 def test_errors_are_no_larger_than_cudnns(cell, hidden, dtype):
     torch.manual_seed(0)

@@ -10,21 +10,15 @@ import time
 
 import pytest
 import torch
-from conftest import INSTRUCTION_SETS, seed_of
+from support.calls import seed_of
+from support.cells import FIRST_CELLS, KINDS
+from support.engine import INSTRUCTION_SETS
+from support.pairs import cell_module, layer_of
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from ostinato import _core, nn
 
-LAYERS = {
-    "rnn_tanh": lambda i, h, **options: nn.RNN(i, h, **options),
-    "rnn_relu": lambda i, h, **options: nn.RNN(i, h, nonlinearity="relu", **options),
-    "gru": lambda i, h, **options: nn.GRU(i, h, **options),
-    "lstm": lambda i, h, **options: nn.LSTM(i, h, **options),
-    "lstm_projected": lambda i, h, **options: nn.LSTM(i, h, proj_size=h // 2 + 1, **options),
-}
-CELLS = {"rnn_tanh": nn.RNNCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}
-
-layers = pytest.mark.parametrize("name", LAYERS)
+layers = pytest.mark.parametrize("name", KINDS)
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +100,7 @@ PACKED = {
 def draw(name, shape, dtype=torch.float32):
     steps, batch, size, hidden, options = {**SHAPES, **PACKED}[shape]
     torch.manual_seed(seed_of(name + shape))
-    module = LAYERS[name](size, hidden, dtype=dtype, **options)
+    module = layer_of(name, size, hidden, dtype=dtype, **options)
     x = torch.randn(steps, batch, size, dtype=dtype)
     states = [s.to(dtype) for s in states_of(module, batch)]
     if shape not in PACKED:
@@ -135,7 +129,7 @@ def test_one_step_of_a_few_rows(name, directions, dtype, isa):
     _core.set_isa(isa)
     torch.set_num_threads(1)
     for size, hidden in ((1, 3), (3, 5), (300, 33), (64, 128), (257, 16), (16, 65)):
-        module = LAYERS[name](size, hidden, bidirectional=directions == 2, dtype=dtype)
+        module = layer_of(name, size, hidden, bidirectional=directions == 2, dtype=dtype)
         x = torch.randn(1, 37, size, dtype=dtype)
         states = [s.to(dtype) for s in states_of(module, 37)]
         seeds = cotangents(run(module, x, states, weights=False)[: 2 + len(states) - 1])
@@ -215,7 +209,7 @@ def test_instruction_sets_float64(name, best, other):
 def test_instruction_sets_on_numbers_of_every_size(name, best, other):
     """Saturated gates, subnormal numbers, infinities and NaN."""
     torch.manual_seed(seed_of(name))
-    module = LAYERS[name](5, 19)
+    module = layer_of(name, 5, 19)
     x = torch.randn(6, 40, 5)
     for index, scale in enumerate(
         (1e-42, 1e-20, 1e-3, 10.0, 1e3, 1e20, float("inf"), float("nan"))
@@ -249,7 +243,7 @@ def test_the_instruction_set_can_be_seen_and_must_exist():
 @layers
 def test_a_row_alone_against_its_row_of_37(name, hidden, bidirectional, threads):
     torch.set_num_threads(threads)
-    module = LAYERS[name](33, hidden, bidirectional=bidirectional)
+    module = layer_of(name, 33, hidden, bidirectional=bidirectional)
     x, states = torch.randn(6, 37, 33), states_of(module, 37)
     whole = run(module, x, states, weights=False)
     seeds = cotangents(whole[: 1 + len(states)])
@@ -262,7 +256,7 @@ def test_a_row_alone_against_its_row_of_37(name, hidden, bidirectional, threads)
 @layers
 def test_rows_commute_with_permutation(name):
     torch.set_num_threads(2)
-    module = LAYERS[name](7, 67, num_layers=2)
+    module = layer_of(name, 7, 67, num_layers=2)
     x, states, order = torch.randn(5, 37, 7), states_of(module, 37), torch.randperm(37)
     whole = run(module, x, states, weights=False)
     seeds = [seed[:, order] for seed in cotangents(whole[: 1 + len(states)])]
@@ -271,11 +265,11 @@ def test_rows_commute_with_permutation(name):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", FIRST_CELLS)
 def test_cells(name, threads):
     """A row of a cell against the batch, and the steps of a cell against its layer."""
     torch.set_num_threads(threads)
-    layer, cell = LAYERS[name](33, 257), CELLS[name](33, 257)
+    layer, cell = layer_of(name, 33, 257), cell_module(name, 33, 257)
     cell.load_state_dict({k.removesuffix("_l0"): v for k, v in layer.state_dict().items()})
     steps, batch = 5, 37
     x, states = torch.randn(steps, batch, 33), states_of(layer, batch)
@@ -320,7 +314,7 @@ def chunked(module, x, states, seeds, length):
 def test_one_run_against_chunks(name, length, shape):
     torch.set_num_threads(2)
     batch, hidden = shape
-    module = LAYERS[name](13, hidden)
+    module = layer_of(name, 13, hidden)
     x, states = torch.randn(100, batch, 13), states_of(module, batch)
     whole = run(module, x, states, weights=False)
     seeds = cotangents(whole[: 1 + len(states)])
@@ -329,7 +323,7 @@ def test_one_run_against_chunks(name, length, shape):
 
 @layers
 def test_one_run_against_chunks_of_two_layers(name):
-    module = LAYERS[name](5, 19, num_layers=2, bias=False)
+    module = layer_of(name, 5, 19, num_layers=2, bias=False)
     x, states = torch.randn(23, 4, 5), states_of(module, 4)
     whole = run(module, x, states, weights=False)
     seeds = cotangents(whole[: 1 + len(states)])
@@ -341,7 +335,7 @@ def test_rows_past_the_engines_own_chunks(name):
     """A call of more rows than the engine keeps at once is cut by the engine itself."""
     # 2 MiB of gates at a time (csrc/cpu/sequence.h, chunk_rows) hold fewer than these.
     torch.set_num_threads(2)
-    module = LAYERS[name](3, 160, bidirectional=True)
+    module = layer_of(name, 3, 160, bidirectional=True)
     x, states = torch.randn(260, 17, 3), states_of(module, 17)
     whole = run(module, x, states, weights=False)
     seeds = cotangents(whole[: 1 + len(states)])
@@ -358,7 +352,7 @@ def test_rows_past_the_engines_own_chunks(name):
 @layers
 def test_packed_of_equal_lengths_against_padded(name, bidirectional, threads):
     torch.set_num_threads(threads)
-    module = LAYERS[name](11, 131, bidirectional=bidirectional)
+    module = layer_of(name, 11, 131, bidirectional=bidirectional)
     x, states = torch.randn(9, 5, 11), states_of(module, 5)
     padded = run(module, x, states)
     data, inits = leaf(x), [leaf(s) for s in states]
@@ -400,7 +394,7 @@ PIECES = [(16_501, 16), (3_500, 48), (257, 24)]
 @layers
 def test_one_step_in_pieces_against_one_piece(name, batch, hidden, dtype, memory):
     torch.manual_seed(seed_of(f"{name} {batch} {hidden}"))
-    module = LAYERS[name](7, hidden, memory=memory, dtype=dtype)
+    module = layer_of(name, 7, hidden, memory=memory, dtype=dtype)
     x = torch.randn(1, batch, 7, dtype=dtype)
     states = [state.to(dtype) for state in states_of(module, batch)]
     torch.set_num_threads(1)
@@ -415,7 +409,7 @@ def test_one_step_in_pieces_against_one_piece(name, batch, hidden, dtype, memory
 @layers
 def test_rows_of_a_ragged_batch_against_each_alone(name, bidirectional, threads):
     torch.set_num_threads(threads)
-    module = LAYERS[name](11, 131, bidirectional=bidirectional)
+    module = layer_of(name, 11, 131, bidirectional=bidirectional)
     lengths = torch.tensor([3, 9, 1, 9, 5, 2, 8])
     x, states = torch.randn(9, 7, 11), states_of(module, 7)
     data, inits = leaf(x), [leaf(s) for s in states]
@@ -438,7 +432,7 @@ def test_rows_of_a_ragged_batch_against_each_alone(name, bidirectional, threads)
 @layers
 def test_a_padded_batch_whose_padding_has_no_gradient(name):
     """Forward in time, packing only leaves out what nobody reads."""
-    module = LAYERS[name](6, 33)
+    module = layer_of(name, 6, 33)
     lengths = torch.tensor([8, 6, 6, 1])
     x, states = torch.randn(8, 4, 6), states_of(module, 4)
     mask = (torch.arange(8)[:, None] < lengths)[..., None]

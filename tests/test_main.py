@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from support.cells import TORCH_LAYERS
 
 import ostinato
 from ostinato import _core, bench
@@ -52,7 +53,7 @@ def test_a_command_is_required(capsys):
 BENCH = ["bench", "--input-size", "5", "--hidden-size", "7", "--seconds", "0.01"]
 
 
-@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+@pytest.mark.parametrize("cell", [layer.lower() for layer in TORCH_LAYERS])
 @pytest.mark.parametrize(
     "options",
     [["--steps", "3"], ["--steps", "0", "--batch", "2"], ["--layers", "2", "--bidirectional"]],

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from equations import GATES, walk
+from support.cells import CELLS, RECORDS, has_c
+from support.equations import walk
 
 from ostinato import reference
 
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("sizes", [[3, 3, 3, 3], [5, 4, 4, 1, 1], [4, 2], []], ids=str)
-@pytest.mark.parametrize(("cell", "proj_size"), [*((cell, 0) for cell in GATES), ("lstm", 2)])
+@pytest.mark.parametrize(("cell", "proj_size"), [*((cell, 0) for cell in CELLS), ("lstm", 2)])
 def test_the_document_equals_autograd_through_the_reference(cell, proj_size, sizes):
     generator = torch.Generator().manual_seed(len(sizes))
 
@@ -26,12 +27,12 @@ def test_the_document_equals_autograd_through_the_reference(cell, proj_size, siz
 
     # One row more than the first step takes, wherever sizes leave room: it must stay as it is.
     batch, size, hidden = 5, 3, 4
-    width, rows = proj_size or hidden, GATES[cell] * hidden
+    width, rows = proj_size or hidden, RECORDS[cell].gates * hidden
     shapes = [(rows, size), (rows, width), (rows,), (rows,), *([(width, hidden)] * bool(proj_size))]
     weights = [draw(*shape) for _ in range(2) for shape in shapes]
     input, h_0 = draw(sum(sizes), size), draw(2, batch, width)
-    c_0 = draw(2, batch, hidden) if cell == "lstm" else None
-    leaves = [input, h_0, *weights, *([c_0] if cell == "lstm" else [])]
+    c_0 = draw(2, batch, hidden) if has_c(cell) else None
+    leaves = [input, h_0, *weights, *([c_0] if has_c(cell) else [])]
     results = reference.layer(
         cell, input, sizes, h_0, c_0, weights, has_biases=True, bidirectional=True
     )
@@ -64,7 +65,7 @@ def test_the_document_equals_autograd_through_the_reference(cell, proj_size, siz
     expected_results = [np.concatenate(output, -1), np.stack(h_n)]  # (34)
     expected = [dinput[0] + dinput[1], np.stack(dh_0)]
     expected += [dw[d][k] for d in range(2) for k in names[: len(shapes)]]
-    if cell == "lstm":
+    if has_c(cell):
         expected_results.append(np.stack(c_n))
         expected.append(np.stack(dc_0))
     bound = {"rtol": 1e-12, "atol": 1e-12}

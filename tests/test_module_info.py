@@ -12,8 +12,9 @@ import pickle
 
 import pytest
 import torch
-from devices import assert_equal, device_type, without_cudnn
-from pairs import SIX, TORCH_WARNS, flat
+from support.cells import SIX
+from support.devices import assert_equal, device_type, without_cudnn
+from support.pairs import TORCH_WARNS, flat
 from torch.nn.utils.rnn import PackedSequence
 from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 

@@ -11,8 +11,9 @@ import warnings
 
 import pytest
 import torch
-from devices import device_type, on_cpu
-from pairs import LAYERS, SIX, TORCH_WARNS, assert_same, pair, shapes
+from support.cells import SIX, TORCH_LAYERS
+from support.devices import device_type, on_cpu
+from support.pairs import TORCH_WARNS, assert_same, pair, shapes
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -46,7 +47,7 @@ def taggers():
 
 def hidden(name):
     """What a layer or a cell calls its hidden weight."""
-    return "weight_hh_l0" if name in LAYERS else "weight_hh"
+    return "weight_hh_l0" if name in TORCH_LAYERS else "weight_hh"
 
 
 def step(model, optimizer, x):

@@ -5,10 +5,18 @@ import itertools
 
 import pytest
 import torch
-from devices import assert_equal, device_type
-from pairs import (
+from support.cells import (
     LAYERS,
+    MODULES,
     SIX,
+    TORCH_KINDS,
+    has_c,
+    is_projected,
+    options_of,
+    record_of,
+)
+from support.devices import assert_equal, device_type
+from support.pairs import (
     TOLERANCE,
     TORCH_WARNS,
     assert_same,
@@ -29,11 +37,11 @@ pytestmark = pytest.mark.filterwarnings(TORCH_WARNS)
 EXACT = {"rtol": 1e-11, "atol": 1e-13}
 
 KINDS = {
-    "rnn_tanh": ("RNN", {"nonlinearity": "tanh"}),
-    "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
-    "gru": ("GRU", {}),
-    "lstm": ("LSTM", {}),
-    "lstm_proj": ("LSTM", {"proj_size": 3}),
+    kind: (
+        record_of(kind).layer,
+        options_of(kind) | ({"proj_size": 3} if is_projected(kind) else {}),
+    )
+    for kind in TORCH_KINDS
 }
 FORMS = ("padded", "batch_first", "unbatched", "unbatched_batch_first", "sorted", "unsorted")
 INPUT, HIDDEN, BATCH = 5, 7, 4
@@ -54,7 +62,7 @@ def arguments(kind, form, layers, directions, given, dtype=torch.float64):
     middle = () if form.startswith("unbatched") else (BATCH,)
     h = torch.randn(rows, *middle, size, dtype=dtype, requires_grad=True)
     c = torch.randn(rows, *middle, HIDDEN, dtype=dtype, requires_grad=True)
-    return input, (h, c) if name == "LSTM" else h
+    return input, (h, c) if has_c(name) else h
 
 
 def gradients(module, input, hx, seed=5):
@@ -238,7 +246,7 @@ def test_packing_full_rows_equals_padding(kind):
 # ---- modes of running ----
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", MODULES)
 def test_results_do_not_depend_on_what_autograd_records(name):
     module = getattr(nn, name)(4, 8)
     x, h = shapes(name)
@@ -260,7 +268,7 @@ def test_results_do_not_depend_on_what_autograd_records(name):
     assert all(weight.grad is None for weight in module.parameters())
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", MODULES)
 def test_compiles_into_one_graph(name):
     torch._dynamo.reset()
     module = getattr(nn, name)(4, 8)
@@ -314,7 +322,7 @@ def test_stacks_and_packed_input_compile_into_one_graph(name):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", MODULES)
 def test_no_recurrent_operator_of_torch_runs(name):
     module = getattr(nn, name)(4, 8)
     x, h = shapes(name)

@@ -14,56 +14,24 @@ import textwrap
 
 import numpy as np
 import pytest
-from conftest import assert_close, assert_same_bits
-from engine import KINDS
-from equations import GATES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.cells import KINDS, cell_of, has_c
+from support.faces import call, draw_parameters, output_size
+from support.tolerances import assert_close, assert_same_bits
 
 import ostinato
 from ostinato import _core, reference
-from ostinato.numpy import gru, layer, lstm, rnn
+from ostinato.numpy import gru, layer
 
 BOTH = (False, True)
 
 
-def cell_of(kind):
-    return kind.removesuffix("_projected")
-
-
-def call(kind, *args, **kwargs):
-    """Call the function of this kind; return output, h_n and c_n or None."""
-    if kind.startswith("rnn"):
-        kwargs["nonlinearity"] = kind.removeprefix("rnn_")
-        return (*rnn(*args, **kwargs), None)
-    if kind == "gru":
-        return (*gru(*args, **kwargs), None)
-    output, (h_n, c_n) = lstm(*args, **kwargs)
-    return output, h_n, c_n
-
-
-def draw_parameters(rng, kind, size, hidden, *, layers=1, ways=1, bias=True, dtype="float64"):
-    """Draw a layer's parameters under torch's names."""
-    rows = GATES[cell_of(kind)] * hidden
-    out = hidden - 1 if kind == "lstm_projected" else hidden
-    parameters = {}
-    for k, way in itertools.product(range(layers), ("", "_reverse")[:ways]):
-        shapes = {"weight_ih": (rows, ways * out if k else size), "weight_hh": (rows, out)}
-        if bias:
-            shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)}
-        if out != hidden:
-            shapes["weight_hr"] = (out, hidden)
-        for name, shape in shapes.items():
-            drawn = rng.uniform(-1, 1, shape) / np.sqrt(hidden)
-            parameters[f"{name}_l{k}{way}"] = drawn.astype(dtype)
-    return parameters
-
-
 def draw_states(rng, kind, rows, hidden, dtype="float64"):
     """Draw hx: h_0, or (h_0, c_0); `rows` is all but the last dimension."""
-    out = hidden - 1 if kind == "lstm_projected" else hidden
+    out = output_size(kind, hidden)
     h_0 = rng.standard_normal((*rows, out)).astype(dtype)
-    if cell_of(kind) != "lstm":
+    if not has_c(kind):
         return h_0
     return h_0, rng.standard_normal((*rows, hidden)).astype(dtype)
 
@@ -94,7 +62,7 @@ def expected(kind, input, parameters, hx=None, *, layers=1, ways=1):
         for end, state in zip(ends, found, strict=True):
             end.append(state)
     h_n, c_n = ends
-    return input, np.concatenate(h_n), np.concatenate(c_n) if cell_of(kind) == "lstm" else None
+    return input, np.concatenate(h_n), np.concatenate(c_n) if has_c(kind) else None
 
 
 def assert_all(compare, actual, other, **options):
@@ -125,7 +93,7 @@ def test_every_layout_equals_the_reference(rng, kind, layers, ways, bias, dtype)
         assert_all(assert_same_bits, (turned[0].swapaxes(0, 1), *turned[1:]), actual)
         # One sequence, without the dimension of the batch; batch_first says nothing about it.
         one = None if hx is None else tuple(s if s is None else s[:, 2] for s in pair(hx))
-        one = one[0] if one and cell_of(kind) != "lstm" else one
+        one = one[0] if one and not has_c(kind) else one
         single = call(kind, input[:, 2], parameters, one, batch_first=bias)
         cut = [actual[0][:, 2], *(s if s is None else s[:, 2] for s in actual[1:])]
         assert_all(assert_same_bits, single, cut)
@@ -239,7 +207,7 @@ def test_rows_commute_with_permutation(rng, kind):
     hx = draw_states(rng, kind, (4, 11), 9)
     whole = call(kind, input, parameters, hx)
     moved = tuple(s if s is None else s[:, order] for s in pair(hx))
-    moved = moved if cell_of(kind) == "lstm" else moved[0]
+    moved = moved if has_c(kind) else moved[0]
     actual = call(kind, input[:, order], parameters, moved)
     assert_all(assert_same_bits, actual, [a if a is None else a[:, order] for a in whole])
 

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from test_numpy import call, draw_parameters
+from support.cells import FIRST_CELLS
+from support.faces import call, draw_parameters
 
 import ostinato
 from ostinato.numpy import gru, layer, rnn
@@ -203,7 +204,7 @@ def test_batch_sizes_of_more_rows_than_the_states_have(rng):
             layer(cell, np.zeros((4, 5)), [2, 2], *states, weights, **options)
 
 
-@pytest.mark.parametrize("kind", ["rnn_tanh", "gru", "lstm"])
+@pytest.mark.parametrize("kind", FIRST_CELLS)
 def test_a_transposed_weight_is_told_by_the_sizes_of_the_others(rng, kind):
     parameters = draw_parameters(rng, kind, 4, 6)
     rows = parameters["weight_ih_l0"].shape[0]

@@ -16,7 +16,19 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-from onnx_models import CELLS, B, Model, Ragged, Resets, Several, T, compare, kinds, recurrent, run  # noqa: E402
+from support.onnx_models import (  # noqa: E402
+    CELLS,
+    B,
+    Model,
+    Ragged,
+    Resets,
+    Several,
+    T,
+    compare,
+    kinds,
+    recurrent,
+    run,
+)
 
 # torch's exporter, where one Dim stands at several arguments.
 pytestmark = pytest.mark.filterwarnings("ignore:# The axis name. B will not be used:UserWarning")

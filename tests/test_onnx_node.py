@@ -7,7 +7,8 @@ import io
 
 import pytest
 import torch
-from conftest import tolerance
+from support.onnx_models import CELLS, RECURRENT, B, Model, Ragged, Resets, Several, T, run
+from support.tolerances import tolerance
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_leaves
 
@@ -18,7 +19,6 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 from onnx.reference import ReferenceEvaluator  # noqa: E402
-from onnx_models import CELLS, RECURRENT, B, Model, Ragged, Resets, Several, T, run  # noqa: E402
 
 pytestmark = [
     # torch's exporter, where one Dim stands at several arguments.

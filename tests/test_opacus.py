@@ -4,8 +4,9 @@ import warnings
 
 import pytest
 import torch
-from conftest import tolerance
-from devices import on_cpu
+from support.cells import LAYERS
+from support.devices import on_cpu
+from support.tolerances import tolerance
 
 import ostinato.opacus
 from ostinato import nn, reference
@@ -14,7 +15,6 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     opacus = pytest.importorskip("opacus")
 
-KINDS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 B, T, I, H = 6, 5, 3, 4
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -37,7 +37,7 @@ class Model(torch.nn.Module):
 
 
 def model(kind, **options):
-    layer = KINDS[kind](I, H, batch_first=True, **options)
+    layer = getattr(nn, kind)(I, H, batch_first=True, **options)
     return Model(layer, H * (1 + layer.bidirectional))
 
 
@@ -50,7 +50,7 @@ def loop(net, x):
 
 
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False}])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LAYERS)
 def test_gradients_of_samples_are_those_of_a_loop(kind, options, monkeypatch):
     if on_cpu():  # where an engine serves vmap
         monkeypatch.setattr(reference, "states", None)
@@ -88,7 +88,7 @@ def test_the_layer_and_opacus_must_agree_on_the_batch():
         private(torch.randn(T, B, I))[0].sum().backward()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LAYERS)
 def test_the_privacy_engine_trains(kind):
     net = model(kind)
     assert opacus.validators.ModuleValidator.is_valid(net)

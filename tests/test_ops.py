@@ -4,16 +4,15 @@ import logging
 
 import pytest
 import torch
-from conftest import tolerance
-from devices import assert_equal, device_type, engine_dtype, on_cpu
-from samples import SAMPLES, Sample, draw, gradients
+from support.cells import CELLS, has_c
+from support.devices import assert_equal, device_type, engine_dtype, on_cpu
+from support.samples import SAMPLES, Sample, close, draw, gradients
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 from ostinato import ops
 
 operators = torch.ops.ostinato
-CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
 
 samples = pytest.mark.parametrize("kind", SAMPLES)
 # What the operators themselves take.
@@ -29,14 +28,6 @@ forward_mode = pytest.mark.filterwarnings(r"ignore:`torch\.jit\.script` is depre
 
 def sample_of(kind, dtype=torch.float64):
     return draw(**SAMPLES[kind], dtype=dtype)
-
-
-def close(actual, expected, steps=8):
-    for a, e in zip(actual, expected, strict=True):
-        bound = tolerance(e.dtype, steps)
-        # A sum rounds in proportion to its terms, which may cancel.
-        bound["atol"] *= max(1.0, e.detach().abs().max().item() if e.numel() else 0.0)
-        torch.testing.assert_close(a, e, **bound)
 
 
 def same(actual, expected):
@@ -69,9 +60,9 @@ def backward_arguments(sample, wanted=None):
     """The arguments of `ostinato::layer_backward` after a forward call of this sample."""
     *call, _, _ = sample.operator_arguments()
     with torch.no_grad():
-        output, h_n, c_n, cells, reserve = operators.layer(*call, sample.cell == "lstm", True)
+        output, h_n, c_n, cells, reserve = operators.layer(*call, has_c(sample.cell), True)
     grads = [torch.randn_like(output), torch.randn_like(h_n), None, None]
-    if sample.cell == "lstm":
+    if has_c(sample.cell):
         grads[2:] = [torch.randn_like(c_n), torch.randn_like(cells)]
     if wanted is None:
         wanted = [True, sample.h_0 is not None, sample.c_0 is not None, False, False]
@@ -119,7 +110,7 @@ def test_the_operator_and_the_call_past_the_dispatcher_agree(kind):
     through = [
         result
         for result in operators.layer(*sample.operator_arguments())[:3]
-        if result.numel() or sample.cell == "lstm"
+        if result.numel() or has_c(sample.cell)
     ][: len(direct)]
     seeds = cotangents_of(direct)
     with torch.no_grad():
@@ -173,7 +164,7 @@ def test_higher_derivatives_are_the_references(kind, order):
 @pytest.mark.parametrize("cell", CELLS)
 def test_gradient_of_a_gradient_of_one_output_alone(cell):
     # The others have no cotangent: undefined gradients reach both operators.
-    for index in range(3 if cell == "lstm" else 2):
+    for index in range(3 if has_c(cell) else 2):
         sample = draw(cell, dtype=torch.float64).training()
         found = []
         for run in (Sample.run, Sample.reference):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from samples import draw
+from support.samples import draw
 
 from ostinato import ops, reference
 

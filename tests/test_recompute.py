@@ -8,9 +8,10 @@ import pickle
 
 import pytest
 import torch
-from conftest import tolerance
-from devices import assert_equal
-from test_invariance import LAYERS
+from support.cells import FIRST_CELLS, KINDS, LAYERS, record_of
+from support.devices import assert_equal
+from support.pairs import layer_of
+from support.tolerances import tolerance
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from ostinato import _core, nn
@@ -18,8 +19,8 @@ from ostinato import _core, nn
 
 def twins(name, *args, **options):
     """Return a layer that keeps its gates, and the same one that computes them again."""
-    keeping = LAYERS[name](*args, **options)
-    again = LAYERS[name](*args, **options, memory="recompute")
+    keeping = layer_of(name, *args, **options)
+    again = layer_of(name, *args, **options, memory="recompute")
     again.load_state_dict(keeping.state_dict())
     return keeping, again
 
@@ -68,7 +69,7 @@ def assert_same_bits(keeping, again, x):
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize(("steps", "batch"), [(1, 1), (1, 9), (23, 1), (17, 6), (300, 5)])
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", KINDS)
 def test_same_bits(name, steps, batch, bidirectional, threads):
     # The 1500 rows of 300 steps take two of backward's chunks at H 150.
     options = {"bidirectional": bidirectional, "num_layers": 2 if steps == 17 else 1}
@@ -82,7 +83,7 @@ def test_same_bits(name, steps, batch, bidirectional, threads):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", KINDS)
 def test_same_bits_where_rows_end_early(name):
     keeping, again = twins(name, 5, 33, bidirectional=True)
     x = pack_padded_sequence(torch.randn(40, 6, 5), [40, 31, 31, 8, 2, 1])
@@ -105,10 +106,11 @@ def test_same_bits_on_every_instruction_set(isa):
 @pytest.mark.cpu("the compiled engine")
 def test_what_is_kept():
     x = torch.randn(50, 8, 16)
-    for name, values in (("rnn_tanh", 0), ("gru", 0), ("lstm", 1)):
+    for name in FIRST_CELLS:
+        record = record_of(name)
         keeping, again = twins(name, 16, 32)
-        assert kept_bytes(again, x) == values * 50 * 8 * 32 * 4
-        assert kept_bytes(keeping, x) == {"gru": 4, "lstm": 5}.get(name, 0) * 50 * 8 * 32 * 4
+        assert kept_bytes(again, x) == record.recomputed * 50 * 8 * 32 * 4
+        assert kept_bytes(keeping, x) == record.saved * 50 * 8 * 32 * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
@@ -121,7 +123,7 @@ def test_any_dtype(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["rnn_tanh", "gru", "lstm"])
+@pytest.mark.parametrize("name", FIRST_CELLS)
 def test_16_bits_start_from_rounded_states(name, dtype):
     keeping, again = twins(name, 5, 20, dtype=dtype)
     x = torch.randn(9, 4, 5, dtype=dtype)
@@ -172,15 +174,15 @@ def test_it_is_told_and_carried_along():
     torch.nn.GRU(3, 4).load_state_dict(layer.state_dict())
 
 
-@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
-def test_refusals(kind):
+@pytest.mark.parametrize("name", LAYERS)
+def test_refusals(name):
     with pytest.raises(ValueError, match="memory: expected 'keep' or 'recompute', got 'less'"):
-        kind(3, 4, memory="less")
+        getattr(nn, name)(3, 4, memory="less")
 
 
-@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
-def test_it_is_refused_after_construction_too(kind):
-    layer = kind(3, 4)
+@pytest.mark.parametrize("name", LAYERS)
+def test_it_is_refused_after_construction_too(name):
+    layer = getattr(nn, name)(3, 4)
     with pytest.raises(ValueError, match="memory: expected 'keep' or 'recompute', got 'foo'"):
         layer.memory = "foo"
     assert layer.memory == "keep"

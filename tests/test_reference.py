@@ -15,11 +15,18 @@ import onnx
 import onnx.reference
 import pytest
 import torch
+from support.cells import (
+    FIRST_CELLS,
+    TORCH_KINDS,
+    cell_of,
+    has_c,
+    is_projected,
+    options_of,
+    record_of,
+)
 
 from ostinato.reference import gru_step, layer, lstm_step, namespace, relu, rnn_step, sigmoid
 
-# "lstm_projected" is the cell "lstm" with a weight_hr.
-CELLS = ["rnn_tanh", "rnn_relu", "gru", "lstm", "lstm_projected"]
 BOTH = [False, True]
 
 # T, B, I, H: ones, odd numbers, rows that outnumber steps and the reverse.
@@ -32,27 +39,17 @@ def own_numbers(request):
     torch.manual_seed(zlib.crc32(request.node.name.encode()))
 
 
-def cell_of(name):
-    return name.removesuffix("_projected")
-
-
 def output_size(name, hidden):
-    return (hidden + 1) // 2 if name == "lstm_projected" else hidden
+    return (hidden + 1) // 2 if is_projected(name) else hidden
 
 
 def module_of(name, size, hidden, *, bias=True, bidirectional=False, dtype=torch.float64):
     """Build torch's own layer, whose parameters are `weights` in the reference's order."""
-    if name == "lstm_projected":
+    options = {"bias": bias, "bidirectional": bidirectional, "dtype": dtype} | options_of(name)
+    if is_projected(name):
         hidden = max(hidden, 2)
-    options = {"bias": bias, "bidirectional": bidirectional, "dtype": dtype}
-    if name.startswith("rnn"):
-        options["nonlinearity"] = name.removeprefix("rnn_")
-        return torch.nn.RNN(size, hidden, **options)
-    if name == "gru":
-        return torch.nn.GRU(size, hidden, **options)
-    if name == "lstm_projected":
         options["proj_size"] = output_size(name, hidden)
-    return torch.nn.LSTM(size, hidden, **options)
+    return getattr(torch.nn, record_of(name).layer)(size, hidden, **options)
 
 
 def run_torch(module, input, batch_sizes, h_0, c_0):
@@ -81,7 +78,7 @@ def states_for(name, module, batch, dtype=torch.float64):
     size = module.proj_size or module.hidden_size
     h_0 = torch.randn(directions, batch, size, dtype=dtype)
     c_0 = torch.randn(directions, batch, module.hidden_size, dtype=dtype)
-    return h_0, c_0 if cell_of(name) == "lstm" else None
+    return h_0, c_0 if has_c(name) else None
 
 
 def ragged(steps, batch):
@@ -125,7 +122,7 @@ def compare(name, module, input, batch_sizes, h_0, c_0):
 @pytest.mark.parametrize("bidirectional", BOTH, ids=["one way", "both ways"])
 @pytest.mark.parametrize("bias", BOTH, ids=["no bias", "bias"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", TORCH_KINDS)
 def test_outputs_and_gradients_equal_torch(name, shape, bias, bidirectional, packed, absent):
     steps, batch, size, hidden = shape
     module = module_of(name, size, hidden, bias=bias, bidirectional=bidirectional)
@@ -136,7 +133,7 @@ def test_outputs_and_gradients_equal_torch(name, shape, bias, bidirectional, pac
 
 
 @pytest.mark.parametrize("bidirectional", BOTH)
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", TORCH_KINDS)
 def test_an_empty_batch_equals_torch(name, bidirectional):
     module = module_of(name, 3, 4, bidirectional=bidirectional)
     h_0, c_0 = states_for(name, module, 0)
@@ -146,7 +143,7 @@ def test_an_empty_batch_equals_torch(name, bidirectional):
 
 @pytest.mark.parametrize("packed", BOTH)
 @pytest.mark.parametrize("bidirectional", BOTH)
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", TORCH_KINDS)
 def test_no_steps_return_the_initial_states(name, bidirectional, packed):
     module = module_of(name, 3, 4, bidirectional=bidirectional)
     h_0, c_0 = states_for(name, module, 2)
@@ -182,7 +179,7 @@ def test_one_absent_state_of_an_lstm_is_zero(name, given):
     torch.testing.assert_close(actual, expected, **tolerance(torch.float64))
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", TORCH_KINDS)
 def test_rows_of_length_zero_keep_their_states(name):
     module = module_of(name, 3, 5, bidirectional=True)
     h_0, c_0 = states_for(name, module, 4)
@@ -197,7 +194,7 @@ def test_rows_of_length_zero_keep_their_states(name):
             assert torch.equal(a[:, 2:], initial[:, 2:])
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", TORCH_KINDS)
 def test_every_form_of_batch_sizes_and_layout_is_taken(name):
     module = module_of(name, 3, 5, bidirectional=True)
     module.requires_grad_(False)
@@ -221,7 +218,7 @@ def expanded_states(name, module):
 
 @pytest.mark.cpu("torch has complex layers on the CPU alone")
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
-@pytest.mark.parametrize("name", [name for name in CELLS if name != "rnn_relu"])
+@pytest.mark.parametrize("name", [name for name in TORCH_KINDS if name != "rnn_relu"])
 def test_complex_equals_torch(name, dtype):
     module = module_of(name, 3, 4, bidirectional=True, dtype=dtype)
     # Near a pole of tanh nothing is well conditioned: stay small.
@@ -232,7 +229,7 @@ def test_complex_equals_torch(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", TORCH_KINDS)
 def test_lower_precision_is_near_float64(name, dtype):
     module = module_of(name, 3, 6, bidirectional=True, dtype=dtype)
     if name == "rnn_relu":
@@ -259,7 +256,7 @@ def test_lower_precision_is_near_float64(name, dtype):
         torch.testing.assert_close(a.double(), e, rtol=0, atol=8 * eps * scale)
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", TORCH_KINDS)
 def test_nan_and_inf_propagate_as_in_torch(name):
     module = module_of(name, 3, 5, bidirectional=True)
     input = torch.randn(4, 4, 3).double()
@@ -278,7 +275,7 @@ ONNX_GATES = {"RNN": [0], "GRU": [1, 0, 2], "LSTM": [0, 3, 1, 2]}
 
 def run_onnx(name, module, input, h_0, c_0):
     """Run one ONNX node on (T, B, I); return output (T, B, D * H), h_n, c_n."""
-    op = {"rnn_tanh": "RNN", "gru": "GRU", "lstm": "LSTM"}[name]
+    op = record_of(name).layer
     order, hidden = ONNX_GATES[op], module.hidden_size
 
     def stacked(*names):
@@ -299,7 +296,7 @@ def run_onnx(name, module, input, h_0, c_0):
         "initial_h": h_0.numpy(),
     }
     inputs, outputs = ["X", "W", "R", "B", "", "initial_h"], ["Y", "Y_h"]
-    if op == "LSTM":
+    if has_c(name):
         feeds["initial_c"] = c_0.numpy()
         inputs, outputs = [*inputs, "initial_c"], [*outputs, "Y_c"]
     direction = "bidirectional" if module.bidirectional else "forward"
@@ -320,7 +317,7 @@ def run_onnx(name, module, input, h_0, c_0):
 # The evaluator knows no relu and no projection; torch.nn vouches for those.
 @pytest.mark.cpu("NumPy")
 @pytest.mark.parametrize("bidirectional", BOTH)
-@pytest.mark.parametrize("name", ["rnn_tanh", "gru", "lstm"])
+@pytest.mark.parametrize("name", [name for name in FIRST_CELLS if name in TORCH_KINDS])
 def test_padded_equals_onnx(name, bidirectional):
     module = module_of(name, 3, 7, bidirectional=bidirectional).requires_grad_(False)
     input = torch.randn(6, 5, 3).double()
@@ -332,7 +329,7 @@ def test_padded_equals_onnx(name, bidirectional):
 
 @pytest.mark.cpu("NumPy")
 @pytest.mark.parametrize("bidirectional", BOTH)
-@pytest.mark.parametrize("name", ["rnn_tanh", "gru", "lstm"])
+@pytest.mark.parametrize("name", [name for name in FIRST_CELLS if name in TORCH_KINDS])
 def test_each_packed_row_equals_onnx_on_that_row_alone(name, bidirectional):
     module = module_of(name, 3, 7, bidirectional=bidirectional).requires_grad_(False)
     lengths = [6, 6, 3, 1]
@@ -355,7 +352,7 @@ def test_each_packed_row_equals_onnx_on_that_row_alone(name, bidirectional):
     ("name", "dtype"),
     [
         (name, dtype)
-        for name in CELLS
+        for name in TORCH_KINDS
         for dtype in ("float16", "float32", "float64", "complex64", "complex128")
         # Complex numbers have no order, hence no relu.
         if not (name == "rnn_relu" and dtype.startswith("complex"))
@@ -421,13 +418,13 @@ def function_of(name, bidirectional=True, dtype=torch.float64):
     return f, (input, *weights, *states)
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", TORCH_KINDS)
 def test_gradcheck(name):
     f, arguments = function_of(name)
     assert torch.autograd.gradcheck(f, arguments, check_batched_grad=True)
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", TORCH_KINDS)
 def test_gradgradcheck(name):
     f, arguments = function_of(name, bidirectional=False)
     assert torch.autograd.gradgradcheck(f, arguments, check_batched_grad=True)
@@ -439,7 +436,7 @@ def test_gradcheck_complex(name):
     assert torch.autograd.gradcheck(f, arguments)
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", TORCH_KINDS)
 def test_vmap_over_every_argument_and_its_gradient(name):
     f, arguments = function_of(name)
     arguments = [torch.stack([a.detach(), -a.detach(), a.detach() / 3]) for a in arguments]
@@ -477,7 +474,7 @@ def test_relu_and_its_gradient_equal_torch_at_every_kind_of_number():
     assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", TORCH_KINDS)
 def test_a_sequence_cut_in_two_and_carried_equals_one_run(name):
     module = module_of(name, 3, 5).requires_grad_(False)
     input = torch.randn(7, 4, 3).double()
@@ -489,7 +486,7 @@ def test_a_sequence_cut_in_two_and_carried_equals_one_run(name):
     torch.testing.assert_close(actual, whole, **tolerance(torch.float64, 7))
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", TORCH_KINDS)
 def test_reversed_input_equals_the_reverse_direction(name):
     both = module_of(name, 3, 5, bidirectional=True).requires_grad_(False)
     weights = list(both.parameters())
@@ -503,7 +500,7 @@ def test_reversed_input_equals_the_reverse_direction(name):
     torch.testing.assert_close(h_n[1:], h, **tolerance(torch.float64, 6))
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", TORCH_KINDS)
 def test_rows_commute_with_permutation(name):
     module = module_of(name, 3, 5, bidirectional=True).requires_grad_(False)
     input, order = torch.randn(6, 4, 3).double(), torch.tensor([2, 0, 3, 1])

@@ -5,7 +5,8 @@ from typing import ClassVar
 
 import pytest
 import torch
-from pairs import CELLS, LAYERS, SIX, TORCH_WARNS, each, flat, pair, shapes
+from support.cells import CELL_MODULES, LAYERS, MODULES, SIX, TORCH_LAYERS, has_c
+from support.pairs import TORCH_WARNS, each, flat, pair, shapes
 from torch.nn.utils.rnn import pack_sequence
 
 from ostinato import nn, ops
@@ -78,7 +79,7 @@ def test_fx_makes_a_node_of_each_call(name, with_state, way):
     given = (x, hx) if with_state else (x,)
     traced = torch.fx.symbolic_trace(model)
     calls = [n for n in traced.graph.nodes if n.op == "call_module" and n.target == "inner"]
-    assert len(calls) == {"twice": 2, "unpacked": 3 if name == "LSTMCell" else 2}.get(way, 1)
+    assert len(calls) == {"twice": 2, "unpacked": 3 if has_c(name) else 2}.get(way, 1)
     expected = flat(model(*given))
     again = torch.fx.symbolic_trace(traced)
     for module in traced, again, copy.deepcopy(traced):
@@ -118,7 +119,7 @@ def test_fx_follows_what_is_given_by_name(name):
     assert list(node.kwargs) == ["resets"]
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", MODULES)
 def test_fx_follows_a_state_beside_a_tensor(name):
     """A decoder that starts from what it holds."""
 
@@ -141,11 +142,11 @@ def test_fx_follows_a_state_beside_a_tensor(name):
         assert torch.equal(mine, other)
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", MODULES)
 def test_fx_looks_at_no_weights(name):
     """A parametrization runs within the layer's node and nowhere else."""
     model = Stateless(getattr(nn, name)(4, 8), by_position)
-    weight = "weight_hh" if name in CELLS else "weight_hh_l0"
+    weight = "weight_hh" if name in CELL_MODULES else "weight_hh_l0"
     torch.nn.utils.parametrizations.weight_norm(model.inner, weight)
     traced = torch.fx.symbolic_trace(model)
     assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["first", "inner"]
@@ -244,7 +245,7 @@ def test_objects_that_have_their_own_way_with_functions(name, which, like):
 
 
 @pytest.mark.parametrize("options", [{"num_layers": 2}, {"bidirectional": True}], ids=str)
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", TORCH_LAYERS)
 def test_such_objects_in_stacks_and_both_directions(name, options, like):
     ours, _ = pair(name, 4, 8, **options)
     x = torch.randn(5, 3, 4)
@@ -274,7 +275,7 @@ class Logged(torch.Tensor):
         return super().__torch_function__(function, types, args, kwargs)
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", MODULES)
 def test_classes_of_tensors_see_a_public_function_and_keep_their_results(name):
     module = getattr(nn, name)(4, 8)
     x, hx = shapes(name, requires_grad=True)
@@ -307,7 +308,7 @@ def test_a_mode_sees_each_layer():
     assert seen.count(ops.layer) == 2
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", MODULES)
 def test_what_stands_for_nothing_is_refused(name):
     module = getattr(nn, name)(4, 8)
     x, hx = shapes(name)
@@ -315,6 +316,6 @@ def test_what_stands_for_nothing_is_refused(name):
         module(x.tolist(), hx)
     with pytest.raises(TypeError, match=rf"{name}: hx.* must be"):
         module(x, each(hx, lambda t: t.numpy(force=True)))
-    if name in CELLS:
+    if name in CELL_MODULES:
         with pytest.raises(TypeError, match="got ndarray"):
             module(x.numpy(force=True))

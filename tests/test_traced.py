@@ -9,8 +9,9 @@ import warnings
 
 import pytest
 import torch
-from devices import on_cpu
-from pairs import CELLS, LAYERS, SIX, TORCH_WARNS, flat, shapes, state
+from support.cells import CELL_MODULES, LAYERS, MODULES, SIX, has_c, record_of
+from support.devices import on_cpu
+from support.pairs import TORCH_WARNS, flat, shapes, state
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import ostinato
@@ -95,7 +96,7 @@ def test_layers(name, kind, with_state, grad):
 
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("with_state", [True, False])
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", CELL_MODULES)
 def test_cells(name, with_state, grad):
     module = getattr(nn, name)(4, 8)
     with torch.set_grad_enabled(grad):
@@ -103,11 +104,11 @@ def test_cells(name, with_state, grad):
     check_other_sizes(traced, module, with_state)
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", MODULES)
 def test_one_sequence(name):
     module = getattr(nn, name)(4, 8)
     given = [tuple(t.squeeze(-2) for t in flat(arguments(module, steps, 1))) for steps in (5, 8)]
-    if name.startswith("LSTM"):
+    if has_c(name):
         given = [(x, (h, c)) for x, h, c in given]
     traced = torch.jit.trace(module, given[0])
     assert_equal(traced(*given[1]), module(*given[1]))
@@ -172,7 +173,7 @@ class Cut(torch.nn.Module):
         self.inner = inner
 
     def forward(self, x, lengths, resets, first):
-        reset_to = (first, first) if self.inner._kind == "LSTM" else first
+        reset_to = (first, first) if has_c(self.inner._kind) else first
         return self.inner(
             x, lengths=lengths, resets=resets, reset_to=reset_to, return_all_states=True
         )
@@ -334,14 +335,14 @@ def test_wrong_arguments_are_refused_while_tracing_and_running():
         traced(torch.randn(5, 3, 6))
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", MODULES)
 def test_the_operators_pass_torchs_checks(name):
     """Schema, fake tensors, autograd and compilation of what a trace calls."""
     module = getattr(nn, name)(4, 8)
     x, hx = shapes(name)
     states = [t if t.dim() == 3 else t[None] for t in flat(hx)]
     x = x if x.dim() == 3 else x[None]
-    cell = {"RNN": "rnn_tanh", "GRU": "gru", "LSTM": "lstm"}[name.removesuffix("Cell")]
+    cell = record_of(name).name
     options = True, False, False, None, None, None, None, False
     given = x, None, *(*states, None)[:2], list(module.parameters()), *options
     operator = getattr(torch.ops.ostinato, cell).default
@@ -350,7 +351,7 @@ def test_the_operators_pass_torchs_checks(name):
     expected = flat(module(x if name in LAYERS else x[0], hx))[0]
     assert torch.equal(output if name in LAYERS else output[0], expected)
     assert cells.numel() == 0
-    assert (c_n.numel() > 0) == name.startswith("LSTM")
+    assert (c_n.numel() > 0) == has_c(name)
 
 
 # ---- what stands on a trace ----

@@ -4,12 +4,13 @@ Legend: T steps, B batch, N packed rows, I input, H hidden, V elements of a mapp
 """
 
 import copy
+import functools
 
 import pytest
 import torch
-from conftest import tolerance
-from devices import assert_equal, on_cpu
-from samples import SAMPLES, draw
+from support.cells import CELL_MODULES, CELLS, LAYERS, RECORDS
+from support.devices import assert_equal, on_cpu
+from support.samples import SAMPLES, close, draw
 from torch.func import (
     functional_call,
     grad,
@@ -25,9 +26,8 @@ from torch.func import (
 
 from ostinato import nn, ops, reference, stacks, transforms
 
-CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
-MODULES = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 V = 5
+close = functools.partial(close, steps=32)
 
 samples = pytest.mark.parametrize("kind", SAMPLES)
 cells = pytest.mark.parametrize("cell", CELLS)
@@ -58,13 +58,6 @@ def engine_alone(monkeypatch):
 def same(actual, expected):
     for a, e in zip(actual, expected, strict=True):
         assert_equal(a, e)
-
-
-def close(actual, expected, steps=32):
-    for a, e in zip(actual, expected, strict=True):
-        bound = tolerance(e.dtype, steps)
-        bound["atol"] *= max(1.0, e.detach().abs().max().item() if e.numel() else 0.0)
-        torch.testing.assert_close(a, e, **bound)
 
 
 def mapped(leaf, dim, count=V):
@@ -223,7 +216,7 @@ def test_16_bits(dtype, engine_alone):
 @pytest.mark.parametrize("cuts", [False, True])
 @cells
 def test_nested_vmap(cell, cuts, order, engine_alone):
-    sample = draw(cell, projection=2 * (cell == "lstm"))
+    sample = draw(cell, projection=2 * RECORDS[cell].projects)
     run = run_of(sample, cuts_of(sample) if cuts else None)
     gradient = grad(loss_of(run), argnums=tuple(range(len(sample.leaves()))))
     inner, outer = {
@@ -365,10 +358,7 @@ def flat(tree):
 
 
 KINDS = {
-    "rnn_tanh": {},
-    "rnn_relu": {},
-    "gru": {},
-    "lstm": {},
+    **{cell: {} for cell in CELLS},
     "both ways": {"bidirectional": True},
     "projected": {"projection": 1},
 }
@@ -490,10 +480,10 @@ def test_gradcheck_of_a_vmap(kind):
 # ---- modules ----
 
 
-@pytest.mark.parametrize("kind", MODULES)
-def test_an_ensemble_trains_as_its_models_do(kind, threads, engine_alone):
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_ensemble_trains_as_its_models_do(name, threads, engine_alone):
     options = {"num_layers": 2, "bidirectional": True, "batch_first": True}
-    models = [MODULES[kind](3, 5, **options) for _ in range(V)]
+    models = [getattr(nn, name)(3, 5, **options) for _ in range(V)]
     stacked, buffers = stack_module_state(models)
     base = copy.deepcopy(models[0]).to("meta")
     x = torch.randn(2, 7, 3)
@@ -509,9 +499,9 @@ def test_an_ensemble_trains_as_its_models_do(kind, threads, engine_alone):
         same([p.grad[v] for p in stacked.values()], [p.grad for p in model.parameters()])
 
 
-@pytest.mark.parametrize("cell", [nn.RNNCell, nn.GRUCell, nn.LSTMCell])
-def test_cells(cell, engine_alone):
-    module = cell(3, 4)
+@pytest.mark.parametrize("name", CELL_MODULES)
+def test_cells(name, engine_alone):
+    module = getattr(nn, name)(3, 4)
     x, parameters = torch.randn(V, 3), dict(module.named_parameters())
 
     def loss(parameters, x):
@@ -521,7 +511,7 @@ def test_cells(cell, engine_alone):
     found = vmap(grad(loss), in_dims=(None, 0))(parameters, x)
     for v in range(V):
         expected = torch.autograd.grad(loss(parameters, x[v]), list(parameters.values()))
-        same([found[name][v] for name in parameters], expected)
+        same([found[key][v] for key in parameters], expected)
 
 
 def test_another_tensor_class_gets_the_reference(monkeypatch):

@@ -184,9 +184,11 @@ class Arm:
     def bits(self):
         """Write this machine's results, and compare those of aarch64."""
         shutil.rmtree(self.results, ignore_errors=True)
-        script = ROOT / "tests/architectures.py"
-        run(sys.executable, script, "write", self.results)
-        self.emulated(script, "check", self.results)
+        script = ("-m", "support.architectures")
+        paths = os.pathsep.join(filter(None, [str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
+        here = os.environ | {"PYTHONPATH": paths}
+        run(sys.executable, *script, "write", self.results, env=here)
+        self.emulated(*script, "check", self.results)
 
     def tests(self, files, arguments):
         """Run test files, but for the tests that emulation cannot."""

@@ -7,13 +7,12 @@ import itertools
 
 import pytest
 import torch
-from devices import assert_equal, engine_dtype, moved
-from samples import SAMPLES, draw, gradients
-from test_ops import close
+from support.cells import CELLS
+from support.devices import assert_equal, engine_dtype, moved
+from support.samples import SAMPLES, close, draw, gradients
 
 from ostinato import ops, reference
 
-CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
 LENGTHS = {"none": None, "some": (4, 0, 7, 2, 7), "all whole": (7,) * 5, "all empty": (0,) * 5}
 RESETS = {"none": None, "some": 0.3, "every step": 1.0, "never": 0.0}
 

@@ -5,8 +5,6 @@ tests/test_math.py holds it against autograd; the engine is held against it wher
 
 import numpy as np
 
-GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
-
 
 def sigma(x):
     return 1 / (1 + np.exp(-x))

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from support.cells import TORCH_CELL_MODULES, TORCH_LAYERS
 from torch.nn.utils.rnn import pack_sequence
 
 from ostinato import nn
@@ -63,9 +64,10 @@ def test_no_recurrent_operator_of_torch_runs(name):
 
 def test_the_pattern_knows_torch_s_operators():
     """The test above would see them: here they are."""
-    names = ("RNN", "GRU", "LSTM")
-    layers = [getattr(torch.nn, name)(3, 4) for name in names]
-    cells = [getattr(torch.nn, f"{name}Cell")(3, 4) for name in names]
+    layers, cells = (
+        [getattr(torch.nn, name)(3, 4) for name in names]
+        for names in (TORCH_LAYERS, TORCH_CELL_MODULES)
+    )
 
     def run():
         with torch.no_grad():

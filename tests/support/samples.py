@@ -1,15 +1,21 @@
-"""Arguments of one layer, drawn at random: what the tests of the operators and of the engine share.
+"""Calls of `ops.layer`, drawn at random.
 
 Legend: T steps, B batch, N packed rows, I input, H hidden, O output of a step, D directions.
 """
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from ostinato import ops, reference
+from support import calls
+from support.cells import CELLS
+from support.devices import device_type
+from support.tolerances import tolerance
 
-GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
+# Small enough that no gate saturates, where it would hide what comes in.
+SMALL = calls.Scales(ih=0.5, hh=0.5, bias=0.5, hr=0.5)
 
 
 class Sample(NamedTuple):
@@ -83,27 +89,48 @@ def draw(
     dtype=torch.float32,
 ):
     """Draw a call; `lengths` packs it, `states` says which of h_0 and c_0 are there."""
-    directions, rows, out = 1 + bidirectional, GATES[cell] * hidden, projection or hidden
-    shapes = [
-        (rows, size),
-        (rows, out),
-        *[(rows,)] * (2 * bias),
-        *[(out, hidden)] * bool(projection),
-    ]
-    # Small enough that no gate saturates, where it would hide what comes in.
-    weights = [torch.randn(shape, dtype=dtype) * 0.5 for shape in shapes * directions]
     sizes = None
-    if lengths is None:
-        input = torch.randn(steps, batch, size, dtype=dtype)
-    else:
-        sizes = [sum(n > t for n in lengths) for t in range(max(lengths, default=0))]
+    if lengths is not None:
+        sizes, batch = calls.batch_sizes_of(lengths), len(lengths)
+    options = {"projection": projection, "bias": bias, "directions": 1 + bidirectional}
+    options |= {"batch_sizes": sizes, "states": [f"{state}_0" for state in states]}
+    options["dtype"] = numpys(dtype)
+    call = calls.draw(generator(), cell, steps, batch, size, hidden, SMALL, **options)
+    input, h_0, c_0 = (tensor(array, dtype) for array in (call.input, call.h_0, call.c_0))
+    if lengths is not None:
         sizes = torch.tensor(sizes, dtype=torch.int64, device="cpu")
-        input, batch = torch.randn(sum(lengths), size, dtype=dtype), len(lengths)
-    h_0 = torch.randn(directions, batch, out, dtype=dtype) if "h" in states else None
-    c_0 = None
-    if cell == "lstm" and "c" in states:
-        c_0 = torch.randn(directions, batch, hidden, dtype=dtype)
+    weights = weights_of(call, dtype)
     return Sample(cell, input, sizes, h_0, c_0, weights, bias, bidirectional, recompute)
+
+
+def generator():
+    """Return NumPy's generator, seeded by torch's."""
+    return np.random.default_rng(int(torch.randint(2**62, (), device="cpu")))
+
+
+def numpys(dtype):
+    """Return NumPy's name of a dtype; it has no bfloat16."""
+    return "float32" if dtype == torch.bfloat16 else str(dtype).removeprefix("torch.")
+
+
+def tensor(array, dtype=None):
+    """Return an array on the tests' device; None stays None."""
+    return None if array is None else torch.tensor(array, dtype=dtype, device=device_type())
+
+
+def weights_of(call, dtype):
+    """Return a call's weights in the operators' order."""
+    arrays = (way[name] for way in call.weights for name in calls.WEIGHTS)
+    return [tensor(array, dtype) for array in arrays if array is not None]
+
+
+def close(actual, expected, steps=8):
+    """Hold tensors to others, both up to the roundings of so many steps."""
+    for a, e in zip(actual, expected, strict=True):
+        bound = tolerance(e.dtype, steps)
+        # A sum rounds in proportion to its terms, which may cancel.
+        bound["atol"] *= max(1.0, e.detach().abs().max().item() if e.numel() else 0.0)
+        torch.testing.assert_close(a, e, **bound)
 
 
 def gradients(results, leaves, cotangents, **options):
@@ -114,10 +141,7 @@ def gradients(results, leaves, cotangents, **options):
 
 # Every way a call can differ in kind: name -> arguments of `draw`.
 SAMPLES = {
-    "rnn_tanh": {"cell": "rnn_tanh"},
-    "rnn_relu": {"cell": "rnn_relu"},
-    "gru": {"cell": "gru"},
-    "lstm": {"cell": "lstm"},
+    **{cell: {"cell": cell} for cell in CELLS},
     "projected": {"cell": "lstm", "projection": 2},
     "without bias": {"cell": "gru", "bias": False, "states": ""},
     "without states": {"cell": "lstm", "states": ""},

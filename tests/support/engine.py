@@ -5,21 +5,22 @@ Legend: T steps, B batch, N packed rows, I input, H hidden, O output of a step, 
 
 import contextlib
 import dataclasses
+import platform
 
 import numpy as np
-from conftest import Poison
-from equations import GATES, walk
 
 from ostinato import _core, reference
+from support import calls
+from support.calls import STATES, WEIGHTS
+from support.cells import RECORDS, cell_of, is_projected
+from support.equations import walk
+from support.poison import Poison
 
-CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
-# A cell by its name, and an LSTM with projection.
-KINDS = (*CELLS, "lstm_projected")
+# What a build for this architecture has (csrc/cpu/dispatch.cpp).
+INSTRUCTION_SETS = ["neon"] if platform.machine() == "aarch64" else ["avx512", "avx2", "portable"]
 DTYPES = ("float32", "float64")
 # In the engine's order. NumPy has no bfloat16: its bits stand in a uint16.
 STORED = ("float32", "float64", "uint16", "float16")
-WEIGHTS = ("ih", "hh", "b_ih", "b_hh", "hr")
-STATES = ("h_0", "c_0")
 GRADIENTS = ("dx", "dh_0", "dc_0")
 COTANGENTS = ("dy", "dh_n", "dc_n")
 
@@ -33,13 +34,6 @@ def instruction_set(name):
         yield
     finally:
         _core.set_isa(before)
-
-
-def ragged(rng, steps, batch, *, empty=0):
-    """Draw batch_sizes of rows with 1 to `steps` steps, and `empty` rows of no step at all."""
-    lengths = rng.integers(1, steps + 1, batch - empty)
-    lengths[:1] = steps
-    return [int((lengths > t).sum()) for t in range(steps)]
 
 
 @dataclasses.dataclass
@@ -65,43 +59,30 @@ class Layer:
         size,
         hidden,
         *,
-        directions=1,
         dtype="float64",
         sizes=None,
-        bias=True,
-        states=STATES,
         whole=False,
+        **options,
     ):
-        """Draw a layer; `whole` numbers instead of normal ones round nowhere in a relu network."""
-        cell, proj = kind.removesuffix("_projected"), None
-        if kind != cell:
-            hidden, proj = max(2, hidden), max(1, max(2, hidden) * 2 // 3)
-        out, rows = proj or hidden, GATES[cell] * hidden
-
-        def array(*shape, scale=1.0):
-            if whole:
-                return rng.integers(-1, 2, shape).astype(dtype)
-            return (scale * rng.standard_normal(shape)).astype(dtype)
-
+        """Draw a layer; `options` are those of `calls.draw`."""
+        cell = cell_of(kind)
+        if is_projected(kind):
+            hidden = max(2, hidden)
+            options["projection"] = max(1, hidden * 2 // 3)
         # As after training: states neither die out nor grow.
-        scale = 0.5 / np.sqrt(hidden)
-        weights = [
-            {
-                "ih": array(rows, size, scale=1 / np.sqrt(size)),
-                "hh": array(rows, out, scale=scale if cell == "rnn_relu" else 2 * scale),
-                "b_ih": array(rows) if bias else None,
-                "b_hh": array(rows) if bias else None,
-                "hr": array(out, hidden, scale=2 * scale) if proj else None,
-            }
-            for _ in range(directions)
-        ]
-        h_0 = array(directions, batch, out) if "h_0" in states else None
-        c_0 = array(directions, batch, hidden) if "c_0" in states and cell == "lstm" else None
-        x = array(steps * batch if sizes is None else sum(sizes), size)
-        return cls(cell, x, sizes, steps, batch, h_0, c_0, weights)
+        scale = 1 / np.sqrt(hidden)
+        scales = calls.Scales(1 / np.sqrt(size), calls.steady(cell, scale), hr=scale, whole=whole)
+        options |= {"dtype": dtype, "batch_sizes": sizes}
+        call = calls.draw(rng, cell, steps, batch, size, hidden, scales, **options)
+        x = call.input.reshape(-1, size)
+        return cls(cell, x, sizes, steps, batch, call.h_0, call.c_0, call.weights)
 
     def replace(self, **changes):
         return dataclasses.replace(self, **changes)
+
+    @property
+    def record(self):
+        return RECORDS[self.cell]
 
     @property
     def projected(self):
@@ -111,7 +92,7 @@ class Layer:
     def dims(self):
         """The engine's sizes: T, N, B, I, H, projection or 0, D."""
         rows, out = self.weights[0]["hh"].shape
-        hidden = rows // GATES[self.cell]
+        hidden = rows // self.record.gates
         proj = out if self.projected else 0
         return (*self.count, self.x.shape[1], hidden, proj, len(self.weights))
 
@@ -128,7 +109,7 @@ class Layer:
         _, rows, batch, size, hidden, _, ways = self.dims
         shapes = {"y": (rows, ways * self.out), "h_n": (ways, batch, self.out)}
         shapes |= {"dx": (rows, size), "dh_0": (ways, batch, self.out)}
-        if self.cell == "lstm":
+        if self.record.has_c:
             shapes |= {"c_n": (ways, batch, hidden), "dc_0": (ways, batch, hidden)}
         for name, array in self.named_weights():
             shapes["d" + name] = array.shape
@@ -173,7 +154,7 @@ class Layer:
             bidirectional=len(self.weights) == 2,
         )
         results = {"y": y.reshape(len(self.x), y.shape[-1]), "h_n": h_n}
-        return results | ({"c_n": c_n} if self.cell == "lstm" else {})
+        return results | ({"c_n": c_n} if self.record.has_c else {})
 
     def equations(self, cotangents):
         """Return the results and every gradient, by docs/math.md."""
@@ -186,7 +167,7 @@ class Layer:
         ):
             if given[name] is None and like in shapes:
                 given[name] = np.zeros(shapes[like])
-        ends = "h_n", *(["c_n"] if self.cell == "lstm" else [])
+        ends = "h_n", *(["c_n"] if self.record.has_c else [])
         found = {"dx": 0.0} | {name: [] for name in ("y", *ends, "dh_0", "dc_0")}
         for d, weights in enumerate(wide.weights):
             # Without biases, both are zero.
@@ -227,7 +208,7 @@ class Layer:
         with Poison() as poison:
             dtype, shapes = self.x.dtype, self.shapes()
             results = {n: poison.empty(shapes[n], dtype, n) for n in ("y", "h_n")}
-            if self.cell == "lstm":
+            if self.record.has_c:
                 results["c_n"] = poison.empty(shapes["c_n"], dtype, "c_n")
             reserve = self._reserve(poison, keep=keep)
             _core.layer_forward(
@@ -270,7 +251,7 @@ class Layer:
         """
         dtype, shapes = self.x.dtype, self.shapes()
         _, rows, _, _, hidden, _, ways = self.dims
-        if self.cell == "lstm":
+        if self.record.has_c:
             shapes |= {"cells": (rows, ways * hidden)}
         with Poison() as poison:
             out = {
@@ -330,7 +311,7 @@ class Layer:
         )
 
     def _head(self):
-        return CELLS.index(self.cell), STORED.index(self.x.dtype.name), self.dims
+        return self.record.number, STORED.index(self.x.dtype.name), self.dims
 
     def _reserve(self, poison, *, keep=True, recompute=False):
         """Return room for what forward keeps for backward, in the numbers it computes in."""
@@ -385,8 +366,9 @@ def first_step(cell, gate, numbers, *, h_0=0.0, others=-0.0):
     found = []
     for x in np.array_split(numbers, len(numbers) // 500 + 1):
         hidden, dtype = len(x), x.dtype
-        rows = GATES[cell] * hidden
-        bias = np.full((GATES[cell], hidden), -0.0, dtype)
+        gates = RECORDS[cell].gates
+        rows = gates * hidden
+        bias = np.full((gates, hidden), -0.0, dtype)
         bias[2:3] = others
         bias[gate] = x
         minus = np.full((rows, hidden), -0.0, dtype)

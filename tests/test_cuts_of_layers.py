@@ -1,6 +1,6 @@
 """`lengths=`, `resets=`, `reset_to=` and `return_all_states=` of the layers.
 
-The operator below them is held to the reference in tests/test_cuts.py.
+The operator below them is held to the reference in tests/test_cuts_of_operators.py.
 Legend: T steps, B batch, L layers, D directions, H hidden.
 """
 
@@ -9,8 +9,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from devices import assert_equal, device_type, moved, pack
-from pairs import LAYERS, each, flat, pair, state
+from support.cells import LAYERS, TORCH_LAYERS, has_c
+from support.devices import assert_equal, device_type, moved, pack
+from support.pairs import each, flat, pair, state
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from ostinato import nn
@@ -49,7 +50,7 @@ def packing(module, x, h, lengths=LENGTHS):
 
 
 @pytest.mark.parametrize("options", KINDS, ids=str)
-@layers
+@pytest.mark.parametrize("name", TORCH_LAYERS)
 def test_lengths_are_packing_in_one_call(name, options):
     ours, theirs = pair(name, 4, 6, **options)
     x, h = arguments(ours, name)
@@ -199,7 +200,7 @@ def by_hand(module, name, x, h, resets, anew):
     for t in range(len(x)):
         cut = resets[t][None, :, None]
         mixed = [torch.where(cut, n, s) for n, s in zip(flat(anew), flat(h), strict=True)]
-        h = tuple(mixed) if name == "LSTM" else mixed[0]
+        h = tuple(mixed) if has_c(name) else mixed[0]
         output, h = module(x[t : t + 1], h)
         outputs.append(output)
     return torch.cat(outputs), h

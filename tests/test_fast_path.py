@@ -5,7 +5,9 @@ Legend: T steps, B batch, I input, H hidden.
 
 import pytest
 import torch
-from samples import SAMPLES, draw, gradients
+from support.cells import FIRST_CELLS, RECORDS, has_c
+from support.pairs import cell_module
+from support.samples import SAMPLES, draw, gradients
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,8 +18,7 @@ pytestmark = pytest.mark.skipif(
     not short._IS_SHORT, reason="this torch has no table of C functions for its tensors"
 )
 
-CELLS = {"rnn_tanh": nn.RNNCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}
-cells = pytest.mark.parametrize("kind", CELLS)
+cells = pytest.mark.parametrize("kind", FIRST_CELLS)
 
 
 def same(actual, expected):
@@ -27,14 +28,14 @@ def same(actual, expected):
 
 def call(cell="lstm", weight=None, **changes):
     """Call `short.run` for two rows of I 3 and H 4; `weight` is (index, another weight)."""
-    gates = {"rnn_tanh": 1, "gru": 3, "lstm": 4}.get(cell, 1)
+    gates = RECORDS[cell].gates if cell in RECORDS else 1
     arguments = {
         "cell": cell,
         "shape": (3, 4, 0, 1),
         "input": torch.randn(5, 2, 3),
         "batch_sizes": None,
         "h_0": torch.randn(1, 2, 4),
-        "c_0": torch.randn(1, 2, 4) if cell == "lstm" else None,
+        "c_0": torch.randn(1, 2, 4) if cell in RECORDS and has_c(cell) else None,
         "weights": (*(torch.randn(gates * 4, size) for size in (3, 4)), *torch.randn(2, gates * 4)),
         "has_biases": True,
     }
@@ -178,9 +179,9 @@ def test_without_it_the_bits_are_the_same(kind, monkeypatch):
 
 def cell_call(kind, batch=None, training=True):
     """Return a cell, its input and state, which are leaves."""
-    cell, lead = CELLS[kind](3, 4), () if batch is None else (batch,)
+    cell, lead = cell_module(kind, 3, 4), () if batch is None else (batch,)
     x, h, c = (torch.randn(*lead, size, requires_grad=training) for size in (3, 4, 4))
-    return cell, x, ((h, c) if kind == "lstm" else h)
+    return cell, x, ((h, c) if has_c(kind) else h)
 
 
 def outputs(result):
@@ -264,7 +265,7 @@ def test_batched_gradients_of_a_cell(kind):
 
 
 @pytest.mark.parametrize("way", ["short", "operator"])
-@pytest.mark.parametrize("kind", ["rnn_tanh", "gru", "lstm", "packed both ways", "projected"])
+@pytest.mark.parametrize("kind", [*FIRST_CELLS, "packed both ways", "projected"])
 def test_batched_gradients_of_a_layer(kind, way, monkeypatch):
     monkeypatch.setattr(short, "_IS_SHORT", way == "short")
     sample = draw(**SAMPLES[kind], dtype=torch.float64).training()
@@ -328,11 +329,11 @@ def test_gradgradcheck_of_a_cell(kind):
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
-def test_only_an_lstm_is_projected():
-    for cell, gates, expected in (("lstm", 4, True), ("gru", 3, False), ("rnn_tanh", 1, False)):
-        rows = gates * 4
+def test_only_what_projects_is_projected():
+    for cell, record in RECORDS.items():
+        rows = record.gates * 4
         weights = *(torch.randn(rows, n) for n in (3, 2)), *torch.randn(2, rows), torch.randn(2, 4)
         found = short.run(
             cell, (3, 4, 2, 1), torch.randn(5, 2, 3), None, None, None, weights, has_biases=True
         )
-        assert (found is not None) == expected, cell
+        assert (found is not None) == record.projects, cell

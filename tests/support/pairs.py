@@ -1,14 +1,12 @@
 """The same module of both libraries, and arguments that suit it: what the tests of `nn` share."""
 
 import torch
-from devices import device_type, pack, to
 from torch.nn.utils.rnn import PackedSequence
 
 from ostinato import nn
+from support.cells import CELL_MODULES, has_c, is_projected, options_of, record_of
+from support.devices import device_type, pack, to
 
-LAYERS = ("RNN", "GRU", "LSTM")
-CELLS = ("RNNCell", "GRUCell", "LSTMCell")
-SIX = LAYERS + CELLS
 # float32 on both sides, few steps.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
 # torch's own LSTM says so where it runs beside ours.
@@ -23,10 +21,22 @@ def pair(name, *args, seed=0, **kwargs):
     return ours, getattr(torch.nn, name)(*args, **kwargs)
 
 
+def layer_of(kind, size, hidden, **options):
+    """Our layer of a kind; where it is projected, with more than half of its units."""
+    if is_projected(kind):
+        options["proj_size"] = hidden // 2 + 1
+    return getattr(nn, record_of(kind).layer)(size, hidden, **options_of(kind), **options)
+
+
+def cell_module(cell, size, hidden):
+    """Our module that takes one step."""
+    return getattr(nn, f"{record_of(cell).layer}Cell")(size, hidden, **options_of(cell))
+
+
 def state(name, *shape, **kwargs):
-    """An initial state: a tensor, or two for an LSTM."""
+    """An initial state: a tensor, or two where there is c."""
     h = torch.randn(*shape, **kwargs)
-    return (h, torch.randn(*shape, **kwargs)) if name.startswith("LSTM") else h
+    return (h, torch.randn(*shape, **kwargs)) if has_c(name) else h
 
 
 def each(hx, change):
@@ -36,7 +46,7 @@ def each(hx, change):
 
 def shapes(name, batch=3, **kwargs):
     """An input and a state that suit the module of four features and eight units."""
-    if name in CELLS:
+    if name in CELL_MODULES:
         return torch.randn(batch, 4, **kwargs), state(name, batch, 8, **kwargs)
     return torch.randn(5, batch, 4, **kwargs), state(name, 1, batch, 8, **kwargs)
 

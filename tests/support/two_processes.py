@@ -1,6 +1,6 @@
 """What test_distributed.py trains: in its own process, and in the two that torchrun starts.
 
-    torchrun --standalone --nproc-per-node 2 tests/two_processes.py start|resume FOLDER
+    torchrun --standalone --nproc-per-node 2 -m support.two_processes start|resume FOLDER
 
 Each process writes what it found to FOLDER.
 """
@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from ostinato import nn
+from support.cells import LAYERS
 
 # Seconds after which what takes ten hangs, on a machine that others load too.
 TIMEOUT = 120
@@ -42,9 +43,7 @@ class Case(NamedTuple):
 
 BOTH = {"num_layers": 2, "bidirectional": True}
 CASES = {
-    "RNN": Case("RNN", {}),
-    "GRU": Case("GRU", {}),
-    "LSTM": Case("LSTM", {}),
+    **{layer: Case(layer, {}) for layer in LAYERS},
     "RNN, relu, both directions, two layers": Case("RNN", {"nonlinearity": "relu", **BOTH}),
     "GRU, both directions, two layers": Case("GRU", BOTH),
     SAVED: Case("LSTM", {"proj_size": 3, **BOTH}),
@@ -172,7 +171,7 @@ def start(folder, rank, world):
         train(case, model, optimizer, range(SAVED_AFTER), rank, world)
         dcp.save(state_of(model, optimizer), checkpoint_id=folder / way)
         found[way, "saved"] = [whole(p) for p in model.parameters()]
-    for name in ("RNN", "GRU", "LSTM"):
+    for name in LAYERS:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
         model = sharded(Model(CASES[name], dtype=torch.float32), mp_policy=policy)
         input, _ = share(CASES[name], 0, rank, world, torch.float32)

@@ -1,7 +1,7 @@
 """Cuts of rows by addresses (csrc/cpu/lengths.cpp and both walks): every piece against one alone.
 
-tests/test_cuts.py holds the operator to the reference. Here arrays stand between guard zones, and
-the sanitizers look on.
+tests/test_cuts_of_operators.py holds the operator to the reference. Here arrays stand between guard
+zones, and the sanitizers look on.
 Legend: T steps, B batch, I input, H hidden, O output of a step, D directions.
 """
 
@@ -9,8 +9,9 @@ import itertools
 
 import numpy as np
 import pytest
-from conftest import assert_close
-from engine import KINDS, Layer
+from support.cells import KINDS
+from support.engine import Layer
+from support.tolerances import assert_close
 
 from ostinato import reference
 
@@ -28,7 +29,7 @@ def by_pieces(layer, lengths, resets, states, cotangents):
         if state is not None:
             found[name] = np.zeros(state.shape)
     kinds = [("h", wide.h_0, states[0], layer.out)]
-    if layer.cell == "lstm":
+    if layer.record.has_c:
         kinds.append(("c", wide.c_0, states[1], hidden))
     for b in range(batch):
         flags = resets.reshape(steps, batch)[: lengths[b], b]

@@ -13,16 +13,21 @@ import torch
 
 from ostinato import ops
 from ostinato.call import Call, check
-from ostinato.cells import CELLS
 from ostinato.cuda import sequence
+from support import calls
+from support.samples import generator, tensor, weights_of
 
-SOURCES = pathlib.Path(__file__).parents[1] / "csrc"
+SOURCES = pathlib.Path(__file__).parents[2] / "csrc"
 DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "tf32": torch.float32,
     "fp32": torch.float32,
 }
+# Of what a product reads: the largest relative error of one rounding is half of this.
+EPS = {"bf16": 2**-7, "fp16": 2**-10, "tf32": 2**-10, "fp32": 2**-23}
+# What a call's rows have.
+KINDS = ("padded", "packed", "lengths", "resets", "resets packed", "resets lengths")
 
 
 @functools.cache
@@ -81,50 +86,32 @@ def draw(
     states=True,
 ):
     """Draw a call; `kind` names what its rows have: packed, lengths, resets."""
-    dtype, gates = DTYPES[math], CELLS[cell].gates
-
-    def some(*shape, scale=0.5):
-        return (torch.randn(shape) * scale).to(dtype)
-
-    lengths = resets = batch_sizes = reset_h = reset_c = None
-    rows = (steps, batch)
+    rng, sizes = generator(), None
     if "packed" in kind:
-        ends = [steps, *sorted(torch.randint(1, steps + 1, (batch - 1,)).tolist(), reverse=True)]
-        batch_sizes = torch.tensor([sum(end > t for end in ends) for t in range(steps)])
-        rows = (sum(ends),)
-    if "lengths" in kind:
-        lengths = torch.randint(0, steps + 1, (batch,))
-    state = (directions, batch, hidden)
-    has_c = CELLS[cell].has_c
-    if "resets" in kind:
-        resets = torch.rand(rows) < 0.3
-        if states:
-            reset_h, reset_c = some(*state), some(*state) if has_c else None
-    h_0 = some(*state) if states else None
-    c_0 = some(*state) if states and has_c else None
-    weights = []
-    for _ in range(directions):
-        weights += [some(gates * hidden, size, scale=0.3)]
-        # Where nothing saturates, a state must not grow from step to step.
-        scale = 0.7 if cell == "rnn_relu" else 1.5
-        weights += [some(gates * hidden, hidden, scale=scale * hidden**-0.5)]
-        weights += [some(gates * hidden, scale=0.3), some(gates * hidden, scale=0.3)] * bias
-    input = some(*rows, size, scale=1.0)
+        ends = [steps, *sorted(rng.integers(1, steps + 1, batch - 1), reverse=True)]
+        sizes = calls.batch_sizes_of(ends, steps)
+    scales = calls.Scales(0.3, calls.steady(cell, 1.5 * hidden**-0.5), bias=0.3, state=0.5)
+    options = {"bias": bias, "directions": directions, "batch_sizes": sizes, "dtype": "float32"}
+    options |= {"states": calls.STATES if states else (), "resets_to_states": states}
+    options |= {"lengths": "some"} if "lengths" in kind else {}
+    options |= {"resets": 0.3} if "resets" in kind else {}
+    drawn = calls.draw(rng, cell, steps, batch, size, hidden, scales, **options)
+    dtype = DTYPES[math]
     return Call(
-        input,
-        batch_sizes,
+        tensor(drawn.input, dtype),
+        None if sizes is None else torch.tensor(sizes),
         batch,
-        h_0,
-        c_0,
-        weights,
+        tensor(drawn.h_0, dtype),
+        tensor(drawn.c_0, dtype),
+        weights_of(drawn, dtype),
         cell,
         bias,
         directions == 2,
         False,
-        lengths,
-        resets,
-        reset_h,
-        reset_c,
+        tensor(drawn.lengths),
+        tensor(drawn.resets),
+        tensor(drawn.reset_h, dtype),
+        tensor(drawn.reset_c, dtype),
     )
 
 
@@ -154,3 +141,23 @@ def cut_layer(call):
         all_c=call.kind.has_c,
     )
     return [result for result in results if result is not None]
+
+
+def errors(found, expected, terms=0.0):
+    """Return the largest error, relative to the largest element or, if larger, to `terms`."""
+    assert (found is None) == (expected is None) or not (
+        found if expected is None else expected
+    ).any()
+    if found is None or expected is None or not expected.numel():
+        return 0.0
+    scale = expected.abs().max().clamp_min(max(0.1, terms))
+    return ((found.double() - expected).abs().max() / scale).item()
+
+
+def widened(call):
+    def widen(tensor):
+        return None if tensor is None else tensor.detach().double().requires_grad_()
+
+    names = ("input", "h_0", "c_0", "reset_h", "reset_c")
+    states = {name: widen(getattr(call, name)) for name in names}
+    return call._replace(weights=[widen(w) for w in call.weights], **states)

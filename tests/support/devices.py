@@ -1,9 +1,12 @@
 """What a test has to know of the device that it runs on (`--device`)."""
 
+import contextlib
+
 import torch
-from conftest import tolerance
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_sequence
 from torch.utils._pytree import tree_map, tree_map_only
+
+from support.tolerances import tolerance
 
 
 def device_type():
@@ -61,3 +64,17 @@ def pack(rows, enforce_sorted=True):
     """Pack as torch's pack_sequence, whose lengths would be made on the default device."""
     lengths = [len(row) for row in rows]
     return pack_padded_sequence(pad_sequence(rows), lengths, enforce_sorted=enforce_sorted)
+
+
+@contextlib.contextmanager
+def exact_float32(backends):
+    """Keep TF32 out of the products of float32."""
+    # By the older switches: torch.export reads them, and fails where the newer ones say otherwise.
+    # Those of cuDNN by its context, which torch's own test tools leave as the only way.
+    matmul = backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, False
+    try:
+        with backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        matmul.allow_tf32 = before

@@ -1,7 +1,7 @@
 """The same bits on another processor: results are written on one machine and compared on another.
 
-    python tests/architectures.py write DIRECTORY
-    python tests/architectures.py check DIRECTORY [--part 1/4] [--threads 1 2 3]
+    python -m support.architectures write DIRECTORY
+    python -m support.architectures check DIRECTORY [--part 1/4] [--threads 1 2 3]
 
 `write` draws layers, runs them forward and backward, and leaves a .npz for each: all arguments, and
 every output, final state and gradient. `check` takes the arguments from there, since a generator's
@@ -19,11 +19,12 @@ import time
 from pathlib import Path
 
 import numpy as np
-from conftest import seed_of
-from engine import COTANGENTS, KINDS, STATES, Layer, every_kind_of_number, first_step, ragged
-from test_narrow import narrow, stored
 
 from ostinato import _core
+from support.calls import STATES, ragged, seed_of
+from support.cells import KINDS
+from support.engine import COTANGENTS, Layer, every_kind_of_number, first_step
+from support.storage import narrow, stored
 
 STORAGES = ("float32", "float64", "bfloat16", "float16")
 LAYOUTS = ("padded", "packed", "lengths", "resets")
@@ -149,7 +150,7 @@ def draw(name, kind, storage, layout, shape, directions):
     if layout in ("lengths", "resets"):
         case.resets = rng.random(rows) < 0.3
         case.cotangents["dcells"] = None
-        if layer.cell == "lstm":
+        if layer.record.has_c:
             cells = (rows, directions * layer.dims[4])
             case.cotangents["dcells"] = rng.standard_normal(cells).astype(layer.x.dtype)
     if layout == "lengths":

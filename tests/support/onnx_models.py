@@ -8,14 +8,15 @@ import itertools
 import onnx
 import onnxruntime
 import torch
-from conftest import tolerance
 from torch.export import Dim
 from torch.utils._pytree import tree_leaves
 
 from ostinato import nn
+from support.cells import TORCH_LAYERS
+from support.tolerances import tolerance
 
 T, B = Dim("T"), Dim("B")
-RECURRENT = {"RNN", "GRU", "LSTM"}
+RECURRENT = set(TORCH_LAYERS)
 
 
 def kinds(program):

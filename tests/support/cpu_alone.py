@@ -1,0 +1,16 @@
+"""Which tests are of the CPU alone: what `--device` leaves out, and why."""
+
+# Modules that are of the CPU alone, by reason; a single test says so by the marker `cpu`.
+CPU_ALONE = {
+    "the compiled engine": "16_bits architectures core cuts_of_engine threads",
+    "bits that the CPU engine promises": "invariance",
+    "the fast path past torch's dispatcher": "fast_path",
+    "NumPy": "math numpy numpy_input",
+    "ONNX Runtime": "onnx onnx_node",
+    "the package, its commands and documents": "bench documents init main report",
+    "no operator of torch's runs, which is cuDNN's way": "torchs_operators",
+    "they choose their devices themselves": (
+        "bench_gpu cuda_compiler cuda_kernels cuda_launch cuda_layer cuda_report gpu"
+    ),
+}
+REASONS = {f"test_{name}": why for why, names in CPU_ALONE.items() for name in names.split()}
