@@ -3,11 +3,13 @@
 Legend: T steps, B batch, V elements of a batch of gradients.
 """
 
+import functools
+
 import pytest
 import torch
+from support.cells import FIRST_CELLS
 from support.devices import on_cpu
-from support.samples import SAMPLES, draw, gradients
-from support.tolerances import tolerance
+from support.samples import SAMPLES, close, draw, forward_mode, gradients
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
@@ -15,9 +17,8 @@ from ostinato import nn, reference, short
 
 pytestmark = pytest.mark.cpu("the compiled engine")
 
+close = functools.partial(close, steps=64)
 samples = pytest.mark.parametrize("kind", SAMPLES)
-# torch scripts its own formulas when forward-mode differentiation is first used.
-forward_mode = pytest.mark.filterwarnings(r"ignore:`torch\.jit\.script` is deprecated")
 CELLS = {
     "RNNCell": lambda: nn.RNNCell(3, 4),
     "relu": lambda: nn.RNNCell(3, 4, nonlinearity="relu"),
@@ -44,14 +45,6 @@ def no_loop(monkeypatch):
 
 def double(kind):
     return draw(**SAMPLES[kind], dtype=torch.float64).training()
-
-
-def close(actual, expected):
-    assert len(actual) == len(expected)
-    for a, e in zip(actual, expected, strict=True):
-        bound = tolerance(e.dtype, 64)
-        bound["atol"] *= max(1.0, e.detach().abs().max().item() if e.numel() else 0.0)
-        torch.testing.assert_close(a, e, **bound)
 
 
 def orders(results, leaves):
@@ -83,7 +76,7 @@ def test_three_orders_of_empty_and_single(cell, steps, batch, no_loop):
 
 
 @pytest.mark.parametrize("which", [(0,), (-1,), (1, 2), (0, -2)])
-@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
+@pytest.mark.parametrize("cell", FIRST_CELLS)
 def test_second_order_by_some_alone(cell, which, no_loop):
     """What is not asked, and what needs no gradient, changes nothing."""
     sample = draw(cell, dtype=torch.float64)

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from support.cells import CELL_MODULES, has_c
-from support.tolerances import tolerance
+from support.devices import assert_near
 from torch.export import Dim
 from torch.utils._pytree import tree_leaves
 
@@ -54,11 +54,6 @@ def namespaces(program):
     return found
 
 
-def compare(actual, expected, steps=16):
-    for a, e in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
-        torch.testing.assert_close(a, e, **tolerance(e.dtype, steps))
-
-
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("name", LAYERS)
 def test_nothing_but_aten_and_the_same_numbers(name, table):
@@ -69,7 +64,7 @@ def test_nothing_but_aten_and_the_same_numbers(name, table):
     program = program.run_decompositions(TABLES[table]())
     assert namespaces(program) <= {"aten", "_operator"}
     with torch.no_grad():
-        compare(program.module()(x), layer(x))
+        assert_near(program.module()(x), layer(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -116,7 +111,7 @@ def test_initial_states_lengths_and_resets_for_any_number_of_rows(name):
     for lengths in ((6, 4), (0, 6, 1), (3, 3, 3, 3)):
         args = arguments(*lengths)
         with torch.no_grad():
-            compare(program.module()(*args), model(*args))
+            assert_near(program.module()(*args), model(*args))
 
 
 @pytest.mark.parametrize("name", CELL_MODULES)
@@ -126,7 +121,7 @@ def test_a_cell_for_any_number_of_rows(name):
     assert namespaces(program) <= {"aten", "_operator"}
     x = torch.randn(7, 3)
     with torch.no_grad():
-        compare(program.module()(x), cell(x))
+        assert_near(program.module()(x), cell(x))
 
 
 def test_a_program_that_is_to_be_trained():
@@ -139,7 +134,7 @@ def test_a_program_that_is_to_be_trained():
     actual, expected = (
         torch.autograd.grad(f(x)[0].square().sum(), list(f.parameters())) for f in (module, layer)
     )
-    compare(actual, expected)
+    assert_near(actual, expected)
 
 
 def test_steps_that_may_change_are_refused():

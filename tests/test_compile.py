@@ -1,5 +1,6 @@
 """torch.compile, torch.export and friends of a model that holds every one of the six layers."""
 
+import functools
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 import torch
 from support.cells import LAYERS
 from support.devices import engine_dtype, on_cpu
+from support.samples import close
 from support.tolerances import tolerance
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor import metrics
@@ -70,11 +72,7 @@ def results_and_gradients(function, model, x, h_0):
     return [*results, *torch.autograd.grad(loss, [x, h_0, *model.parameters()])]
 
 
-def compare(actual, expected, steps=16):
-    for a, e in zip(actual, expected, strict=True):
-        bound = tolerance(e.dtype, steps)
-        bound["atol"] *= max(1.0, e.detach().abs().max().item())
-        torch.testing.assert_close(a, e, **bound)
+compare = functools.partial(close, steps=16)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -9,7 +9,7 @@ import itertools
 
 import numpy as np
 import pytest
-from support.cells import KINDS
+from support.cells import KINDS, has_c
 from support.engine import Layer
 from support.tolerances import assert_close
 
@@ -74,31 +74,28 @@ def by_pieces(layer, lengths, resets, states, cotangents):
 @pytest.mark.parametrize("kind", KINDS)
 def test_pieces_are_sequences_of_their_own(isa, rng, kind, directions, probability):
     for dtype, threads, size in (("float64", 1, 19), ("float32", 2, 33)):
-        layer = Layer.draw(rng, kind, 7, 5, 3, size, directions=directions, dtype=dtype)
-        lengths = np.array([7, 0, 3, 5, 7])
-        resets = rng.random(35) < probability
-        shapes, states = layer.shapes(), [None, None]
-        for i, name in enumerate(("h_n", "c_n")):
-            if name in shapes:
-                states[i] = rng.standard_normal(shapes[name]).astype(dtype)
+        options = {"directions": directions, "dtype": dtype, "lengths": (7, 0, 3, 5, 7)}
+        options |= {"resets": probability, "anew": True}
+        layer = Layer.draw(rng, kind, 7, 5, 3, size, **options)
         cotangents = layer.cotangents(rng)
-        actual = layer.run_cut(lengths, resets, states, cotangents, threads=threads)
-        expected = by_pieces(layer, lengths, resets, states, cotangents)
+        actual = layer.run_cut(*layer.cuts, cotangents, threads=threads)
+        expected = by_pieces(layer, *layer.cuts, cotangents)
         for name, array in expected.items():
             assert_close(actual[name], array, 2 * layer.steps, name)
 
 
 @pytest.mark.parametrize("directions", [1, 2])
-@pytest.mark.parametrize("kind", ["lstm", "lstm_projected"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if has_c(kind)])
 def test_every_c(isa, rng, kind, directions):
-    layer = Layer.draw(rng, kind, 6, 4, 3, 17, directions=directions)
-    lengths, resets = np.array([6, 2, 0, 5]), rng.random(24) < 0.3
+    options = {"directions": directions, "lengths": (6, 2, 0, 5), "resets": 0.3}
+    layer = Layer.draw(rng, kind, 6, 4, 3, 17, **options)
+    lengths, resets, _ = layer.cuts
     cotangents = layer.cotangents(rng)
     hidden = layer.dims[4]
     cotangents["dcells"] = rng.standard_normal((24, directions * hidden))
     actual = layer.run_cut(lengths, resets, (None, None), cotangents)
     *_, cells = reference.states(
-        "lstm",
+        layer.cell,
         layer.x.reshape(6, 4, 3),
         None,
         layer.h_0,

@@ -9,26 +9,12 @@ import pytest
 import torch
 from support.cells import CELLS
 from support.devices import assert_equal, engine_dtype, moved
-from support.samples import SAMPLES, close, draw, gradients
+from support.samples import SAMPLES, close, cut_of, draw, gradients
 
 from ostinato import ops, reference
 
 LENGTHS = {"none": None, "some": (4, 0, 7, 2, 7), "all whole": (7,) * 5, "all empty": (0,) * 5}
 RESETS = {"none": None, "some": 0.3, "every step": 1.0, "never": 0.0}
-
-
-def cut_of(sample, lengths, probability, *, with_state=True):
-    """Draw the keyword arguments of `ops.cut_layer` for a sample."""
-    cuts = {"lengths": None}
-    if lengths is not None:
-        cuts["lengths"] = torch.tensor(lengths, dtype=torch.int64, device="cpu")
-    if probability is None:
-        return cuts
-    cuts["resets"] = torch.rand(sample.input.shape[:-1]) < probability
-    if with_state:
-        cuts["reset_h"] = None if sample.h_0 is None else torch.randn_like(sample.h_0)
-        cuts["reset_c"] = None if sample.c_0 is None else torch.randn_like(sample.c_0)
-    return cuts
 
 
 def run(function, sample, cuts, **options):

@@ -10,8 +10,7 @@ import sys
 import pytest
 import torch
 from support.cells import CELL_MODULES
-from support.devices import on_cpu
-from support.tolerances import tolerance
+from support.devices import assert_near, on_cpu
 from torch.export import Dim
 
 from ostinato import nn
@@ -42,11 +41,6 @@ def leaves(results):
     return torch.utils._pytree.tree_leaves(results)
 
 
-def compare(actual, expected, steps=16):
-    for a, e in zip(leaves(actual), leaves(expected), strict=True):
-        torch.testing.assert_close(a, e, **tolerance(e.dtype, steps))
-
-
 def nodes(program):
     """The calls of our operator."""
     return [n for n in program.graph.nodes if "ostinato.layer" in str(n.target)]
@@ -75,7 +69,7 @@ def test_any_number_of_steps_and_rows(name, strict):
     with torch.no_grad():
         for steps, batch in SHAPES:
             x = torch.randn(steps, batch, 3)
-            compare(module(x), layer(x))
+            assert_near(module(x), layer(x))
 
 
 @pytest.mark.parametrize("cls", [nn.RNN, nn.GRU])
@@ -86,7 +80,7 @@ def test_initial_states(cls):
     )
     x, h_0 = torch.randn(3, 7, 3), torch.randn(2, 3, 4)
     with torch.no_grad():
-        compare(program.module()(x, h_0), layer(x, h_0))
+        assert_near(program.module()(x, h_0), layer(x, h_0))
 
 
 def test_both_initial_states_of_an_lstm():
@@ -97,7 +91,7 @@ def test_both_initial_states_of_an_lstm():
     program = export(layer, torch.randn(5, 2, 3), states, shapes=shapes)
     x, states = torch.randn(7, 3, 3), (torch.randn(2, 3, out), torch.randn(2, 3, 4))
     with torch.no_grad():
-        compare(program.module()(x, states), layer(x, states))
+        assert_near(program.module()(x, states), layer(x, states))
 
 
 def test_one_sequence_and_cells():
@@ -109,7 +103,7 @@ def test_one_sequence_and_cells():
         assert len(nodes(program)) == 1
         x = torch.randn(6, 3)
         with torch.no_grad():
-            compare(program.module()(x), cell(x))
+            assert_near(program.module()(x), cell(x))
 
 
 class Ragged(torch.nn.Module):
@@ -136,7 +130,7 @@ def test_lengths():
         x = torch.randn(max(lengths), len(lengths), 3)
         with torch.no_grad():
             actual, expected = (f(x, torch.tensor(lengths)) for f in (program.module(), model))
-        compare(actual, expected)
+        assert_near(actual, expected)
 
 
 def test_what_backward_needs_is_kept_only_where_gradients_are_on():
@@ -157,7 +151,7 @@ def test_a_program_trains():
     actual, expected = (
         torch.autograd.grad(f(x)[0].square().sum(), list(f.parameters())) for f in (module, layer)
     )
-    compare(actual, expected)
+    assert_near(actual, expected)
 
 
 def test_decompositions_leave_the_operator():
@@ -210,4 +204,4 @@ def test_compiled_ahead_of_time(tmp_path):
     loaded = torch._inductor.aoti_load_package(path)
     x = torch.randn(9, 3, 3)
     with torch.no_grad():
-        compare(loaded(x), layer(x))
+        assert_near(loaded(x), layer(x))

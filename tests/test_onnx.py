@@ -17,7 +17,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 from support.onnx_models import (  # noqa: E402
-    CELLS,
+    LAYERS,
     B,
     Model,
     Ragged,
@@ -35,9 +35,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:# The axis name. B will not be u
 
 
 @pytest.mark.parametrize("with_states", [False, True])
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", LAYERS)
 def test_one_node_for_each_layer_and_the_same_numbers(name, with_states):
-    cls, options = CELLS[name]
+    cls, options = LAYERS[name]
     model = Several(cls, **options).eval()
 
     def arguments(steps, batch):
@@ -53,7 +53,7 @@ def test_one_node_for_each_layer_and_the_same_numbers(name, with_states):
     assert {node.op_type for node in nodes} == {name.split()[0]}
     assert len(nodes) == sum(layer.num_layers for layer in model.layers)
     for steps, batch in ((5, 2), (9, 3), (1, 1)):
-        compare(program, model, *arguments(steps, batch))
+        compare(program.model_proto, model, *arguments(steps, batch))
 
 
 def test_a_layer_is_its_node_and_the_transposition_of_its_output():
@@ -63,7 +63,7 @@ def test_a_layer_is_its_node_and_the_transposition_of_its_output():
     layer = nn.GRU(8, 96).eval()
     program = export(layer, (x,), dynamic_shapes=shapes)
     assert kinds(program) == ["GRU", "Squeeze"]
-    compare(program, layer, torch.randn(11, 3, 8))
+    compare(program.model_proto, layer, torch.randn(11, 3, 8))
     layer = nn.LSTM(8, 96, bidirectional=True).eval()
     program = export(layer, (x,), dynamic_shapes=shapes)
     assert kinds(program) == ["LSTM", "Transpose", "Reshape"]
@@ -85,7 +85,7 @@ def test_a_model(tmp_path):
     )
     assert [node.op_type for node in recurrent(program)] == ["GRU", "GRU", "RNN", "LSTM"]
     x = torch.randn(3, 8, 3)
-    compare(program, model, x)
+    compare(program.model_proto, model, x)
     saved = onnx.load(tmp_path / "model.onnx")
     assert [value.name for value in saved.graph.input] == ["x"]
     assert [value.name for value in saved.graph.output] == ["y", "h_n", "h", "c"]
@@ -109,7 +109,7 @@ def test_torch_s_own_function_takes_the_translations():
         layer, (x,), verbose=False, custom_translation_table=translations(), optimize=False
     )
     assert kinds(program).count("LSTM") == 1
-    compare(program, layer, x)
+    compare(program.model_proto, layer, x)
 
 
 def test_a_program_of_torch_export_and_another_opset():
@@ -141,10 +141,10 @@ def test_a_translation_of_the_caller_s_is_used():
     assert len(seen) == 1
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", LAYERS)
 def test_lengths(name):
     """Unsorted, also of no steps; a row of no steps keeps its state."""
-    cls, options = CELLS[name]
+    cls, options = LAYERS[name]
 
     def states(batch):
         h_0, c_0 = torch.randn(2, 4, batch, 4)
@@ -160,7 +160,7 @@ def test_lengths(name):
     program = export(model, arguments(5, 5, 3), dynamic_shapes=shapes)
     assert len(recurrent(program)) == 2
     for steps, *lengths in ((5, 2, 5), (7, 7, 0, 4), (6, 1, 5)):
-        compare(program, model, *arguments(steps, *lengths))
+        compare(program.model_proto, model, *arguments(steps, *lengths))
 
 
 def test_what_has_no_counterpart_is_refused():

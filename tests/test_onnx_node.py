@@ -7,7 +7,8 @@ import io
 
 import pytest
 import torch
-from support.onnx_models import CELLS, RECURRENT, B, Model, Ragged, Resets, Several, T, run
+from support.cells import FIRST_CELLS, has_c, record_of
+from support.pairs import cell_module
 from support.tolerances import tolerance
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_leaves
@@ -19,6 +20,18 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 from onnx.reference import ReferenceEvaluator  # noqa: E402
+from support.onnx_models import (  # noqa: E402
+    LAYERS,
+    RECURRENT,
+    B,
+    Model,
+    Ragged,
+    Resets,
+    Several,
+    T,
+    compare,
+    run,
+)
 
 pytestmark = [
     # torch's exporter, where one Dim stands at several arguments.
@@ -61,21 +74,12 @@ def recurrent(proto):
     return [node.op_type for node in proto.graph.node if node.op_type in RECURRENT]
 
 
-def compare(proto, model, *args, steps=16):
-    """Compare ONNX Runtime's outputs with ours."""
-    onnx.checker.check_model(proto, full_check=True)
-    with torch.no_grad():
-        expected = tree_leaves(model(*args))
-    for a, e in zip(run(proto.SerializeToString(), *args), expected, strict=True):
-        torch.testing.assert_close(a, e, **tolerance(e.dtype, steps))
-
-
 @ways
 @pytest.mark.parametrize("with_states", [False, True])
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", LAYERS)
 def test_one_node_for_each_layer_and_any_number_of_steps_and_rows(name, with_states, export):
     """Layers, directions, biases or none, initial states or none."""
-    cls, options = CELLS[name]
+    cls, options = LAYERS[name]
     model = Several(cls, **options)
 
     def arguments(steps, batch):
@@ -113,28 +117,27 @@ def test_one_sequence_without_a_batch(export):
 @ways
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("with_states", [False, True])
-@pytest.mark.parametrize("name", ["RNNCell", "RNNCell relu", "GRUCell", "LSTMCell"])
+@pytest.mark.parametrize("name", LAYERS)
 def test_a_cell_is_a_node_of_one_step(name, with_states, bias, export):
-    kind, *relu = name.split()
-    cell = getattr(nn, kind)(3, 4, bias=bias, **({"nonlinearity": "relu"} if relu else {}))
+    cell = cell_module(name, 3, 4, bias=bias)
 
     def arguments(batch):
         h, c = torch.randn(2, batch, 4)
-        states = [(h, c) if kind == "LSTMCell" else h] if with_states else []
+        states = [(h, c) if has_c(name) else h] if with_states else []
         return torch.randn(batch, 3), *states
 
-    each = ({0: B}, {0: B}) if kind == "LSTMCell" else {0: B}
+    each = ({0: B}, {0: B}) if has_c(name) else {0: B}
     proto = export(cell, arguments(2), ({0: B}, each) if with_states else ({0: B},))
-    assert recurrent(proto) == [kind.removesuffix("Cell")]
+    assert recurrent(proto) == [record_of(name).layer]
     for batch in (2, 5, 1):
         compare(proto, cell, *arguments(batch))
 
 
 @ways
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", LAYERS)
 def test_lengths(name, export):
     """Unsorted, also of no steps; a row of no steps keeps its state."""
-    cls, options = CELLS[name]
+    cls, options = LAYERS[name]
     model = Ragged(cls, bidirectional=True, **options)
 
     def arguments(steps, *lengths):
@@ -164,10 +167,10 @@ class Packed(torch.nn.Module):
 
 @pytest.mark.parametrize("is_sorted", [True, False])
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}])
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", LAYERS)
 def test_rows_that_the_model_packs(name, options, is_sorted):
     """By TorchScript, which knows what to do with them."""
-    cls, more = CELLS[name]
+    cls, more = LAYERS[name]
     model = Packed(cls, is_sorted, **options, **more)
     proto = by_script(model, (torch.randn(5, 2, 3), torch.tensor([5, 3])), ({0: T, 1: B}, {0: B}))
     assert recurrent(proto) == [name.split()[0]] * model.layer.num_layers
@@ -205,10 +208,10 @@ def test_every_state_of_a_gru(export):
 
 
 @ways
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", LAYERS)
 def test_large_layers(name, export):
     """At sizes at which an exporter computes nothing ahead: here W_hh has 4 * 160 * 160."""
-    cls, options = CELLS[name]
+    cls, options = LAYERS[name]
     layer = cls(8, 160, bidirectional=True, **options)
     proto = export(layer, (torch.randn(5, 2, 8),), ({0: T, 1: B},))
     assert recurrent(proto) == [name.split()[0]]
@@ -217,10 +220,10 @@ def test_large_layers(name, export):
 
 @ways
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-@pytest.mark.parametrize("name", ["RNN tanh", "GRU", "LSTM"])
+@pytest.mark.parametrize("name", [cell for cell in FIRST_CELLS if cell in LAYERS])
 def test_other_dtypes(name, dtype, export):
     """ONNX's own evaluator runs them, but relu; ONNX Runtime has none of these in float64."""
-    cls, options = CELLS[name]
+    cls, options = LAYERS[name]
     layer = cls(3, 4, dtype=dtype, **options)
     proto = export(layer, (torch.randn(5, 2, 3, dtype=dtype),), ({0: T, 1: B},))
     x = torch.randn(7, 3, 3, dtype=dtype)

@@ -5,8 +5,8 @@ import logging
 import pytest
 import torch
 from support.cells import CELLS, has_c
-from support.devices import assert_equal, device_type, engine_dtype, on_cpu
-from support.samples import SAMPLES, Sample, close, draw, gradients
+from support.devices import device_type, engine_dtype, on_cpu, same
+from support.samples import SAMPLES, Sample, close, draw, forward_mode, gradients
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
@@ -22,17 +22,10 @@ operator_samples = pytest.mark.parametrize(
     "kind",
     [pytest.param(k, marks=[projects] * ("projection" in SAMPLES[k])) for k in SAMPLES],
 )
-# torch scripts its own formulas when forward-mode differentiation is first used.
-forward_mode = pytest.mark.filterwarnings(r"ignore:`torch\.jit\.script` is deprecated")
 
 
 def sample_of(kind, dtype=torch.float64):
     return draw(**SAMPLES[kind], dtype=dtype)
-
-
-def same(actual, expected):
-    for a, e in zip(actual, expected, strict=True):
-        assert_equal(a, e)
 
 
 def cotangents_of(results):

@@ -8,13 +8,13 @@ import subprocess
 import sys
 import textwrap
 import warnings
-import zlib
 
 import numpy as np
 import onnx
 import onnx.reference
 import pytest
 import torch
+from support.calls import batch_sizes_of
 from support.cells import (
     FIRST_CELLS,
     TORCH_KINDS,
@@ -31,12 +31,6 @@ BOTH = [False, True]
 
 # T, B, I, H: ones, odd numbers, rows that outnumber steps and the reverse.
 SHAPES = [(1, 1, 1, 1), (2, 1, 3, 2), (5, 4, 3, 7), (3, 17, 9, 5), (31, 3, 1, 6)]
-
-
-@pytest.fixture(autouse=True)
-def own_numbers(request):
-    """Give each case its own seed, the same in every process and in any order."""
-    torch.manual_seed(zlib.crc32(request.node.name.encode()))
 
 
 def output_size(name, hidden):
@@ -85,7 +79,7 @@ def ragged(steps, batch):
     """Draw batch_sizes of `steps` steps whose longest row has them all; one row has one step."""
     lengths = torch.randint(1, steps + 1, (batch,)).tolist()
     lengths[0], lengths[-1] = steps, steps if batch == 1 else 1
-    return [sum(length > t for length in lengths) for t in range(steps)]
+    return batch_sizes_of(lengths)
 
 
 def present(arrays):

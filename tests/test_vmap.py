@@ -9,8 +9,8 @@ import functools
 import pytest
 import torch
 from support.cells import CELL_MODULES, CELLS, LAYERS, RECORDS
-from support.devices import assert_equal, on_cpu
-from support.samples import SAMPLES, close, draw
+from support.devices import on_cpu, same
+from support.samples import SAMPLES, close, draw, forward_mode
 from torch.func import (
     functional_call,
     grad,
@@ -31,8 +31,6 @@ close = functools.partial(close, steps=32)
 
 samples = pytest.mark.parametrize("kind", SAMPLES)
 cells = pytest.mark.parametrize("cell", CELLS)
-# torch scripts its own formulas when forward-mode differentiation is first used.
-forward_mode = pytest.mark.filterwarnings(r"ignore:`torch\.jit\.script` is deprecated")
 
 
 @pytest.fixture(params=[1, 2])
@@ -53,11 +51,6 @@ def engine_alone(monkeypatch):
         raise AssertionError("the reference runs")
 
     monkeypatch.setattr(reference, "states", refuse)
-
-
-def same(actual, expected):
-    for a, e in zip(actual, expected, strict=True):
-        assert_equal(a, e)
 
 
 def mapped(leaf, dim, count=V):

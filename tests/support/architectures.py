@@ -144,21 +144,16 @@ def draw(name, kind, storage, layout, shape, directions):
         sizes=sizes,
         bias=not bare,
         states=() if bare else STATES,
+        lengths="some" if layout == "lengths" else None,
+        resets=0.3 if layout in ("lengths", "resets") else None,
+        anew=layout == "lengths",
     )
-    case = Case(layer, layer.cotangents(rng))
-    shapes, rows = layer.shapes(), len(layer.x)
-    if layout in ("lengths", "resets"):
-        case.resets = rng.random(rows) < 0.3
+    case = Case(layer, layer.cotangents(rng), *layer.cuts)
+    if case.resets is not None:
         case.cotangents["dcells"] = None
         if layer.record.has_c:
-            cells = (rows, directions * layer.dims[4])
+            cells = (len(layer.x), directions * layer.dims[4])
             case.cotangents["dcells"] = rng.standard_normal(cells).astype(layer.x.dtype)
-    if layout == "lengths":
-        case.lengths = rng.integers(0, steps + 1, batch)
-        case.states = tuple(
-            rng.standard_normal(shapes[n]).astype(layer.x.dtype) if n in shapes else None
-            for n in ("h_n", "c_n")
-        )
     if storage in ("bfloat16", "float16"):
         case.layer = stored(layer, storage)
         case.cotangents = {n: narrow(a, storage) for n, a in case.cotangents.items()}

@@ -89,27 +89,12 @@ def draw(
     dtype="float64",
     lengths=None,
     resets=None,
-    resets_to_states=False,
+    anew=False,
 ):
-    """Draw a call.
+    """Draw a call; `batch_sizes` packs its rows, `states` says which of STATES there are.
 
-    Args:
-        rng: NumPy's generator.
-        cell: the operators' name of it.
-        steps: T.
-        batch: B.
-        size: I.
-        hidden: H.
-        scales: how large numbers are.
-        projection: O where h is projected, or 0.
-        bias: whether there are biases.
-        directions: D.
-        batch_sizes: rows at each step where they are packed, the longest first.
-        states: which of STATES there are; a cell without c has none, whatever this says.
-        dtype: NumPy's name of it.
-        lengths: steps of each row, or "some" to draw them.
-        resets: how probable it is that a row begins anew at a step.
-        resets_to_states: whether it begins at states of its own, and not at zero.
+    `lengths` are given, or drawn where they are "some"; `resets` is how probable it is that a row
+    begins anew at a step: at states of its own (`anew`), or at zero.
     """
     record, out, dtype = RECORDS[cell], projection or hidden, np.dtype(dtype)
 
@@ -140,7 +125,7 @@ def draw(
     lead = (steps, batch) if batch_sizes is None else (sum(batch_sizes),)
     if isinstance(lengths, str):
         lengths = rng.integers(0, steps + 1, batch)
-    anew = resets is not None and resets_to_states
+    anew = anew and resets is not None
     return Call(
         cell,
         array(1.0, *lead, size),

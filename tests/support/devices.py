@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_sequence
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from support.tolerances import tolerance
 
@@ -34,6 +34,17 @@ def assert_equal(actual, expected):
     largest = expected.detach().abs().max().item() if expected.numel() else 0.0
     bound["atol"] *= max(1.0, largest)
     torch.testing.assert_close(actual, expected, **bound)
+
+
+def same(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
+        assert_equal(a, e)
+
+
+def assert_near(actual, expected, steps=16):
+    """Hold the tensors of one tree to those of another, up to the roundings of so many steps."""
+    for a, e in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
+        torch.testing.assert_close(a, e, **tolerance(e.dtype, steps))
 
 
 def moved(tensors):

@@ -92,27 +92,19 @@ def draw(
         sizes = calls.batch_sizes_of(ends, steps)
     scales = calls.Scales(0.3, calls.steady(cell, 1.5 * hidden**-0.5), bias=0.3, state=0.5)
     options = {"bias": bias, "directions": directions, "batch_sizes": sizes, "dtype": "float32"}
-    options |= {"states": calls.STATES if states else (), "resets_to_states": states}
+    options |= {"states": calls.STATES if states else (), "anew": states}
     options |= {"lengths": "some"} if "lengths" in kind else {}
     options |= {"resets": 0.3} if "resets" in kind else {}
     drawn = calls.draw(rng, cell, steps, batch, size, hidden, scales, **options)
-    dtype = DTYPES[math]
-    return Call(
-        tensor(drawn.input, dtype),
-        None if sizes is None else torch.tensor(sizes),
-        batch,
-        tensor(drawn.h_0, dtype),
-        tensor(drawn.c_0, dtype),
-        weights_of(drawn, dtype),
-        cell,
-        bias,
-        directions == 2,
-        False,
-        tensor(drawn.lengths),
-        tensor(drawn.resets),
-        tensor(drawn.reset_h, dtype),
-        tensor(drawn.reset_c, dtype),
+    sizes = None if sizes is None else torch.tensor(sizes)
+    input, h_0, c_0, reset_h, reset_c = (
+        tensor(getattr(drawn, name), DTYPES[math])
+        for name in ("input", *calls.STATES, "reset_h", "reset_c")
     )
+    cuts = (tensor(drawn.lengths), tensor(drawn.resets), reset_h, reset_c)
+    weights = weights_of(drawn, DTYPES[math])
+    options = (cell, bias, directions == 2, False)
+    return Call(input, sizes, batch, h_0, c_0, weights, *options, *cuts)
 
 
 def forward(config, call, schedule=0):

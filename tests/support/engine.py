@@ -48,6 +48,8 @@ class Layer:
     h_0: np.ndarray | None  # (D, B, O)
     c_0: np.ndarray | None  # (D, B, H)
     weights: list  # per direction, an array or None under each of WEIGHTS
+    # Where rows end (B) and begin anew (N), and at which states.
+    cuts: tuple = (None, None, (None, None))
 
     @classmethod
     def draw(
@@ -75,7 +77,10 @@ class Layer:
         options |= {"dtype": dtype, "batch_sizes": sizes}
         call = calls.draw(rng, cell, steps, batch, size, hidden, scales, **options)
         x = call.input.reshape(-1, size)
-        return cls(cell, x, sizes, steps, batch, call.h_0, call.c_0, call.weights)
+        layer = cls(cell, x, sizes, steps, batch, call.h_0, call.c_0, call.weights)
+        if call.resets is not None:
+            layer.cuts = (call.lengths, call.resets.ravel(), (call.reset_h, call.reset_c))
+        return layer
 
     def replace(self, **changes):
         return dataclasses.replace(self, **changes)

@@ -12,8 +12,8 @@ from torch.export import Dim
 from torch.utils._pytree import tree_leaves
 
 from ostinato import nn
-from support.cells import TORCH_LAYERS
-from support.tolerances import tolerance
+from support.cells import TORCH_CELLS, TORCH_LAYERS, options_of, record_of
+from support.devices import assert_near
 
 T, B = Dim("T"), Dim("B")
 RECURRENT = set(TORCH_LAYERS)
@@ -36,13 +36,12 @@ def run(model, *args):
     return [torch.from_numpy(output) for output in outputs]
 
 
-def compare(program, module, *args, steps=16):
+def compare(proto, module, *args, steps=16):
     """Compare ONNX Runtime's outputs with ours."""
-    onnx.checker.check_model(program.model_proto, full_check=True)
+    onnx.checker.check_model(proto, full_check=True)
     with torch.no_grad():
-        expected = tree_leaves(module(*args))
-    for a, e in zip(run(program.model_proto.SerializeToString(), *args), expected, strict=True):
-        torch.testing.assert_close(a, e, **tolerance(e.dtype, steps))
+        expected = module(*args)
+    assert_near(run(proto.SerializeToString(), *args), expected, steps)
 
 
 class Several(torch.nn.Module):
@@ -70,12 +69,8 @@ class Several(torch.nn.Module):
         return found
 
 
-CELLS = {
-    "RNN tanh": (nn.RNN, {}),
-    "RNN relu": (nn.RNN, {"nonlinearity": "relu"}),
-    "GRU": (nn.GRU, {}),
-    "LSTM": (nn.LSTM, {}),
-}
+# ONNX has an operator for the cells of torch.nn.
+LAYERS = {cell: (getattr(nn, record_of(cell).layer), options_of(cell)) for cell in TORCH_CELLS}
 
 
 class Model(torch.nn.Module):

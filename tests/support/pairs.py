@@ -28,9 +28,9 @@ def layer_of(kind, size, hidden, **options):
     return getattr(nn, record_of(kind).layer)(size, hidden, **options_of(kind), **options)
 
 
-def cell_module(cell, size, hidden):
+def cell_module(cell, size, hidden, **options):
     """Our module that takes one step."""
-    return getattr(nn, f"{record_of(cell).layer}Cell")(size, hidden, **options_of(cell))
+    return getattr(nn, f"{record_of(cell).layer}Cell")(size, hidden, **options_of(cell), **options)
 
 
 def state(name, *shape, **kwargs):

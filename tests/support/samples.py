@@ -6,6 +6,7 @@ Legend: T steps, B batch, N packed rows, I input, H hidden, O output of a step, 
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 
 from ostinato import ops, reference
@@ -14,6 +15,8 @@ from support.cells import CELLS
 from support.devices import device_type
 from support.tolerances import tolerance
 
+# torch scripts its own formulas when forward-mode differentiation is first used.
+forward_mode = pytest.mark.filterwarnings(r"ignore:`torch\.jit\.script` is deprecated")
 # Small enough that no gate saturates, where it would hide what comes in.
 SMALL = calls.Scales(ih=0.5, hh=0.5, bias=0.5, hr=0.5)
 
@@ -122,6 +125,20 @@ def weights_of(call, dtype):
     """Return a call's weights in the operators' order."""
     arrays = (way[name] for way in call.weights for name in calls.WEIGHTS)
     return [tensor(array, dtype) for array in arrays if array is not None]
+
+
+def cut_of(sample, lengths, probability, *, with_state=True):
+    """Draw the keyword arguments of `ops.cut_layer` for a sample."""
+    cuts = {"lengths": None}
+    if lengths is not None:
+        cuts["lengths"] = torch.tensor(lengths, dtype=torch.int64, device="cpu")
+    if probability is None:
+        return cuts
+    cuts["resets"] = torch.rand(sample.input.shape[:-1]) < probability
+    if with_state:
+        cuts["reset_h"] = None if sample.h_0 is None else torch.randn_like(sample.h_0)
+        cuts["reset_c"] = None if sample.c_0 is None else torch.randn_like(sample.c_0)
+    return cuts
 
 
 def close(actual, expected, steps=8):
