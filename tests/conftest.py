@@ -14,12 +14,11 @@ import pytest
 # Before anything is imported from it: its assertions say what differs.
 pytest.register_assert_rewrite("support")
 
+from ostinato import _core  # noqa: E402
 from support.calls import seed_of  # noqa: E402
 from support.cpu_alone import REASONS  # noqa: E402
 from support.engine import INSTRUCTION_SETS, instruction_set  # noqa: E402
 from support.poison import Poison  # noqa: E402
-
-from ostinato import _core  # noqa: E402
 
 # One run is as good as the next on a busy machine, and every run draws the same examples.
 hypothesis.settings.register_profile("ostinato", deadline=None, derandomize=True)
@@ -72,9 +71,8 @@ def on_device(request):
     if torch is None or name == "cpu":
         yield
         return
-    from support.devices import exact_float32
-
     from ostinato.cuda import choice
+    from support.devices import exact_float32
 
     torch.set_default_device(name)
     try:

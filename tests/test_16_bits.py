@@ -7,6 +7,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from support.calls import ragged
 from support.cells import CELLS, KINDS
 from support.engine import COTANGENTS, Layer

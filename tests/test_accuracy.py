@@ -21,12 +21,12 @@ import warnings
 
 import pytest
 import torch
-from support.calls import seed_of
-from support.cells import TORCH_KINDS, has_c, is_projected, options_of, record_of
-from support.devices import device_type
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from ostinato import nn, reference
+from support.calls import seed_of
+from support.cells import TORCH_KINDS, has_c, is_projected, options_of, record_of
+from support.devices import device_type
 
 EPS = torch.finfo(torch.float32).eps
 TIMES, FLOOR = 4, 2 * EPS

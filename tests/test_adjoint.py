@@ -7,13 +7,13 @@ import functools
 
 import pytest
 import torch
-from support.cells import FIRST_CELLS
-from support.devices import on_cpu
-from support.samples import SAMPLES, close, draw, forward_mode, gradients
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
 from ostinato import nn, reference, short
+from support.cells import FIRST_CELLS
+from support.devices import on_cpu
+from support.samples import SAMPLES, close, draw, forward_mode, gradients
 
 pytestmark = pytest.mark.cpu("the compiled engine")
 

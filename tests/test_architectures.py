@@ -7,10 +7,10 @@ import itertools
 
 import numpy as np
 import pytest
-from support import architectures
-from support.cells import KINDS
 
 from ostinato import _core
+from support import architectures
+from support.cells import KINDS
 
 # One of each cell, storage and layout, and activations; together they meet most sizes.
 SOME = [name for i, name in enumerate(architectures.cases()) if i % 13 == 0]

@@ -8,13 +8,13 @@ import sys
 
 import pytest
 import torch
-from support.cells import CELL_MODULES, has_c
-from support.devices import assert_near
 from torch.export import Dim
 from torch.utils._pytree import tree_leaves
 
 import ostinato
 from ostinato import nn
+from support.cells import CELL_MODULES, has_c
+from support.devices import assert_near
 
 # torch's own modules use what torch has deprecated.
 pytestmark = pytest.mark.filterwarnings(

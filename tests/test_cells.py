@@ -9,8 +9,6 @@ import shutil
 
 import pytest
 import torch
-from support.cells import CELL_MODULES, LAYERS, has_c
-from support.devices import device_type
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations
 from torch.profiler import ProfilerActivity, profile
@@ -18,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ostinato import nn, short
+from support.cells import CELL_MODULES, LAYERS, has_c
+from support.devices import device_type
 
 BACKENDS = [
     "aot_eager",

@@ -7,15 +7,15 @@ import sys
 
 import pytest
 import torch
-from support.cells import LAYERS
-from support.devices import engine_dtype, on_cpu
-from support.samples import close
-from support.tolerances import tolerance
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor import metrics
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from ostinato import nn
+from support.cells import LAYERS
+from support.devices import engine_dtype, on_cpu
+from support.samples import close
+from support.tolerances import tolerance
 
 # Inductor's own modules use what torch has deprecated.
 pytestmark = pytest.mark.filterwarnings(

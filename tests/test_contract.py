@@ -10,11 +10,11 @@ import warnings
 
 import pytest
 import torch
-from support.cells import CELL_MODULES, LAYERS, SIX, TORCH_CELL_MODULES, TORCH_LAYERS, has_c
-from support.pairs import TORCH_WARNS, assert_same, flat, pair, shapes
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from ostinato import nn
+from support.cells import CELL_MODULES, LAYERS, SIX, TORCH_CELL_MODULES, TORCH_LAYERS, has_c
+from support.pairs import TORCH_WARNS, assert_same, flat, pair, shapes
 
 pytestmark = pytest.mark.filterwarnings(TORCH_WARNS)
 

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
+
+from ostinato import cuda, nn, short
 from support.cells import LAYERS, MODULES, SIX, TORCH_LAYERS
 from support.devices import assert_equal, device_type
 from support.pairs import TORCH_WARNS, assert_same, by_cpu, each, flat, packed, pair, shapes, state
-
-from ostinato import cuda, nn, short
 
 pytestmark = pytest.mark.filterwarnings(TORCH_WARNS)
 

@@ -9,6 +9,9 @@ import re
 import pytest
 import torch
 from packaging.version import Version
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+from ostinato import nn, ops
 from support.cells import (
     CELL_MODULES,
     LAYERS,
@@ -32,9 +35,6 @@ from support.pairs import (
     shapes,
     state,
 )
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
-
-from ostinato import nn, ops
 
 pytestmark = pytest.mark.filterwarnings(TORCH_WARNS)
 

@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from ostinato import _core
 from support.calls import STATES, ragged
 from support.cells import KINDS, RECORDS
 from support.engine import (
@@ -31,8 +33,6 @@ from support.engine import (
 )
 from support.poison import SANITIZED
 from support.tolerances import assert_close, assert_same_bits
-
-from ostinato import _core
 
 LANES = (1, 7, 8, 9, 15, 16, 17, 31, 33, 48, 49)
 BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 37)

@@ -6,13 +6,13 @@ is said in csrc/cuda/emulation.h.
 
 import pytest
 import torch
-from support import emulation
-from support.cells import CELLS, has_c
-from support.emulation import EPS, KINDS, errors, widened
 
 from ostinato.cuda.config import Config
 from ostinato.cuda.plan import A100, H200, plan
 from ostinato.transforms import reference_results
+from support import emulation
+from support.cells import CELLS, has_c
+from support.emulation import EPS, KINDS, errors, widened
 
 MATHS = ("bf16", "fp16", "tf32", "fp32")
 

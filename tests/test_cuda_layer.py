@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from support import emulation
-from support.cells import FIRST_CELLS, MODULES
-from support.devices import pack
 
 from ostinato import cuda, nn, ops
 from ostinato.call import check
 from ostinato.cuda import choice, launch, layer, sequence
 from ostinato.cuda.plan import A100, H200, Device, at_once, configs, cycles, plan
+from support import emulation
+from support.cells import FIRST_CELLS, MODULES
+from support.devices import pack
 
 ROW = {"cell": "gru", "math": "bf16", "form": "padded", "is_training": False}
 ROWS = [

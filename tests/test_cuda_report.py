@@ -8,10 +8,10 @@ weight would be read from memory at every step.
 import concurrent.futures
 
 import pytest
-from support.cells import FIRST_CELLS
 
 from ostinato.cuda import compiler
 from ostinato.cuda.plan import A100, H200, plan
+from support.cells import FIRST_CELLS
 
 pytest.importorskip("cuda.core", reason="cuda-core is not installed")
 

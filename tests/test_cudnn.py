@@ -8,15 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.cells import TORCH_CELLS, TORCH_LAYERS, has_c, record_of
-from support.pairs import flat
-from support.samples import SAMPLES, draw, gradients
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from ostinato import fallback, nn, ops
 from ostinato.call import Call, check
 from ostinato.cuda import cudnn, layer
 from ostinato.gradients import differentiable_again, reference_results
+from support.cells import TORCH_CELLS, TORCH_LAYERS, has_c, record_of
+from support.pairs import flat
+from support.samples import SAMPLES, draw, gradients
 
 
 def arguments(cell, packed, biases, directions, states):

@@ -9,11 +9,11 @@ import itertools
 
 import numpy as np
 import pytest
+
+from ostinato import reference
 from support.cells import KINDS, has_c
 from support.engine import Layer
 from support.tolerances import assert_close
-
-from ostinato import reference
 
 
 def by_pieces(layer, lengths, resets, states, cotangents):

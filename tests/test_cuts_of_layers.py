@@ -9,12 +9,12 @@ import copy
 import numpy as np
 import pytest
 import torch
-from support.cells import LAYERS, TORCH_LAYERS, has_c
-from support.devices import assert_equal, device_type, moved, pack
-from support.pairs import each, flat, pair, state
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from ostinato import nn
+from support.cells import LAYERS, TORCH_LAYERS, has_c
+from support.devices import assert_equal, device_type, moved, pack
+from support.pairs import each, flat, pair, state
 
 LENGTHS = (3, 7, 1, 5)
 

@@ -7,11 +7,11 @@ import itertools
 
 import pytest
 import torch
+
+from ostinato import ops, reference
 from support.cells import CELLS
 from support.devices import assert_equal, engine_dtype, moved
 from support.samples import SAMPLES, close, cut_of, draw, gradients
-
-from ostinato import ops, reference
 
 LENGTHS = {"none": None, "some": (4, 0, 7, 2, 7), "all whole": (7,) * 5, "all empty": (0,) * 5}
 RESETS = {"none": None, "some": 0.3, "every step": 1.0, "never": 0.0}

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+
 from support.cpu_alone import CPU_ALONE
 from support.devices import exact_float32
 

@@ -14,6 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_packed_sequence
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ostinato import nn
 from support.cells import CELL_MODULES, LAYERS, MODULES
 from support.devices import assert_equal
 from support.pairs import each, flat, shapes
@@ -33,10 +37,6 @@ from support.two_processes import (
     share,
     train,
 )
-from torch.nn.utils.rnn import pad_packed_sequence
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-from ostinato import nn
 
 TESTS = Path(__file__).parent
 EXAMPLE = TESTS.parent / "examples" / "train.py"

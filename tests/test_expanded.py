@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from support.cells import CELL_MODULES, LAYERS
-from support.pairs import flat, state
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from ostinato import nn
+from support.cells import CELL_MODULES, LAYERS
+from support.pairs import flat, state
 
 per_sample = pytest.importorskip("torch.nn.utils._per_sample_grad").call_for_per_sample_grads
 

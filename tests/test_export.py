@@ -9,11 +9,11 @@ import sys
 
 import pytest
 import torch
-from support.cells import CELL_MODULES
-from support.devices import assert_near, on_cpu
 from torch.export import Dim
 
 from ostinato import nn
+from support.cells import CELL_MODULES
+from support.devices import assert_near, on_cpu
 
 # torch's own modules use what torch has deprecated.
 pytestmark = pytest.mark.filterwarnings(

@@ -5,14 +5,14 @@ Legend: T steps, B batch, I input, H hidden.
 
 import pytest
 import torch
-from support.cells import FIRST_CELLS, RECORDS, has_c
-from support.pairs import cell_module
-from support.samples import SAMPLES, draw, gradients
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ostinato import nn, short
+from support.cells import FIRST_CELLS, RECORDS, has_c
+from support.pairs import cell_module
+from support.samples import SAMPLES, draw, gradients
 
 pytestmark = pytest.mark.skipif(
     not short._IS_SHORT, reason="this torch has no table of C functions for its tensors"

@@ -5,14 +5,14 @@ import sys
 
 import pytest
 import torch
-from support.cells import LAYERS, MODULES, TORCH_CELL_MODULES, TORCH_LAYERS, record_of
-from support.devices import on_cpu
-from support.pairs import TORCH_WARNS, flat, shapes, state
 from torch.nn.functional import linear
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 from ostinato import nn
+from support.cells import LAYERS, MODULES, TORCH_CELL_MODULES, TORCH_LAYERS, record_of
+from support.devices import on_cpu
+from support.pairs import TORCH_WARNS, flat, shapes, state
 
 pytestmark = pytest.mark.filterwarnings(TORCH_WARNS)
 

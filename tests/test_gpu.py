@@ -8,14 +8,14 @@ import random
 
 import pytest
 import torch
-from support import emulation
-from support.cells import CELLS, FIRST_CELLS, TORCH_LAYERS, has_c
-from support.emulation import EPS, KINDS, errors, widened
-from support.samples import SAMPLES, draw, gradients
 
 from ostinato import cuda, nn
 from ostinato.cuda import choice, layer
 from ostinato.gradients import reference_results
+from support import emulation
+from support.cells import CELLS, FIRST_CELLS, TORCH_LAYERS, has_c
+from support.emulation import EPS, KINDS, errors, widened
+from support.samples import SAMPLES, draw, gradients
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 

@@ -10,13 +10,13 @@ import time
 
 import pytest
 import torch
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from ostinato import _core, nn
 from support.calls import seed_of
 from support.cells import FIRST_CELLS, KINDS
 from support.engine import INSTRUCTION_SETS
 from support.pairs import cell_module, layer_of
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
-
-from ostinato import _core, nn
 
 layers = pytest.mark.parametrize("name", KINDS)
 

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 import torch
-from support.cells import TORCH_LAYERS
 
 import ostinato
 from ostinato import _core, bench
 from ostinato.__main__ import main
+from support.cells import TORCH_LAYERS
 
 
 def info(**environment):

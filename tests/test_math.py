@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.cells import CELLS, RECORDS, has_c
-from support.equations import walk
 
 from ostinato import reference
+from support.cells import CELLS, RECORDS, has_c
+from support.equations import walk
 
 ROOT = Path(__file__).parent.parent
 

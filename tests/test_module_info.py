@@ -12,13 +12,13 @@ import pickle
 
 import pytest
 import torch
-from support.cells import SIX
-from support.devices import assert_equal, device_type, without_cudnn
-from support.pairs import TORCH_WARNS, flat
 from torch.nn.utils.rnn import PackedSequence
 from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 
 from ostinato import nn
+from support.cells import SIX
+from support.devices import assert_equal, device_type, without_cudnn
+from support.pairs import TORCH_WARNS, flat
 
 pytestmark = pytest.mark.filterwarnings(TORCH_WARNS)
 

@@ -11,14 +11,14 @@ import warnings
 
 import pytest
 import torch
-from support.cells import SIX, TORCH_LAYERS
-from support.devices import device_type, on_cpu
-from support.pairs import TORCH_WARNS, assert_same, pair, shapes
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ostinato
 from ostinato import nn
+from support.cells import SIX, TORCH_LAYERS
+from support.devices import device_type, on_cpu
+from support.pairs import TORCH_WARNS, assert_same, pair, shapes
 
 pytestmark = pytest.mark.filterwarnings(TORCH_WARNS)
 

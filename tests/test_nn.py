@@ -5,6 +5,9 @@ import itertools
 
 import pytest
 import torch
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+from ostinato import nn
 from support.cells import (
     LAYERS,
     MODULES,
@@ -27,9 +30,6 @@ from support.pairs import (
     shapes,
     state,
 )
-from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
-
-from ostinato import nn
 
 pytestmark = pytest.mark.filterwarnings(TORCH_WARNS)
 

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.cells import KINDS, cell_of, has_c
-from support.faces import call, draw_parameters, output_size
-from support.tolerances import assert_close, assert_same_bits
 
 import ostinato
 from ostinato import _core, reference
 from ostinato.numpy import gru, layer
+from support.cells import KINDS, cell_of, has_c
+from support.faces import call, draw_parameters, output_size
+from support.tolerances import assert_close, assert_same_bits
 
 BOTH = (False, True)
 

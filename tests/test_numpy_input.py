@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from support.cells import FIRST_CELLS
-from support.faces import call, draw_parameters
 
 import ostinato
 from ostinato.numpy import gru, layer, rnn
+from support.cells import FIRST_CELLS
+from support.faces import call, draw_parameters
 
 X, F = np.zeros((6, 3, 5)), np.zeros((6, 3, 5), np.float32)
 

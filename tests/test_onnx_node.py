@@ -7,19 +7,20 @@ import io
 
 import pytest
 import torch
-from support.cells import FIRST_CELLS, has_c, record_of
-from support.pairs import cell_module
-from support.tolerances import tolerance
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_leaves
 
 from ostinato import fallback, nn
+from support.cells import FIRST_CELLS, has_c, record_of
+from support.pairs import cell_module
+from support.tolerances import tolerance
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 from onnx.reference import ReferenceEvaluator  # noqa: E402
+
 from support.onnx_models import (  # noqa: E402
     LAYERS,
     RECURRENT,

@@ -4,12 +4,12 @@ import warnings
 
 import pytest
 import torch
-from support.cells import LAYERS
-from support.devices import on_cpu
-from support.tolerances import tolerance
 
 import ostinato.opacus
 from ostinato import nn, reference
+from support.cells import LAYERS
+from support.devices import on_cpu
+from support.tolerances import tolerance
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

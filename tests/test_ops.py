@@ -4,13 +4,13 @@ import logging
 
 import pytest
 import torch
-from support.cells import CELLS, has_c
-from support.devices import device_type, engine_dtype, on_cpu, same
-from support.samples import SAMPLES, Sample, close, draw, forward_mode, gradients
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 from ostinato import ops
+from support.cells import CELLS, has_c
+from support.devices import device_type, engine_dtype, on_cpu, same
+from support.samples import SAMPLES, Sample, close, draw, forward_mode, gradients
 
 operators = torch.ops.ostinato
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from support.samples import draw
 
 from ostinato import ops, reference
+from support.samples import draw
 
 operators = torch.ops.ostinato
 

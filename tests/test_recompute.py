@@ -8,13 +8,13 @@ import pickle
 
 import pytest
 import torch
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+from ostinato import _core, nn
 from support.cells import FIRST_CELLS, KINDS, LAYERS, record_of
 from support.devices import assert_equal
 from support.pairs import layer_of
 from support.tolerances import tolerance
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
-
-from ostinato import _core, nn
 
 
 def twins(name, *args, **options):

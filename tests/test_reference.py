@@ -14,6 +14,8 @@ import onnx
 import onnx.reference
 import pytest
 import torch
+
+from ostinato.reference import gru_step, layer, lstm_step, namespace, relu, rnn_step, sigmoid
 from support.calls import batch_sizes_of
 from support.cells import (
     FIRST_CELLS,
@@ -24,8 +26,6 @@ from support.cells import (
     options_of,
     record_of,
 )
-
-from ostinato.reference import gru_step, layer, lstm_step, namespace, relu, rnn_step, sigmoid
 
 BOTH = [False, True]
 

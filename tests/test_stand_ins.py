@@ -5,11 +5,11 @@ from typing import ClassVar
 
 import pytest
 import torch
-from support.cells import CELL_MODULES, LAYERS, MODULES, SIX, TORCH_LAYERS, has_c
-from support.pairs import TORCH_WARNS, each, flat, pair, shapes
 from torch.nn.utils.rnn import pack_sequence
 
 from ostinato import nn, ops
+from support.cells import CELL_MODULES, LAYERS, MODULES, SIX, TORCH_LAYERS, has_c
+from support.pairs import TORCH_WARNS, each, flat, pair, shapes
 
 pytestmark = pytest.mark.filterwarnings(TORCH_WARNS)
 

@@ -9,14 +9,14 @@ import sys
 
 import pytest
 import torch
-from support.cells import MODULES, SIX, TORCH_LAYERS
-from support.devices import device_type, without_cudnn
-from support.pairs import TORCH_WARNS, assert_same, flat, shapes
 from torch.nn.utils import parametrizations, parametrize
 
 import ostinato
 from ostinato import nn
 from ostinato.switch import Layer
+from support.cells import MODULES, SIX, TORCH_LAYERS
+from support.devices import device_type, without_cudnn
+from support.pairs import TORCH_WARNS, assert_same, flat, shapes
 
 pytestmark = pytest.mark.filterwarnings(TORCH_WARNS)
 

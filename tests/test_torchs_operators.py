@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
-from support.cells import TORCH_CELL_MODULES, TORCH_LAYERS
 from torch.nn.utils.rnn import pack_sequence
 
 from ostinato import nn
+from support.cells import TORCH_CELL_MODULES, TORCH_LAYERS
 
 # torch's own recurrent operators by every name that its profiler knows them by.
 RECURRENT = re.compile(r"(^|::|_)(gru|lstm|rnn_tanh|rnn_relu)(_cell|$)|rnn_layer|_fused_(gru|lstm)")

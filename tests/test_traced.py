@@ -9,13 +9,13 @@ import warnings
 
 import pytest
 import torch
-from support.cells import CELL_MODULES, LAYERS, MODULES, SIX, has_c, record_of
-from support.devices import on_cpu
-from support.pairs import TORCH_WARNS, flat, shapes, state
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import ostinato
 from ostinato import nn
+from support.cells import CELL_MODULES, LAYERS, MODULES, SIX, has_c, record_of
+from support.devices import on_cpu
+from support.pairs import TORCH_WARNS, flat, shapes, state
 
 pytestmark = [
     pytest.mark.filterwarnings(TORCH_WARNS),

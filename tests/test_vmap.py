@@ -8,9 +8,6 @@ import functools
 
 import pytest
 import torch
-from support.cells import CELL_MODULES, CELLS, LAYERS, RECORDS
-from support.devices import on_cpu, same
-from support.samples import SAMPLES, close, draw, forward_mode
 from torch.func import (
     functional_call,
     grad,
@@ -25,6 +22,9 @@ from torch.func import (
 )
 
 from ostinato import nn, ops, reference, stacks, transforms
+from support.cells import CELL_MODULES, CELLS, LAYERS, RECORDS
+from support.devices import on_cpu, same
+from support.samples import SAMPLES, close, draw, forward_mode
 
 V = 5
 close = functools.partial(close, steps=32)

@@ -58,8 +58,8 @@ class Call:
     """The arguments of one layer. Absent arrays are None."""
 
     cell: str
-    input: np.ndarray  # (T, B, I), or (N, I) where rows are packed
-    batch_sizes: list | None
+    x: np.ndarray  # (N, I)
+    sizes: list | None  # batch_sizes
     steps: int
     batch: int
     h_0: np.ndarray | None  # (D, B, O)
@@ -67,9 +67,9 @@ class Call:
     weights: list  # per direction, an array or None under each of WEIGHTS
     # Where rows end and begin anew, and at which states.
     lengths: np.ndarray | None = None  # (B)
-    resets: np.ndarray | None = None  # as input without I
-    reset_h: np.ndarray | None = None  # as h_0
-    reset_c: np.ndarray | None = None  # as c_0
+    resets: np.ndarray | None = None  # (N)
+    reset_h: np.ndarray | None = None
+    reset_c: np.ndarray | None = None
 
 
 def draw(
@@ -84,14 +84,14 @@ def draw(
     projection=0,
     bias=True,
     directions=1,
-    batch_sizes=None,
+    sizes=None,
     states=STATES,
     dtype="float64",
     lengths=None,
     resets=None,
     anew=False,
 ):
-    """Draw a call; `batch_sizes` packs its rows, `states` says which of STATES there are.
+    """Draw a call; `sizes` packs its rows, `states` says which of STATES there are.
 
     `lengths` are given, or drawn where they are "some"; `resets` is how probable it is that a row
     begins anew at a step: at states of its own (`anew`), or at zero.
@@ -122,19 +122,19 @@ def draw(
         }
         for _ in range(directions)
     ]
-    lead = (steps, batch) if batch_sizes is None else (sum(batch_sizes),)
+    packed = steps * batch if sizes is None else sum(sizes)
     if isinstance(lengths, str):
         lengths = rng.integers(0, steps + 1, batch)
     anew = anew and resets is not None
     return Call(
         cell,
-        array(1.0, *lead, size),
-        batch_sizes,
+        array(1.0, packed, size),
+        sizes,
         steps,
         batch,
         *(state(name[0], name in states) for name in STATES),
         weights,
         None if lengths is None else np.asarray(lengths, np.int64),
-        None if resets is None else rng.random(lead) < resets,
+        None if resets is None else rng.random(packed) < resets,
         *(state(name[0], anew) for name in STATES),
     )

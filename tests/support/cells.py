@@ -14,8 +14,6 @@ KINDS = (*CELLS, *(f"{name}_projected" for name, cell in RECORDS.items() if cell
 LAYERS = tuple(dict.fromkeys(cell.layer for cell in RECORDS.values()))
 CELL_MODULES = tuple(f"{layer}Cell" for layer in LAYERS)
 MODULES = LAYERS + CELL_MODULES
-# The first cell of each layer, where its others differ in nothing that is asked.
-FIRST_CELLS = tuple({cell.layer: name for name, cell in reversed(RECORDS.items())}.values())[::-1]
 
 # The only list by hand: torch.nn has these and no others, whatever we add.
 TORCH_LAYERS = ("RNN", "GRU", "LSTM")
@@ -36,6 +34,10 @@ def record_of(name):
         return RECORDS[cell_of(name)]
     layer = name.removesuffix("Cell")
     return next(cell for cell in RECORDS.values() if cell.layer == layer)
+
+
+# The first cell of each layer, where its others differ in nothing that is asked.
+FIRST_CELLS = tuple(record_of(layer).name for layer in LAYERS)
 
 
 def is_projected(kind):

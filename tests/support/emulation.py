@@ -91,20 +91,22 @@ def draw(
         ends = [steps, *sorted(rng.integers(1, steps + 1, batch - 1), reverse=True)]
         sizes = calls.batch_sizes_of(ends, steps)
     scales = calls.Scales(0.3, calls.steady(cell, 1.5 * hidden**-0.5), bias=0.3, state=0.5)
-    options = {"bias": bias, "directions": directions, "batch_sizes": sizes, "dtype": "float32"}
+    options = {"bias": bias, "directions": directions, "sizes": sizes, "dtype": "float32"}
     options |= {"states": calls.STATES if states else (), "anew": states}
     options |= {"lengths": "some"} if "lengths" in kind else {}
     options |= {"resets": 0.3} if "resets" in kind else {}
     drawn = calls.draw(rng, cell, steps, batch, size, hidden, scales, **options)
+    rows = (steps, batch) if sizes is None else (-1,)
     sizes = None if sizes is None else torch.tensor(sizes)
+    resets = None if drawn.resets is None else tensor(drawn.resets.reshape(rows))
     input, h_0, c_0, reset_h, reset_c = (
         tensor(getattr(drawn, name), DTYPES[math])
-        for name in ("input", *calls.STATES, "reset_h", "reset_c")
+        for name in ("x", *calls.STATES, "reset_h", "reset_c")
     )
-    cuts = (tensor(drawn.lengths), tensor(drawn.resets), reset_h, reset_c)
+    cuts = (tensor(drawn.lengths), resets, reset_h, reset_c)
     weights = weights_of(drawn, DTYPES[math])
     options = (cell, bias, directions == 2, False)
-    return Call(input, sizes, batch, h_0, c_0, weights, *options, *cuts)
+    return Call(input.reshape(*rows, size), sizes, batch, h_0, c_0, weights, *options, *cuts)
 
 
 def forward(config, call, schedule=0):

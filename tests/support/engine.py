@@ -36,36 +36,11 @@ def instruction_set(name):
         _core.set_isa(before)
 
 
-@dataclasses.dataclass
-class Layer:
-    """The arguments of one layer. Absent arrays are None."""
-
-    cell: str
-    x: np.ndarray  # (N, I)
-    sizes: list | None  # batch_sizes
-    steps: int
-    batch: int
-    h_0: np.ndarray | None  # (D, B, O)
-    c_0: np.ndarray | None  # (D, B, H)
-    weights: list  # per direction, an array or None under each of WEIGHTS
-    # Where rows end (B) and begin anew (N), and at which states.
-    cuts: tuple = (None, None, (None, None))
+class Layer(calls.Call):
+    """A call, run on the engine or by the equations."""
 
     @classmethod
-    def draw(
-        cls,
-        rng,
-        kind,
-        steps,
-        batch,
-        size,
-        hidden,
-        *,
-        dtype="float64",
-        sizes=None,
-        whole=False,
-        **options,
-    ):
+    def draw(cls, rng, kind, steps, batch, size, hidden, *, whole=False, **options):
         """Draw a layer; `options` are those of `calls.draw`."""
         cell = cell_of(kind)
         if is_projected(kind):
@@ -74,16 +49,16 @@ class Layer:
         # As after training: states neither die out nor grow.
         scale = 1 / np.sqrt(hidden)
         scales = calls.Scales(1 / np.sqrt(size), calls.steady(cell, scale), hr=scale, whole=whole)
-        options |= {"dtype": dtype, "batch_sizes": sizes}
         call = calls.draw(rng, cell, steps, batch, size, hidden, scales, **options)
-        x = call.input.reshape(-1, size)
-        layer = cls(cell, x, sizes, steps, batch, call.h_0, call.c_0, call.weights)
-        if call.resets is not None:
-            layer.cuts = (call.lengths, call.resets.ravel(), (call.reset_h, call.reset_c))
-        return layer
+        return cls(**vars(call))
 
     def replace(self, **changes):
         return dataclasses.replace(self, **changes)
+
+    @property
+    def cuts(self):
+        """Where rows end and begin anew, and at which states."""
+        return self.lengths, self.resets, (self.reset_h, self.reset_c)
 
     @property
     def record(self):

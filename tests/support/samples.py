@@ -96,11 +96,13 @@ def draw(
     if lengths is not None:
         sizes, batch = calls.batch_sizes_of(lengths), len(lengths)
     options = {"projection": projection, "bias": bias, "directions": 1 + bidirectional}
-    options |= {"batch_sizes": sizes, "states": [f"{state}_0" for state in states]}
+    options |= {"sizes": sizes, "states": [f"{state}_0" for state in states]}
     options["dtype"] = numpys(dtype)
     call = calls.draw(generator(), cell, steps, batch, size, hidden, SMALL, **options)
-    input, h_0, c_0 = (tensor(array, dtype) for array in (call.input, call.h_0, call.c_0))
-    if lengths is not None:
+    input, h_0, c_0 = (tensor(array, dtype) for array in (call.x, call.h_0, call.c_0))
+    if lengths is None:
+        input = input.reshape(steps, batch, size)
+    else:
         sizes = torch.tensor(sizes, dtype=torch.int64, device="cpu")
     weights = weights_of(call, dtype)
     return Sample(cell, input, sizes, h_0, c_0, weights, bias, bidirectional, recompute)
