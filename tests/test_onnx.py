@@ -16,6 +16,7 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+from support.cells import record_of  # noqa: E402
 from support.onnx_models import (  # noqa: E402
     LAYERS,
     B,
@@ -50,7 +51,7 @@ def test_one_node_for_each_layer_and_the_same_numbers(name, with_states):
         shapes.append([each] * len(model.layers))
     program = export(model, arguments(5, 2), dynamic_shapes=tuple(shapes))
     nodes = recurrent(program)
-    assert {node.op_type for node in nodes} == {name.split()[0]}
+    assert {node.op_type for node in nodes} == {record_of(name).layer}
     assert len(nodes) == sum(layer.num_layers for layer in model.layers)
     for steps, batch in ((5, 2), (9, 3), (1, 1)):
         compare(program.model_proto, model, *arguments(steps, batch))

@@ -92,7 +92,7 @@ def test_one_node_for_each_layer_and_any_number_of_steps_and_rows(name, with_sta
         each = ({1: B}, {1: B}) if cls is nn.LSTM else {1: B}
         shapes.append([each] * len(model.layers))
     proto = export(model, arguments(5, 2), tuple(shapes))
-    assert recurrent(proto) == [name.split()[0]] * sum(x.num_layers for x in model.layers)
+    assert recurrent(proto) == [record_of(name).layer] * sum(x.num_layers for x in model.layers)
     for steps, batch in ((5, 2), (9, 3), (1, 1)):
         compare(proto, model, *arguments(steps, batch))
 
@@ -148,7 +148,7 @@ def test_lengths(name, export):
 
     each = ({1: B}, {1: B}) if cls is nn.LSTM else {1: B}
     proto = export(model, arguments(5, 5, 3), ({0: T, 1: B}, each, {0: B}))
-    assert recurrent(proto) == [name.split()[0]] * 2
+    assert recurrent(proto) == [record_of(name).layer] * 2
     for steps, *lengths in ((5, 2, 5), (7, 7, 0, 4), (6, 1, 5)):
         compare(proto, model, *arguments(steps, *lengths))
 
@@ -174,7 +174,7 @@ def test_rows_that_the_model_packs(name, options, is_sorted):
     cls, more = LAYERS[name]
     model = Packed(cls, is_sorted, **options, **more)
     proto = by_script(model, (torch.randn(5, 2, 3), torch.tensor([5, 3])), ({0: T, 1: B}, {0: B}))
-    assert recurrent(proto) == [name.split()[0]] * model.layer.num_layers
+    assert recurrent(proto) == [record_of(name).layer] * model.layer.num_layers
     for lengths in ([5, 3], [9, 7, 2], [1]):
         lengths = lengths if is_sorted else lengths[::-1]
         compare(proto, model, torch.randn(max(lengths), len(lengths), 3), torch.tensor(lengths))
@@ -215,7 +215,7 @@ def test_large_layers(name, export):
     cls, options = LAYERS[name]
     layer = cls(8, 160, bidirectional=True, **options)
     proto = export(layer, (torch.randn(5, 2, 8),), ({0: T, 1: B},))
-    assert recurrent(proto) == [name.split()[0]]
+    assert recurrent(proto) == [record_of(name).layer]
     compare(proto, layer, torch.randn(6, 3, 8))
 
 
