@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/engine.h"
@@ -22,160 +23,71 @@ using namespace ostinato;
 namespace {
 
 using Address = uintptr_t;
-// weight_ih, weight_hh, bias_ih, bias_hh, weight_hr of the first direction, then of the second; 0 where absent.
 using Addresses = std::vector<Address>;
 // steps, rows, batch, input, hidden, projection, directions
 using SizeList = std::array<int64_t, 7>;
-// lengths, resets, h, c
-using CutList = std::array<Address, 4>;
-
-template <class P = const void*>
-P at(Address address) {
-    return reinterpret_cast<P>(address);
-}
 
 Cell cell_of(int cell) {
-    if (cell < 0 || cell >= kCells) throw std::invalid_argument("cell must be 0..3");
+    if (cell < 0 || cell >= kCells) throw std::invalid_argument("cell must be 0.." + std::to_string(kCells - 1));
     return static_cast<Cell>(cell);
 }
 
 Dtype dtype_of(int dtype) {
-    if (dtype < 0 || dtype >= kDtypes) throw std::invalid_argument("dtype must be 0..3");
+    if (dtype < 0 || dtype >= kDtypes) throw std::invalid_argument("dtype must be 0.." + std::to_string(kDtypes - 1));
     return static_cast<Dtype>(dtype);
 }
 
-Sizes sizes_of(const SizeList& s, Address batch_sizes) {
+Sizes sizes_of(const SizeList& s, Address batch_sizes, bool recompute) {
     for (int64_t size : s)
         if (size < 0) throw std::invalid_argument("sizes must not be negative");
     if (s[4] < 1) throw std::invalid_argument("hidden must be positive");
     if (s[6] != 1 && s[6] != 2) throw std::invalid_argument("directions must be 1 or 2");
-    return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], at<const int64_t*>(batch_sizes)};
+    return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], reinterpret_cast<const int64_t*>(batch_sizes), recompute};
 }
 
-Cuts cuts_of(const CutList& c) { return {at<const int64_t*>(c[0]), at<const uint8_t*>(c[1]), at(c[2]), at(c[3])}; }
-
-template <class P>
-void fill(Weights<P> (&out)[2], const Addresses& in, int64_t directions) {
-    if (in.size() != static_cast<size_t>(5 * directions)) throw std::invalid_argument("expected 5 addresses per direction");
-    for (int64_t d = 0; d < directions; d++) {
-        const Address* a = in.data() + 5 * d;
-        out[d] = {at<P>(a[0]), at<P>(a[1]), at<P>(a[2]), at<P>(a[3]), at<P>(a[4])};
-    }
-}
-
-void layer_forward(int cell, int dtype, const SizeList& sizes, Address batch_sizes, Address x, Address h_0, Address c_0,
-                   const Addresses& weights, Address y, Address h_n, Address c_n, Address reserve, int threads, bool recompute,
-                   const CutList& cuts, Address cells) {
-    Forward call{};
-    call.sizes = sizes_of(sizes, batch_sizes);
-    call.sizes.recompute = recompute;
-    fill(call.weights, weights, call.sizes.directions);
-    call.x = at(x), call.h_0 = at(h_0), call.c_0 = at(c_0);
-    call.cuts = cuts_of(cuts), call.cells = at<void*>(cells);
-    call.y = at<void*>(y), call.h_n = at<void*>(h_n), call.c_n = at<void*>(c_n), call.reserve = at<void*>(reserve);
-    nb::gil_scoped_release release;
-    forward(cell_of(cell), dtype_of(dtype), call, threads);
-}
-
-void layer_backward(int cell, int dtype, const SizeList& sizes, Address batch_sizes, Address x, Address h_0, Address c_0,
-                    const Addresses& weights, Address y, Address reserve, Address dy, Address dh_n, Address dc_n, Address dx,
-                    Address dh_0, Address dc_0, const Addresses& grads, int threads, bool recompute, const CutList& cuts,
-                    Address dcut_h, Address dcut_c, Address dcells) {
-    Backward call{};
-    call.sizes = sizes_of(sizes, batch_sizes);
-    call.sizes.recompute = recompute;
-    fill(call.weights, weights, call.sizes.directions);
-    fill(call.grads, grads, call.sizes.directions);
-    call.x = at(x), call.h_0 = at(h_0), call.c_0 = at(c_0), call.y = at(y), call.reserve = at(reserve);
-    call.cuts = cuts_of(cuts), call.dcut_h = at<void*>(dcut_h), call.dcut_c = at<void*>(dcut_c), call.dcells = at(dcells);
-    call.dy = at(dy), call.dh_n = at(dh_n), call.dc_n = at(dc_n);
-    call.dx = at<void*>(dx), call.dh_0 = at<void*>(dh_0), call.dc_0 = at<void*>(dc_0);
-    nb::gil_scoped_release release;
-    backward(cell_of(cell), dtype_of(dtype), call, threads);
-}
-
-// The arrays of several calls, one after the other as a call asks for them: that of call `index` begins so many strides (in
-// bytes) after that of the first. 0 stands for an absent one.
-class Stack {
-public:
-    Stack(const Addresses& first, const Addresses& strides, size_t expected) : first_(first), strides_(strides) {
-        if (first.size() != expected || strides.size() != expected)
-            throw std::invalid_argument("expected an address and a stride per array");
-    }
-
-    void begin(int64_t index) { index_ = index, next_ = 0; }
-
-    template <class P = const void*>
-    P take() {
-        const size_t i = next_++;
-        return at<P>(first_[i] ? first_[i] + static_cast<Address>(index_) * strides_[i] : 0);
-    }
-
-    template <class P>
-    void take(Weights<P> (&out)[2], int64_t directions) {
-        for (int64_t d = 0; d < directions; d++)
-            for (P* weight : {&out[d].ih, &out[d].hh, &out[d].bias_ih, &out[d].bias_hh, &out[d].hr}) *weight = take<P>();
-    }
-
-    Cuts take_cuts() {
-        Cuts cuts;
-        cuts.lengths = take<const int64_t*>(), cuts.resets = take<const uint8_t*>();
-        cuts.h = take(), cuts.c = take();
-        return cuts;
-    }
-
-private:
-    const Addresses &first_, &strides_;
-    int64_t index_ = 0;
-    size_t next_ = 0;
-};
-
-size_t count_of(int64_t models) {
+// Call: Forward or Backward. The arrays of call i begin i strides after those of the first.
+template <class Call>
+void run_models(int cell_number, int dtype_number, const SizeList& sizes, Address batch_sizes, int64_t models,
+                const Addresses& first, const Addresses& strides, int threads, bool recompute) {
+    const Cell cell = cell_of(cell_number);
+    const Dtype dtype = dtype_of(dtype_number);
+    Call call{};
+    call.sizes = sizes_of(sizes, batch_sizes, recompute);
+    const auto expected = static_cast<size_t>(count_arrays<Call>(call.sizes.directions));
     if (models < 0) throw std::invalid_argument("models must not be negative");
-    return static_cast<size_t>(models);
+    if (first.size() != expected || (strides.size() != expected && !(models == 1 && strides.empty())))
+        throw std::invalid_argument("expected " + std::to_string(expected) + " addresses, and a stride for each");
+    nb::gil_scoped_release release;
+    size_t next = 0;
+    call.visit(call, [&](const Array&, auto, auto& p) { point(p, reinterpret_cast<void*>(first[next++])); });
+    if (models == 1) return run(cell, dtype, call, threads);
+    std::vector<Call> calls(static_cast<size_t>(models), call);
+    for (size_t i = 1; i < calls.size(); i++) {
+        next = 0;
+        call.visit(calls[i], [&](const Array&, auto, auto& p) { p = moved(p, static_cast<int64_t>(i * strides[next++])); });
+    }
+    run_all(cell, dtype, calls.data(), models, threads);
 }
 
-void layers_forward(int cell, int dtype, const SizeList& size_list, Address batch_sizes, int64_t models, const Addresses& first,
-                    const Addresses& strides, int threads, bool recompute) {
-    Sizes sizes = sizes_of(size_list, batch_sizes);
-    sizes.recompute = recompute;
-    Stack arrays(first, strides, static_cast<size_t>(12 + 5 * sizes.directions));
-    std::vector<Forward> calls(count_of(models));
-    for (int64_t i = 0; i < models; i++) {
-        Forward& call = calls[static_cast<size_t>(i)];
-        call.sizes = sizes;
-        arrays.begin(i);
-        call.x = arrays.take(), call.h_0 = arrays.take(), call.c_0 = arrays.take();
-        call.cuts = arrays.take_cuts();
-        arrays.take(call.weights, sizes.directions);
-        call.y = arrays.take<void*>(), call.h_n = arrays.take<void*>(), call.c_n = arrays.take<void*>();
-        call.cells = arrays.take<void*>(), call.reserve = arrays.take<void*>();
-    }
-    nb::gil_scoped_release release;
-    forward(cell_of(cell), dtype_of(dtype), calls.data(), models, threads);
-}
+// Name, rows, width, type, and whether the engine writes it.
+using ArrayRow = std::tuple<std::string, std::string, std::string, std::string, bool>;
 
-void layers_backward(int cell, int dtype, const SizeList& size_list, Address batch_sizes, int64_t models,
-                     const Addresses& first, const Addresses& strides, int threads, bool recompute) {
-    Sizes sizes = sizes_of(size_list, batch_sizes);
-    sizes.recompute = recompute;
-    Stack arrays(first, strides, static_cast<size_t>(18 + 10 * sizes.directions));
-    std::vector<Backward> calls(count_of(models));
-    for (int64_t i = 0; i < models; i++) {
-        Backward& call = calls[static_cast<size_t>(i)];
-        call.sizes = sizes;
-        arrays.begin(i);
-        call.dy = arrays.take(), call.dh_n = arrays.take(), call.dc_n = arrays.take(), call.dcells = arrays.take();
-        call.y = arrays.take(), call.reserve = arrays.take();
-        call.x = arrays.take(), call.h_0 = arrays.take(), call.c_0 = arrays.take();
-        call.cuts = arrays.take_cuts();
-        arrays.take(call.weights, sizes.directions);
-        call.dx = arrays.take<void*>(), call.dh_0 = arrays.take<void*>(), call.dc_0 = arrays.take<void*>();
-        call.dcut_h = arrays.take<void*>(), call.dcut_c = arrays.take<void*>();
-        arrays.take(call.grads, sizes.directions);
-    }
-    nb::gil_scoped_release release;
-    backward(cell_of(cell), dtype_of(dtype), calls.data(), models, threads);
+template <class Call>
+std::vector<ArrayRow> arrays() {
+    // In the order of the enums.
+    constexpr const char* kRows[] = {"N", "D*B", "B", "", "", ""};
+    constexpr const char* kWidths[] = {"1", "I", "O", "H", "D*O", "D*H"};
+    constexpr const char* kTypes[] = {"value", "flag", "int64", "opaque"};
+    std::vector<ArrayRow> found;
+    Call call{};
+    call.sizes.directions = 1;
+    call.visit(call, [&](const Array& array, auto p, auto&) {
+        const std::string rows = kRows[static_cast<int>(array.rows)];
+        if (!found.empty() && std::get<0>(found.back()) == array.name) return;
+        found.emplace_back(array.name, rows, rows.empty() ? "" : kWidths[static_cast<int>(array.width)],
+                           kTypes[static_cast<int>(array.type)], !std::is_const_v<std::remove_pointer_t<decltype(p)>>);
+    });
+    return found;
 }
 
 std::vector<std::string> instruction_sets() {
@@ -207,30 +119,28 @@ int forced_threads() {
 
 NB_MODULE(_core, m) {
     m.doc() = "The compiled engine: recurrent layers over raw addresses. Use ostinato.nn or ostinato.numpy instead.";
-    m.def("layer_forward", &layer_forward, nb::arg("cell"), nb::arg("dtype"), nb::arg("sizes"), nb::arg("batch_sizes"),
-          nb::arg("x"), nb::arg("h_0"), nb::arg("c_0"), nb::arg("weights"), nb::arg("y"), nb::arg("h_n"), nb::arg("c_n"),
-          nb::arg("reserve"), nb::arg("threads"), nb::arg("recompute") = false, nb::arg("cuts") = CutList{},
-          nb::arg("cells") = 0, "One layer forward. Addresses of dense arrays (csrc/cpu/engine.h), 0 for an absent one.");
-    m.def("layer_backward", &layer_backward, nb::arg("cell"), nb::arg("dtype"), nb::arg("sizes"), nb::arg("batch_sizes"),
-          nb::arg("x"), nb::arg("h_0"), nb::arg("c_0"), nb::arg("weights"), nb::arg("y"), nb::arg("reserve"), nb::arg("dy"),
-          nb::arg("dh_n"), nb::arg("dc_n"), nb::arg("dx"), nb::arg("dh_0"), nb::arg("dc_0"), nb::arg("grads"),
-          nb::arg("threads"), nb::arg("recompute") = false, nb::arg("cuts") = CutList{}, nb::arg("dcut_h") = 0,
-          nb::arg("dcut_c") = 0, nb::arg("dcells") = 0,
-          "Gradients of one layer. 0 for a gradient that is zero (in) or not wanted (out).");
-    m.def("layers_forward", &layers_forward, nb::arg("cell"), nb::arg("dtype"), nb::arg("sizes"), nb::arg("batch_sizes"),
-          nb::arg("models"), nb::arg("first"), nb::arg("strides"), nb::arg("threads"), nb::arg("recompute") = false,
-          "Several layers of one size forward: for each array its address in the first and how many bytes lie between two. "
-          "x, h_0, c_0, lengths, resets, h and c at a reset, weights, y, h_n, c_n, cells, reserve.");
-    m.def("layers_backward", &layers_backward, nb::arg("cell"), nb::arg("dtype"), nb::arg("sizes"), nb::arg("batch_sizes"),
-          nb::arg("models"), nb::arg("first"), nb::arg("strides"), nb::arg("threads"), nb::arg("recompute") = false,
-          "Gradients of several layers likewise: dy, dh_n, dc_n, dcells, y, reserve, x to weights as forward, dx, dh_0, dc_0, "
-          "dcut_h, dcut_c, grads.");
+    const auto define_run = [&](const char* name, auto function, const char* doc) {
+        m.def(name, function, nb::arg("cell"), nb::arg("dtype"), nb::arg("sizes"), nb::arg("batch_sizes"), nb::arg("models"),
+              nb::arg("first"), nb::arg("strides"), nb::arg("threads"), nb::arg("recompute") = false, doc);
+    };
+    define_run(
+        "forward", &run_models<Forward>,
+        "Layers of one size forward. first: the addresses of the first one's dense arrays, in the order of arrays(False), 0 "
+        "for an absent one, with weight_ih, weight_hh, bias_ih, bias_hh and weight_hr of each direction for `weights`. "
+        "strides: how many bytes lie from each to that of the next layer; [] for one layer alone.");
+    define_run("backward", &run_models<Backward>,
+               "Gradients of layers likewise, in the order of arrays(True). 0 for a gradient that is zero (in) or not wanted "
+               "(out).");
+    m.def(
+        "arrays", [](bool backward) { return backward ? arrays<Backward>() : arrays<Forward>(); }, nb::arg("backward"),
+        "The arrays of a call in the order of `first`: name, rows, width, type, and whether the engine writes it. Rows: N "
+        "(those of all steps), D*B, B. Width, the numbers of a row: 1, I, O, H, D*O, D*H. Type: value (of the call's dtype), "
+        "flag (a byte, 0 or 1), int64, opaque. Weights of all directions are one entry, and so are their gradients; their rows "
+        "and width are empty, and those of reserve.");
     m.def(
         "reserve_bytes",
         [](int cell, int dtype, const SizeList& size_list, bool recompute) {
-            Sizes sizes = sizes_of(size_list, 0);
-            sizes.recompute = recompute;
-            return reserve_bytes(cell_of(cell), dtype_of(dtype), sizes);
+            return reserve_bytes(cell_of(cell), dtype_of(dtype), sizes_of(size_list, 0, recompute));
         },
         nb::arg("cell"), nb::arg("dtype"), nb::arg("sizes"), nb::arg("recompute") = false,
         "Bytes that forward keeps for backward.");
@@ -238,11 +148,12 @@ NB_MODULE(_core, m) {
         "traits",
         [](int cell) {
             const Traits& t = traits_of(cell_of(cell));
-            return std::make_tuple(t.gates, t.grads, t.saved, t.recomputed, t.has_cell, t.projects, t.uses_output);
+            return std::make_tuple(t.gates, t.grads, t.saved, t.recomputed, t.has_cell, t.projects, t.uses_output,
+                                   t.uses_previous);
         },
         nb::arg("cell"),
-        "Of a cell: gates, gradients of their products, values kept for backward and with recompute, whether it has c, may be "
-        "projected, and reads its output in backward.");
+        "Of a cell, in this order: gates, gradients of their products, values kept for backward, of these with recompute; "
+        "whether it has c, may be projected, reads its output in backward, reads the last h beside weight_hh.");
     m.def("instruction_sets", &instruction_sets, "Instruction sets that this processor can run, best first.");
     m.def("isa", [] { return std::string(active_isa()); }, "The instruction set in use.");
     m.def(

@@ -115,11 +115,19 @@ struct Lstm {
     }
 };
 
-// What is asked of a cell where its type is not known: the constants above as a value. ostinato/cells.py has the same.
+template <class... C>
+struct List {
+    static constexpr int kSize = sizeof...(C);
+};
+
+// Every cell: its place here is its number. ostinato/cells.py has a record of each.
+using EveryCell = List<Rnn<false>, Rnn<true>, Gru, Lstm>;
+
+// What is asked of a cell where its type is not known: the constants above as a value. The records have the same.
 struct Traits {
     int gates, grads, saved;
     int recomputed;  // how many of `saved` are kept where backward computes the gates again
-    bool has_cell, projects, uses_output;
+    bool has_cell, projects, uses_output, uses_previous;
 };
 
 // Whether a joint gate's input product has the slot of its hidden one, and the gate apart the slot behind all of these.
@@ -138,7 +146,7 @@ constexpr Traits traits() {
     static_assert(slots_fit<C>(), "input_slot does not fit kJoint");
     static_assert(!C::kHasCell || C::kSaved > 0, "c is the last value that is saved, and all that recompute keeps");
     static_assert(C::kUsesOutput || C::kSaved > 0, "backward has nothing to start from");
-    return {C::kGates, C::kGrads, C::kSaved, C::kHasCell ? 1 : 0, C::kHasCell, C::kProjects, C::kUsesOutput};
+    return {C::kGates, C::kGrads, C::kSaved, C::kHasCell ? 1 : 0, C::kHasCell, C::kProjects, C::kUsesOutput, C::kUsesPrevious};
 }
 
 }  // namespace

@@ -231,9 +231,8 @@ struct Layer {
 
     Reader reader{};
     DlTensor x{};
-    Sizes sizes{};
-    const void *x_data = nullptr, *h_data = nullptr, *c_data = nullptr;
-    Weights<const void*> parameters[2] = {};
+    Arguments arguments{};
+    Sizes& sizes = arguments.sizes;
     int64_t per_direction = 0;
 
     // Reads and checks everything against the sizes of the module: (input_size, hidden_size, proj_size, directions).
@@ -241,7 +240,7 @@ struct Layer {
         const auto [I, H, P, D] = expected;
         if (static_cast<int>(cell) < 0 || static_cast<int>(cell) >= kCells || (D != 1 && D != 2)) return false;
         if (P && !traits_of(cell).projects) return false;
-        x_data = reader.read(input, x, true);
+        arguments.x = reader.read(input, x, true);
         if (!reader.accepts || x.ndim < 1 || x.ndim > 3 || x.shape[x.ndim - 1] != I || H < 1) return false;
         const int64_t columns = x.ndim > 1 ? x.shape[x.ndim - 2] : 1;
         if (is_cell && x.ndim < 3)
@@ -250,14 +249,14 @@ struct Layer {
             sizes = {x.shape[0], x.shape[0] * columns, columns, I, H, P, D, nullptr};
         else if (is_cell || x.ndim != 2 || batch_sizes.is_none() || !read_packed(columns, expected))
             return false;
-        h_data = state(h_0, sizes.output());
-        c_data = state(c_0, H);
-        if (c_data && !traits_of(cell).has_cell) return false;
+        arguments.h_0 = state(h_0, sizes.output());
+        arguments.c_0 = state(c_0, H);
+        if (arguments.c_0 && !traits_of(cell).has_cell) return false;
         const int64_t rows = gates_of(cell) * H, O = sizes.output();
         per_direction = 2 + 2 * has_biases + (P ? 1 : 0);
         if (!PyTuple_CheckExact(weights.ptr()) || PyTuple_Size(weights.ptr()) != D * per_direction) return false;
         for (int64_t d = 0; d < D; d++) {
-            Weights<const void*>& w = parameters[d];
+            Weights<const void*>& w = arguments.weights[d];
             w.ih = reader.require(weight(d, 0), {rows, I});
             w.hh = reader.require(weight(d, 1), {rows, O});
             if (has_biases) w.bias_ih = reader.require(weight(d, 2), {rows}), w.bias_hh = reader.require(weight(d, 3), {rows});
@@ -325,14 +324,11 @@ nb::object layer_forward(int cell, bool is_cell, std::array<int64_t, 4> expected
     const int64_t kept = keep ? reserve_bytes(layer.cell, layer.reader.dtype, z) : 0;
     const Fresh reserve = kept ? Fresh(input, {kept / stored_bytes(layer.reader.dtype)}) : Fresh();
 
-    Forward call{};
-    call.sizes = z;
-    call.weights[0] = layer.parameters[0], call.weights[1] = layer.parameters[1];
-    call.x = layer.x_data, call.h_0 = layer.h_data, call.c_0 = layer.c_data;
+    Forward call{layer.arguments};
     call.y = y.data, call.h_n = h_n.data, call.c_n = c_n.data, call.reserve = reserve.data;
     {
         nb::gil_scoped_release release;
-        forward(layer.cell, layer.reader.dtype, call, threads);
+        run(layer.cell, layer.reader.dtype, call, threads);
     }
     return nb::make_tuple(y.tensor, h_n.tensor, c_n.tensor, reserve.tensor);
 }
@@ -349,7 +345,7 @@ nb::object layer_backward(int cell, bool is_cell, std::array<int64_t, 4> expecte
     const Sizes& z = layer.sizes;
     Reader& reader = layer.reader;
     const int64_t kept = reserve_bytes(layer.cell, reader.dtype, z) / stored_bytes(reader.dtype);
-    Backward call{};
+    Backward call{layer.arguments};
     call.y = layer.read_output(output);
     if (!call.y && (z.steps > 1 || traits_of(layer.cell).uses_output)) return nb::none();
     if (kept) call.reserve = reader.require(reserve, {kept});
@@ -359,9 +355,6 @@ nb::object layer_backward(int cell, bool is_cell, std::array<int64_t, 4> expecte
     const auto count = static_cast<Py_ssize_t>(3 + z.directions * layer.per_direction);
     if (!reader.accepts || !PyTuple_CheckExact(wanted.ptr()) || PyTuple_Size(wanted.ptr()) != count) return nb::none();
 
-    call.sizes = z;
-    call.weights[0] = layer.parameters[0], call.weights[1] = layer.parameters[1];
-    call.x = layer.x_data, call.h_0 = layer.h_data, call.c_0 = layer.c_data;
     const nb::object result = nb::steal(PyTuple_New(count));
     const auto want = [&](Py_ssize_t index, nb::handle like) -> void* {
         const bool asked = PyTuple_GetItem(wanted.ptr(), index) == Py_True && !like.is_none();
@@ -380,7 +373,7 @@ nb::object layer_backward(int cell, bool is_cell, std::array<int64_t, 4> expecte
     }
     {
         nb::gil_scoped_release release;
-        backward(layer.cell, reader.dtype, call, threads);
+        run(layer.cell, reader.dtype, call, threads);
     }
     return result;
 }

@@ -64,10 +64,8 @@ def assert_same(actual, expected, names=None):
 @pytest.mark.parametrize("kind", KINDS)
 def test_results_and_gradients(isa, rng, kind, dtype, directions, layout):
     sizes = {"padded": None, "ragged": ragged(rng, 6, 5)}
-    sizes |= {
-        "rows of no steps": ragged(rng, 6, 5, empty=2),
-        "steps of no rows": [3, 2, 2, 1, 0, 0],
-    }
+    sizes["rows of no steps"] = ragged(rng, 6, 5, empty=2)
+    sizes["steps of no rows"] = [3, 2, 2, 1, 0, 0]
     options = {"directions": directions, "dtype": dtype, "sizes": sizes[layout]}
     layer = Layer.draw(rng, kind, 6, 5, 3, 19, **options)
     check(layer, layer.cotangents(rng))
@@ -432,12 +430,12 @@ def test_more_input_elements_than_32_bits_count(steps, size, hidden):
     h_n, dw = np.empty(hidden, np.float32), np.empty((hidden, size), np.float32)
     dy[-1, 0] = 1
     at = [a.ctypes.data for a in (x, h_0, weight, recurrent, y, h_n, dy, dw)]
-    dims = (steps, steps, 1, size, hidden, 0, 1)
-    head = (RECORDS["rnn_relu"].number, False, dims, 0, at[0], at[1], 0, [*at[2:4], 0, 0, 0])
-    _core.layer_forward(*head, at[4], at[5], 0, 0, 2)
+    head = (RECORDS["rnn_relu"].number, 0, (steps, steps, 1, size, hidden, 0, 1), 0, 1)
+    read = [*at[:2], *[0] * 5, *at[2:4], 0, 0, 0]
+    _core.forward(*head, [*read, *at[4:6], 0, 0, 0], [], 2)
     np.testing.assert_array_equal(y[[0, 1, -2, -1], 0], np.float32([1.75, 0.875, 4, 2.5]))
     assert (h_n[0], np.abs(y[:, 1:]).sum()) == (2.5, 0)
-    _core.layer_backward(*head, at[4], 0, at[6], 0, 0, 0, 0, 0, [at[7], 0, 0, 0, 0], 2)
+    _core.backward(*head, [*read, at[4], 0, at[6], *[0] * 8, at[7], 0, 0, 0, 0], [], 2)
     assert (dw[0, 0], dw[0, -1], np.abs(dw).sum()) == (2, 2, 4)
 
 
@@ -451,8 +449,8 @@ def test_more_weight_elements_than_32_bits_count():
     recurrent = np.zeros((hidden, hidden), np.float32)
     y, h_n = np.empty(hidden, np.float32), np.empty(hidden, np.float32)
     at = [a.ctypes.data for a in (x, weight, recurrent, y, h_n)]
-    head = (RECORDS["rnn_relu"].number, False, (1, 1, 1, size, hidden, 0, 1), 0, at[0], 0, 0)
-    _core.layer_forward(*head, [*at[1:3], 0, 0, 0], at[3], at[4], 0, 0, 2)
+    head = (RECORDS["rnn_relu"].number, 0, (1, 1, 1, size, hidden, 0, 1), 0, 1)
+    _core.forward(*head, [at[0], *[0] * 6, *at[1:3], 0, 0, 0, *at[3:], 0, 0, 0], [], 2)
     assert (y[0], y[-1], y[-2], np.abs(y).sum()) == (20, 300, 5, 325)
 
 
@@ -468,29 +466,20 @@ def test_more_weight_elements_than_32_bits_count():
         ({"sizes": (1, 1, 1, 1, 0, 0, 1)}, "hidden must be positive"),
         ({"sizes": (1, 1, 1, 1, 1, 0, 3)}, "directions must be 1 or 2"),
         ({"sizes": (1, 1, 1, 1, 1, 0, 0)}, "directions must be 1 or 2"),
-        ({"weights": [0] * 4}, "expected 5 addresses per direction"),
-        ({"weights": [0] * 10}, "expected 5 addresses per direction"),
+        ({"first": [0] * 4}, "expected .* addresses, and a stride for each"),
+        ({"strides": [0]}, "expected .* addresses, and a stride for each"),
+        ({"models": 2}, "expected .* addresses, and a stride for each"),
+        ({"models": -1}, "models must not be negative"),
         ({"dtype": 4}, "dtype must be 0..3"),
         ({"dtype": -1}, "dtype must be 0..3"),
     ],
 )
 def test_wrong_values_raise(changes, message):
-    arguments = {"cell": 0, "dtype": 0, "sizes": (0, 0, 0, 1, 1, 0, 1), "batch_sizes": 0}
-    arguments |= {
-        "x": 0,
-        "h_0": 0,
-        "c_0": 0,
-        "weights": [0] * 5,
-        "y": 0,
-        "threads": 1,
-        "reserve": 0,
-    }
-    arguments |= changes
-    with pytest.raises(ValueError, match=message):
-        _core.layer_forward(**arguments, h_n=0, c_n=0)
-    grads = dict.fromkeys(("dy", "dh_n", "dc_n", "dx", "dh_0", "dc_0"), 0)
-    with pytest.raises(ValueError, match=message):
-        _core.layer_backward(**arguments, **grads, grads=[0] * 5)
+    for run, count in ((_core.forward, 17), (_core.backward, 28)):
+        arguments = {"cell": 0, "dtype": 0, "sizes": (0, 0, 0, 1, 1, 0, 1), "batch_sizes": 0}
+        arguments |= {"models": 1, "first": [0] * count, "strides": [], "threads": 1}
+        with pytest.raises(ValueError, match=message):
+            run(**arguments | changes)
 
 
 def test_wrong_types_raise():
@@ -498,16 +487,9 @@ def test_wrong_types_raise():
         with pytest.raises(TypeError):
             _core.reserve_bytes(2, False, sizes)
     with pytest.raises(TypeError):
-        _core.layer_forward(0)
+        _core.forward(0)
     with pytest.raises(ValueError, match=rf"must be one of .*{INSTRUCTION_SETS[-1]}.*, got sse9"):
         _core.set_isa("sse9")
-
-
-def test_reserve_is_what_the_header_promises():
-    for cell, kept in enumerate((0, 0, 4, 5)):
-        sizes = (7, 20, 4, 3, 17, 0, 2)
-        assert _core.reserve_bytes(cell, False, sizes) == 2 * 20 * kept * 32 * 4
-        assert _core.reserve_bytes(cell, True, sizes) == 2 * 20 * kept * 32 * 8
 
 
 def python(program, **environment):

@@ -285,9 +285,9 @@ def test_threads_are_those_of_the_environment(rng, monkeypatch):
         forced_threads = 0
 
         @staticmethod
-        def layer_forward(*arguments):
+        def forward(*arguments):
             asked.append(arguments[-1])
-            _core.layer_forward(*arguments)
+            _core.forward(*arguments)
 
     monkeypatch.setattr(ostinato.numpy, "_core", Recorder)
     parameters = draw_parameters(rng, "gru", 5, 9)

@@ -408,7 +408,7 @@ def test_meta_tensors_go_through_the_layer_and_back():
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
 def test_other_dtypes_run_the_reference_and_say_so_once(dtype, monkeypatch, caplog):
     monkeypatch.setattr(ops, "_told", set())
-    monkeypatch.setattr(ops._core, "layer_forward", None)
+    monkeypatch.setattr(ops._core, "forward", None)
     monkeypatch.setattr(ops._core, "tensors_forward", lambda *_: None)
     sample = draw("lstm", lengths=(4, 2, 2), bidirectional=True, dtype=dtype).training()
     with caplog.at_level(logging.WARNING, logger="ostinato"):

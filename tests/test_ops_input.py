@@ -16,8 +16,8 @@ def no_kernel(monkeypatch):
     def ran(*_, **__):
         pytest.fail("a kernel ran on arguments that had to be refused")
 
-    monkeypatch.setattr(ops._core, "layer_forward", ran)
-    monkeypatch.setattr(ops._core, "layer_backward", ran)
+    monkeypatch.setattr(ops._core, "forward", ran)
+    monkeypatch.setattr(ops._core, "backward", ran)
     monkeypatch.setattr(reference, "states", ran)
 
 
@@ -266,7 +266,7 @@ BAD_BACKWARD = {
 def test_backward_refuses_by_name(name, index, monkeypatch):
     arguments, call = backward_arguments()
     monkeypatch.setattr(
-        ops._core, "layer_backward", lambda *_: pytest.fail("the kernel ran on bad arguments")
+        ops._core, "backward", lambda *_: pytest.fail("the kernel ran on bad arguments")
     )
     arguments[name] = BAD_BACKWARD[name][index](arguments[name])
     with pytest.raises((RuntimeError, ValueError), match=f"{name}: "):

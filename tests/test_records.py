@@ -16,6 +16,7 @@ def test_a_record_says_what_the_kernels_say(cell):
         cell.has_c,
         cell.projects,
         cell.reads_output,
+        cell.reads_previous,
     )
 
 
@@ -26,3 +27,47 @@ def test_the_engine_has_these_cells_and_the_reference_their_steps():
         _core.traits(len(CELLS))
     assert list(CELLS) == list(reference.STEPS)
     assert all(name == cell.name for name, cell in CELLS.items())
+
+
+@pytest.mark.parametrize("cell", CELLS.values(), ids=list(CELLS))
+def test_reserve_is_what_the_record_promises(cell):
+    sizes = (7, 20, 4, 3, 17, 0, 2)
+    for dtype, bytes_each in ((0, 4), (1, 8), (2, 4), (3, 4)):
+        numbers = 2 * 20 * 32 * bytes_each
+        assert _core.reserve_bytes(cell.number, dtype, sizes) == cell.saved * numbers
+        assert _core.reserve_bytes(cell.number, dtype, sizes, True) == cell.recomputed * numbers
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_table_of_arrays_counts_what_a_call_takes(backward):
+    rows = _core.arrays(backward)
+    names, *_ = zip(*rows, strict=True)
+    assert names[:8] == (
+        *("input", "h_0", "c_0", "lengths", "resets", "reset_h", "reset_c"),
+        "weights",
+    )
+    assert len(set(names)) == len(names)
+    for directions in (1, 2):
+        count = sum(5 * directions if name.endswith("weights") else 1 for name in names)
+        run = _core.backward if backward else _core.forward
+        # No rows: nothing is read or written.
+        sizes = (0, 0, 0, 1, 1, 0, directions)
+        run(0, 0, sizes, 0, 1, [0] * count, [], 1)
+        with pytest.raises(ValueError, match=f"expected {count} addresses"):
+            run(0, 0, sizes, 0, 1, [0] * (count + 1), [], 1)
+
+
+def test_the_table_of_arrays_says_what_is_written():
+    forward, backward = map(_core.arrays, (False, True))
+    assert [name for name, *_, is_written in forward if is_written] == [
+        *("output", "h_n", "c_n", "cells", "reserve")
+    ]
+    for name, *_, is_written in backward:
+        assert is_written == (
+            name.startswith("grad_")
+            and name not in ("grad_output", "grad_h_n", "grad_c_n", "grad_cells")
+        )
+    # A gradient is shaped as what it is the gradient of.
+    shapes = {name: tuple(shape) for name, *shape, _ in forward}
+    for name, *shape, _ in backward:
+        assert shapes[name.removeprefix("grad_")] == tuple(shape)

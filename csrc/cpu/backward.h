@@ -25,7 +25,7 @@ public:
         : f_(call),
           size_(call.sizes),
           arena_(scratch),
-          steps_(call.sizes, call.cuts, arena_),
+          steps_(call, arena_),
           shares_(call.sizes, members, work(), work() * sizeof(T), max_tile_rows<1>()),
           relay_(ceil_div(ceil_div(call.sizes.output(), L), kGroup), arena_) {
         const int64_t D = size_.directions, B = size_.batch, O = size_.output(), H = size_.hidden;
@@ -64,8 +64,8 @@ public:
         for (int64_t i = 0; i < op_; i++) zeros_[i] = 0;
         for (int64_t d = 0; d < size_.directions; d++) prepare(d, team);
         const int64_t states = size_.directions * size_.batch;
-        if (f_.dcut_h) fill_zero(static_cast<T*>(f_.dcut_h), states * size_.output());
-        if (f_.dcut_c) fill_zero(static_cast<T*>(f_.dcut_c), states * size_.hidden);
+        if (f_.dreset_h) fill_zero(static_cast<T*>(f_.dreset_h), states * size_.output());
+        if (f_.dreset_c) fill_zero(static_cast<T*>(f_.dreset_c), states * size_.hidden);
         if (f_.dx && size_.directions == 2) fill_zero(static_cast<T*>(f_.dx), size_.rows * size_.input);
         int64_t s1[2] = {size_.steps, size_.steps};
         bool first = !f_.resume;
@@ -216,14 +216,14 @@ private:
         const int64_t O = size_.output();
         if (b < steps_.rows(d, s - 1) && !is_cut)
             return in(f_.y) + (steps_.first_row(d, s - 1) + b) * size_.directions * O + d * O;
-        const T* start = in(is_cut ? f_.cuts.h : f_.h_0);
+        const T* start = in(is_cut ? f_.reset_h : f_.h_0);
         return start ? start + (d * size_.batch + b) * O : zeros_;
     }
 
     // Row b of c_{t-1} at step s, of H values at least; null for zeros.
     const T* previous_cell(int64_t d, int64_t s, int64_t b, bool is_cut) const {
         if (b < steps_.rows(d, s - 1) && !is_cut) return cell_row(d, steps_.first_row(d, s - 1) + b);
-        const T* start = in(is_cut ? f_.cuts.c : f_.c_0);
+        const T* start = in(is_cut ? f_.reset_c : f_.c_0);
         return start ? start + (d * size_.batch + b) * size_.hidden : nullptr;
     }
 
@@ -253,7 +253,7 @@ private:
             for (int64_t b = b0; b < min(b1, n_next); b++) rows[b] = grads_next + b * w.row_;
             // Rows that were active at step s + 1 too, and rows that began there: their gradient is that of h_0.
             carry(take_carried, b0, min(min(b1, n), n_next), u0, u1);
-            if (w.f_.dh_0 || w.f_.dcut_h) carry(take_begun, max(b0, n), min(b1, n_next), u0, u1);
+            if (w.f_.dh_0 || w.f_.dreset_h) carry(take_begun, max(b0, n), min(b1, n_next), u0, u1);
             // Rows that end here start from the gradient of h_n.
             const T* dh_n = w.f_.dh_n ? in(w.f_.dh_n) + d * z.batch * z.output() : nullptr;
             for (int64_t b = max(b0, min(n, n_next)); b < min(b1, n); b++)
@@ -287,7 +287,7 @@ private:
         // Adds the direct part, and ends it in the rows that were cut before step s + 1.
         OSTINATO_INLINE Vec<T> complete(Vec<T> sent, int64_t b, int64_t unit) const {
             if constexpr (C::kUsesPrevious) sent = sent + Vec<T>::load(w.direct_ + (d * z.batch + b) * w.op_ + unit);
-            return cut_next.has(b) ? end_at_cut(sent, w.f_.dcut_h, b, unit, z.output()) : sent;
+            return cut_next.has(b) ? end_at_cut(sent, w.f_.dreset_h, b, unit, z.output()) : sent;
         }
 
         static void take_carried(const void* taker, Vec<T>* sums, int n_rows, int64_t b, int64_t unit) {
@@ -350,16 +350,16 @@ private:
             for (int i = 0; i < R; i++) da[i].store(grads + b * w.row_ + i * hp + unit);
             if constexpr (C::kUsesPrevious) direct.store(w.direct_ + (d * z.batch + b) * w.op_ + unit);
             if constexpr (C::kHasCell) {
-                if (is_cut) dc = end_at_cut(dc, w.f_.dcut_c, b, unit, z.hidden);
+                if (is_cut) dc = end_at_cut(dc, w.f_.dreset_c, b, unit, z.hidden);
                 dc.store(dc_row);
             }
         }
 
-        // What a row sends back where it was cut is added to the gradient of the state there, dcut [D, B, width] or null, and
+        // What a row sends back where it was cut is added to the gradient of the state there, dreset [D, B, width] or null, and
         // goes no further: returns the zero that does.
-        Vec<T> end_at_cut(Vec<T> sent, void* dcut, int64_t b, int64_t unit, int64_t width) const {
-            if (dcut) {
-                T* sum = static_cast<T*>(dcut) + (d * z.batch + b) * width + unit;
+        Vec<T> end_at_cut(Vec<T> sent, void* dreset, int64_t b, int64_t unit, int64_t width) const {
+            if (dreset) {
+                T* sum = static_cast<T*>(dreset) + (d * z.batch + b) * width + unit;
                 const int64_t lanes = min(L, width - unit);
                 store_n(load_n(sum, lanes) + sent, sum, lanes);
             }

@@ -155,21 +155,14 @@ int64_t reserve_bytes(Cell cell, Dtype dtype, const Sizes& sizes) {
 
 namespace {
 
-const Kernel& kernel_of(Cell cell, Dtype dtype) { return active().tables[static_cast<int>(dtype)]->of[static_cast<int>(cell)]; }
-
 // Runs a call that has no lengths.
-void run(Cell cell, Dtype dtype, const Forward& call, int threads) {
-    const Kernel& kernel = kernel_of(cell, dtype);
-    Team team(members_for(cell, call.sizes, threads), has_long_tasks(cell, call.sizes, threads));
-    Scratch<0> scratch(kernel.forward_scratch(call, team.members()));
-    kernel.forward(call, team, scratch.get());
-}
-
-void run(Cell cell, Dtype dtype, const Backward& call, int threads) {
-    const Kernel& kernel = kernel_of(cell, dtype);
-    Team team(members_for(cell, call.sizes, threads));
-    Scratch<0> scratch(kernel.backward_scratch(call, team.members()));
-    kernel.backward(call, team, scratch.get());
+template <class Call>
+void run_whole(Cell cell, Dtype dtype, const Call& call, int threads) {
+    const Walk<Call>& walk = (*active().tables[static_cast<int>(dtype)])[cell];
+    const bool is_long = std::is_same_v<Call, Forward> && has_long_tasks(cell, call.sizes, threads);
+    Team team(members_for(cell, call.sizes, threads), is_long);
+    Scratch<0> scratch(walk.scratch_bytes(call, team.members()));
+    walk.run(call, team, scratch.get());
 }
 
 // ---- one step of many rows with small weights, in pieces ----
@@ -186,67 +179,37 @@ constexpr int64_t kForwardPiece = 512 << 10, kBackwardPiece = 2 << 20;
 constexpr int64_t kChain = 128;
 
 // Rows of a piece that takes so much scratch; 0 where a call is not to be cut.
-int64_t piece_rows(Cell cell, Dtype dtype, const Sizes& z, const Cuts& cuts, int64_t scratch) {
+int64_t piece_rows(Cell cell, Dtype dtype, const Arguments& call, int64_t scratch) {
+    const Sizes& z = call.sizes;
     const int64_t G = gates_of(cell), bytes = computed_bytes(dtype);
-    if (z.steps != 1 || z.directions != 1 || z.batch_sizes || cuts.resets) return 0;
+    if (z.steps != 1 || z.directions != 1 || z.batch_sizes || call.resets) return 0;
     if (G * z.hidden * (z.input + z.output()) * bytes > kSmallWeights) return 0;
     return std::max<int64_t>(1, scratch / ((G + 1) * padded(z.hidden) * bytes) / kChain) * kChain;
 }
 
-// The arrays of a call from row `first` on.
-class From {
-public:
-    From(Cell cell, Dtype dtype, const Sizes& sizes, int64_t first) : first_(first), value_(stored_bytes(dtype)) {
-        Sizes before = sizes;
-        before.rows = before.batch = first;
-        kept_ = reserve_bytes(cell, dtype, before);
-    }
-    template <class Pointer>
-    void skip(Pointer& p, int64_t width) const {
-        skip_bytes(p, first_ * width * value_);
-    }
-    template <class Pointer>
-    void skip_kept(Pointer& p) const {
-        skip_bytes(p, kept_);
-    }
-
-private:
-    static void skip_bytes(const void*& p, int64_t bytes) {
-        if (p) p = static_cast<const char*>(p) + bytes;
-    }
-    static void skip_bytes(void*& p, int64_t bytes) {
-        if (p) p = static_cast<char*>(p) + bytes;
-    }
-
-    int64_t first_, value_, kept_;
-};
-
+// The call on `rows` rows from `first` on.
 template <class Call>
 Call piece_of(Cell cell, Dtype dtype, const Call& call, int64_t first, int64_t rows) {
-    const From from(cell, dtype, call.sizes, first);
-    const int64_t I = call.sizes.input, O = call.sizes.output(), H = call.sizes.hidden;
+    Sizes before = call.sizes;
+    before.rows = before.batch = first;
+    const int64_t kept = reserve_bytes(cell, dtype, before);
     Call piece = call;
     piece.sizes.rows = piece.sizes.batch = rows;
-    from.skip(piece.x, I), from.skip(piece.y, O), from.skip_kept(piece.reserve);
-    from.skip(piece.h_0, O), from.skip(piece.c_0, H);
-    if constexpr (std::is_same_v<Call, Forward>) {
-        from.skip(piece.h_n, O), from.skip(piece.c_n, H), from.skip(piece.cells, H);
-    } else {
-        from.skip(piece.dy, O), from.skip(piece.dh_n, O), from.skip(piece.dc_n, H), from.skip(piece.dcells, H);
-        from.skip(piece.dx, I), from.skip(piece.dh_0, O), from.skip(piece.dc_0, H);
-        piece.resume = call.resume || first > 0;
-    }
+    call.visit(piece, [&](const Array& array, auto, auto& p) {
+        if (array.type == Type::kOpaque)
+            p = moved(p, kept);
+        else if (array.has_rows_of_batch())
+            p = moved(p, first * array.row_bytes(call.sizes, dtype));
+    });
+    if constexpr (std::is_same_v<Call, Backward>) piece.resume = call.resume || first > 0;
     return piece;
 }
 
-template <class Call>
-void run_all(Cell cell, Dtype dtype, const Call* calls, int64_t count, int threads);
-
 // Pieces side by side, at least one for each thread.
 void run_rows(Cell cell, Dtype dtype, const Forward& call, int threads) {
-    const int64_t batch = call.sizes.batch, most = piece_rows(cell, dtype, call.sizes, call.cuts, kForwardPiece);
+    const int64_t batch = call.sizes.batch, most = piece_rows(cell, dtype, call, kForwardPiece);
     const int64_t members = std::min<int64_t>(members_for(cell, call.sizes, threads), batch / kChain);
-    if (most == 0 || (batch <= most && members <= 1)) return run(cell, dtype, call, threads);
+    if (most == 0 || (batch <= most && members <= 1)) return run_whole(cell, dtype, call, threads);
     int64_t count = (batch + most - 1) / most;
     if (members > 1) count = (count + members - 1) / members * members;
     std::vector<Forward> pieces;
@@ -260,20 +223,23 @@ void run_rows(Cell cell, Dtype dtype, const Forward& call, int threads) {
 
 // Pieces one after another: each goes on with the sums of the one before it.
 void run_rows(Cell cell, Dtype dtype, const Backward& call, int threads) {
-    const int64_t batch = call.sizes.batch, most = piece_rows(cell, dtype, call.sizes, call.cuts, kBackwardPiece);
-    if (most == 0 || batch <= most || stored_bytes(dtype) != computed_bytes(dtype)) return run(cell, dtype, call, threads);
+    const int64_t batch = call.sizes.batch, most = piece_rows(cell, dtype, call, kBackwardPiece);
+    if (most == 0 || batch <= most || stored_bytes(dtype) != computed_bytes(dtype))
+        return run_whole(cell, dtype, call, threads);
     for (int64_t first = 0; first < batch; first += most)
-        run(cell, dtype, piece_of(cell, dtype, call, first, std::min(most, batch - first)), threads);
+        run_whole(cell, dtype, piece_of(cell, dtype, call, first, std::min(most, batch - first)), threads);
 }
 
+}  // namespace
+
 template <class Call>
-void run_any(Cell cell, Dtype dtype, const Call& call, int threads) {
-    if (!call.cuts.lengths) return run_rows(cell, dtype, call, threads);
-    const ByLength rows(dtype, call.sizes, call.cuts.lengths);
+void run(Cell cell, Dtype dtype, const Call& call, int threads) {
+    if (!call.lengths) return run_rows(cell, dtype, call, threads);
+    const ByLength rows(dtype, call.sizes, call.lengths);
     const Scratch<1> scratch(rows.packed(call, nullptr).bytes);
     Call packed = rows.packed(call, scratch.get()).call;
     rows.gather(call, packed, threads);
-    run(cell, dtype, packed, threads);
+    run_whole(cell, dtype, packed, threads);
     rows.scatter(call, packed, threads);
 }
 
@@ -282,7 +248,7 @@ void run_all(Cell cell, Dtype dtype, const Call* calls, int64_t count, int threa
     if (count == 0) return;
     const int64_t work = work_of(cell, calls[0].sizes);
     if (count < threads && work >= kWorthATeam) {
-        for (int64_t i = 0; i < count; i++) run_any(cell, dtype, calls[i], threads);
+        for (int64_t i = 0; i < count; i++) run(cell, dtype, calls[i], threads);
         return;
     }
     Team team(count * work < kWorthATeam ? 1 : threads, work >= kLong);
@@ -291,25 +257,16 @@ void run_all(Cell cell, Dtype dtype, const Call* calls, int64_t count, int threa
     team.run(count, [&](int64_t i, int) {
         // What leaves a worker's thread ends the process.
         try {
-            run_any(cell, dtype, calls[i], 1);
+            run(cell, dtype, calls[i], 1);
         } catch (const std::bad_alloc&) { is_out_of_memory = true; }
     });
     if (is_out_of_memory) throw std::bad_alloc();
 }
 
-}  // namespace
-
-void forward(Cell cell, Dtype dtype, const Forward& call, int threads) { run_any(cell, dtype, call, threads); }
-
-void backward(Cell cell, Dtype dtype, const Backward& call, int threads) { run_any(cell, dtype, call, threads); }
-
-void forward(Cell cell, Dtype dtype, const Forward* calls, int64_t count, int threads) {
-    run_all(cell, dtype, calls, count, threads);
-}
-
-void backward(Cell cell, Dtype dtype, const Backward* calls, int64_t count, int threads) {
-    run_all(cell, dtype, calls, count, threads);
-}
+template void run(Cell, Dtype, const Forward&, int);
+template void run(Cell, Dtype, const Backward&, int);
+template void run_all(Cell, Dtype, const Forward*, int64_t, int);
+template void run_all(Cell, Dtype, const Backward*, int64_t, int);
 
 const char* isa_name(int index) { return index < isas().count ? isas().found[index].name : nullptr; }
 

@@ -10,8 +10,15 @@
 
 namespace ostinato {
 
-enum class Cell : int { kRnnTanh, kRnnRelu, kGru, kLstm };
-constexpr int kCells = 4;
+enum class Cell : int {};  // a place in EveryCell
+constexpr int kCells = EveryCell::kSize;
+
+template <class Value>
+struct OfEachCell {
+    Value values[kCells];
+
+    constexpr const Value& operator[](Cell cell) const { return values[static_cast<int>(cell)]; }
+};
 
 // How the arrays of a call are stored. The 16-bit types are computed in float32 (narrow.h).
 enum class Dtype : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
@@ -21,9 +28,13 @@ constexpr int kDtypes = 4;
 constexpr int64_t stored_bytes(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
 constexpr int64_t computed_bytes(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : 4; }
 
-inline constexpr Traits kTraits[kCells] = {traits<Rnn<false>>(), traits<Rnn<true>>(), traits<Gru>(), traits<Lstm>()};
+template <class... C>
+constexpr OfEachCell<Traits> traits_of_each(List<C...>) {
+    return {{traits<C>()...}};
+}
+inline constexpr OfEachCell<Traits> kTraits = traits_of_each(EveryCell());
 
-constexpr const Traits& traits_of(Cell cell) { return kTraits[static_cast<int>(cell)]; }
+constexpr const Traits& traits_of(Cell cell) { return kTraits[cell]; }
 
 // Gates per unit: rows of weight_ih = gates * H.
 constexpr int64_t gates_of(Cell cell) { return traits_of(cell).gates; }
@@ -33,8 +44,56 @@ struct Sizes {
     const int64_t* batch_sizes;  // [T] non-increasing, active rows per step; null: B at every step
     bool recompute = false;      // forward keeps no gates, only an LSTM's c; backward computes them again
 
-    int64_t output() const { return projection ? projection : hidden; }
+    constexpr int64_t output() const { return projection ? projection : hidden; }
 };
+
+// ---- the arrays of a call ----
+
+namespace {
+
+enum class Rows { kSteps, kStates, kBatch, kGates, kOutput, kNone };  // N, D * B, B, G * H, O, not in rows
+enum class Width { kOne, kInput, kOutput, kHidden, kOutputs, kHiddens };  // 1, I, O, H, D * O, D * H
+enum class Type { kValue, kFlag, kInt64, kOpaque };  // of the call's dtype, a byte that is 0 or 1, int64_t, `reserve`
+
+// What is known of an array without its address. A pointer to const says that it is read, another that it is written.
+struct Array {
+    const char* name;  // as Python knows it
+    Rows rows;
+    Width width;
+    Type type = Type::kValue;
+
+    constexpr bool has_rows_of_batch() const { return rows == Rows::kSteps || rows == Rows::kStates; }
+
+    // How many rows; only weights ask for the gates.
+    constexpr int64_t height(const Sizes& z, int64_t gates = 0) const {
+        return rows == Rows::kSteps    ? z.rows
+               : rows == Rows::kStates ? z.directions * z.batch
+               : rows == Rows::kGates  ? gates * z.hidden
+               : rows == Rows::kOutput ? z.output()
+                                       : z.batch;
+    }
+    constexpr int64_t row_values(const Sizes& z) const {
+        const bool both = width == Width::kOutputs || width == Width::kHiddens;
+        const bool is_output = width == Width::kOutput || width == Width::kOutputs;
+        if (width == Width::kOne) return 1;
+        return width == Width::kInput ? z.input : (both ? z.directions : 1) * (is_output ? z.output() : z.hidden);
+    }
+    constexpr int64_t row_bytes(const Sizes& z, Dtype dtype) const {
+        return row_values(z) * (type == Type::kValue ? stored_bytes(dtype) : type == Type::kFlag ? 1 : 8);
+    }
+};
+
+template <class Pointer>
+void point(Pointer& p, void* to) {
+    p = static_cast<Pointer>(to);
+}
+// Null stays null.
+template <class Pointer>
+Pointer moved(Pointer p, int64_t bytes) {
+    return p ? reinterpret_cast<Pointer>(reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(bytes)) : nullptr;
+}
+
+}  // namespace
 
 // Parameters of one direction, or in backward their gradients; null where absent or not wanted.
 template <class Pointer>
@@ -42,57 +101,115 @@ struct Weights {
     Pointer ih = nullptr, hh = nullptr;  // [G*H, I], [G*H, O]
     Pointer bias_ih = nullptr, bias_hh = nullptr;  // [G*H]
     Pointer hr = nullptr;  // [O, H]
+
+    template <class Visit>
+    constexpr void visit(const char* name, Weights& other, const Visit& visit) const {
+        visit(Array{name, Rows::kGates, Width::kInput}, ih, other.ih);
+        visit(Array{name, Rows::kGates, Width::kOutput}, hh, other.hh);
+        visit(Array{name, Rows::kGates, Width::kOne}, bias_ih, other.bias_ih);
+        visit(Array{name, Rows::kGates, Width::kOne}, bias_hh, other.bias_hh);
+        visit(Array{name, Rows::kOutput, Width::kHidden}, hr, other.hr);
+    }
 };
 
-// What cuts rows into segments, each a sequence of its own in both directions: a row's end, and steps before which it begins
-// anew. Where a direction's walk enters a segment over such a cut, it starts from h and c (zeros where null), otherwise from h_0
-// and c_0; h_n and c_n are the states at the end of its last segment. A row of no steps passes its states on.
-struct Cuts {
-    const int64_t* lengths = nullptr;  // [B] steps of each row of a padded batch; null: T
-    const uint8_t* resets = nullptr;  // [N], as x: whether a row begins anew before this step; null: never
-    const void *h = nullptr, *c = nullptr;  // [D, B, O], [D, B, H]
-};
+// The three structs below list the arrays of a call: as members, and in `visit` with what is known of each, which calls
+// visit(array, pointer in this call, pointer in the other) in Python's order. Nobody else lists them.
+//
+// Arrays belong to the caller; null where absent: a state is zero then, a row has T steps and is never cut. Nothing may overlap
+// what is written.
 
-// Arrays belong to the caller and are of one type. `reserve` is opaque: forward fills reserve_bytes() of it if it
-// is not null, backward reads it. Nothing may overlap what is written.
-struct Forward {
+// What forward and backward both read. lengths and resets cut rows into segments, each a sequence of its own in both
+// directions. Where a direction's walk enters a segment over a cut, it starts from reset_h and reset_c, otherwise from h_0 and
+// c_0; h_n and c_n are the states at the end of its last segment. A row of no steps passes its states on.
+struct Arguments {
     Sizes sizes;
-    Weights<const void*> weights[2];
-    const void *x, *h_0, *c_0;  // [N, I], [D, B, O] or null (zeros), [D, B, H] or null
-    void *y, *h_n, *c_n, *reserve;  // [N, D*O] (zeros past a row's end), [D, B, O] or null, [D, B, H] (LSTM), reserve or null
-    Cuts cuts{};
-    void* cells = nullptr;  // [N, D*H], c after every step of an LSTM, or null
+    const void *x = nullptr, *h_0 = nullptr, *c_0 = nullptr;
+    const int64_t* lengths = nullptr;  // steps of each row of a padded batch
+    const uint8_t* resets = nullptr;  // whether a row begins anew before this step
+    const void *reset_h = nullptr, *reset_c = nullptr;
+    Weights<const void*> weights[2] = {};
+
+    template <class Visit>
+    constexpr void visit(Arguments& other, const Visit& visit) const {
+        visit(Array{"input", Rows::kSteps, Width::kInput}, x, other.x);
+        visit(Array{"h_0", Rows::kStates, Width::kOutput}, h_0, other.h_0);
+        visit(Array{"c_0", Rows::kStates, Width::kHidden}, c_0, other.c_0);
+        visit(Array{"lengths", Rows::kBatch, Width::kOne, Type::kInt64}, lengths, other.lengths);
+        visit(Array{"resets", Rows::kSteps, Width::kOne, Type::kFlag}, resets, other.resets);
+        visit(Array{"reset_h", Rows::kStates, Width::kOutput}, reset_h, other.reset_h);
+        visit(Array{"reset_c", Rows::kStates, Width::kHidden}, reset_c, other.reset_c);
+        for (int64_t d = 0; d < sizes.directions; d++) weights[d].visit("weights", other.weights[d], visit);
+    }
+};
+
+struct Forward : Arguments {
+    void *y = nullptr, *h_n = nullptr, *c_n = nullptr;  // y: zero past a row's end; an LSTM must have c_n
+    void* cells = nullptr;  // c after every step of an LSTM
+    void* reserve = nullptr;  // reserve_bytes() for backward
     bool has_bfloat16_weights = false;  // float32 weights whose lower halves are zero
+
+    template <class Visit>
+    constexpr void visit(Forward& other, const Visit& visit) const {
+        Arguments::visit(other, visit);
+        visit(Array{"output", Rows::kSteps, Width::kOutputs}, y, other.y);
+        visit(Array{"h_n", Rows::kStates, Width::kOutput}, h_n, other.h_n);
+        visit(Array{"c_n", Rows::kStates, Width::kHidden}, c_n, other.c_n);
+        visit(Array{"cells", Rows::kSteps, Width::kHiddens}, cells, other.cells);
+        visit(Array{"reserve", Rows::kNone, Width::kOne, Type::kOpaque}, reserve, other.reserve);
+    }
 };
 
-// The gradients of y, h_n and c_n come in (null: zero); the wanted ones of x, h_0, c_0 and the weights go out.
-struct Backward {
-    Sizes sizes;
-    Weights<const void*> weights[2];
-    const void *x, *h_0, *c_0, *y, *reserve;  // y may be null where one step of a GRU or an LSTM was run
-    const void *dy, *dh_n, *dc_n;
-    void *dx, *dh_0, *dc_0;
-    Weights<void*> grads[2];
-    Cuts cuts{};
-    void *dcut_h = nullptr, *dcut_c = nullptr;  // of cuts.h and cuts.c, sums over all segments of a row
-    const void* dcells = nullptr;  // [N, D*H]
+// The gradients of y, h_n, c_n and cells come in (null: zero); the wanted ones go out, those of reset_h and reset_c as sums over
+// all segments of a row.
+struct Backward : Arguments {
+    const void *y = nullptr, *reserve = nullptr;  // y may be null where one step of a GRU or an LSTM was run
+    const void *dy = nullptr, *dh_n = nullptr, *dc_n = nullptr, *dcells = nullptr;
+    void *dx = nullptr, *dh_0 = nullptr, *dc_0 = nullptr, *dreset_h = nullptr, *dreset_c = nullptr;
+    Weights<void*> grads[2] = {};
     bool resume = false;  // the sums in the gradients of the weights go on from what these hold; never in 16 bits
+
+    template <class Visit>
+    constexpr void visit(Backward& other, const Visit& visit) const {
+        Arguments::visit(other, visit);
+        visit(Array{"output", Rows::kSteps, Width::kOutputs}, y, other.y);
+        visit(Array{"reserve", Rows::kNone, Width::kOne, Type::kOpaque}, reserve, other.reserve);
+        visit(Array{"grad_output", Rows::kSteps, Width::kOutputs}, dy, other.dy);
+        visit(Array{"grad_h_n", Rows::kStates, Width::kOutput}, dh_n, other.dh_n);
+        visit(Array{"grad_c_n", Rows::kStates, Width::kHidden}, dc_n, other.dc_n);
+        visit(Array{"grad_cells", Rows::kSteps, Width::kHiddens}, dcells, other.dcells);
+        visit(Array{"grad_input", Rows::kSteps, Width::kInput}, dx, other.dx);
+        visit(Array{"grad_h_0", Rows::kStates, Width::kOutput}, dh_0, other.dh_0);
+        visit(Array{"grad_c_0", Rows::kStates, Width::kHidden}, dc_0, other.dc_0);
+        visit(Array{"grad_reset_h", Rows::kStates, Width::kOutput}, dreset_h, other.dreset_h);
+        visit(Array{"grad_reset_c", Rows::kStates, Width::kHidden}, dreset_c, other.dreset_c);
+        for (int64_t d = 0; d < sizes.directions; d++) grads[d].visit("grad_weights", other.grads[d], visit);
+    }
 };
+
+namespace {
+
+template <class Call>
+constexpr int count_arrays(int64_t directions) {
+    Call call{};
+    call.sizes.directions = directions;
+    int count = 0;
+    call.visit(call, [&](const Array&, auto, auto&) { count++; });
+    return count;
+}
+
+}  // namespace
 
 class Team;
 
 // Entry points of one instruction set for one cell and type. scratch holds at least as many bytes as were asked for, aligned
 // to 64, its contents arbitrary.
-struct Kernel {
-    int64_t (*forward_scratch)(const Forward&, int members);
-    void (*forward)(const Forward&, Team&, void* scratch);
-    int64_t (*backward_scratch)(const Backward&, int members);
-    void (*backward)(const Backward&, Team&, void* scratch);
+template <class Call>
+struct Walk {
+    int64_t (*scratch_bytes)(const Call&, int members);
+    void (*run)(const Call&, Team&, void* scratch);
 };
-
-struct Kernels {
-    Kernel of[kCells];  // [Cell]
-};
+struct Kernel : Walk<Forward>, Walk<Backward> {};
+using Kernels = OfEachCell<Kernel>;
 
 // Units are stored in multiples of this many in reserve and scratch, so that both are the same on every instruction set.
 constexpr int64_t padded(int64_t units) { return (units + 15) / 16 * 16; }
@@ -104,13 +221,15 @@ constexpr int64_t kWorthRelay = 1 << 15;
 
 // Of `reserve`, for sizes as they are given to forward and backward.
 int64_t reserve_bytes(Cell cell, Dtype dtype, const Sizes& sizes);
-void forward(Cell cell, Dtype dtype, const Forward& call, int threads);
-void backward(Cell cell, Dtype dtype, const Backward& call, int threads);
+
+// Call: Forward or Backward.
+template <class Call>
+void run(Cell cell, Dtype dtype, const Call& call, int threads);
 
 // Calls of one size that know nothing of each other, with the bits that each has alone. Where there are at least as many as
 // threads, or where one is not worth sharing, each runs in one thread.
-void forward(Cell cell, Dtype dtype, const Forward* calls, int64_t count, int threads);
-void backward(Cell cell, Dtype dtype, const Backward* calls, int64_t count, int threads);
+template <class Call>
+void run_all(Cell cell, Dtype dtype, const Call* calls, int64_t count, int threads);
 
 // Names of the instruction sets that this processor can run, best first; null at `index` past the end.
 const char* isa_name(int index);

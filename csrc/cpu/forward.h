@@ -22,7 +22,7 @@ public:
         : f_(call),
           size_(call.sizes),
           arena_(scratch),
-          steps_(call.sizes, call.cuts, arena_),
+          steps_(call, arena_),
           shares_(call.sizes, members, work(), work() * sizeof(T), max_tile_rows<G>()),
           relay_(ceil_div(ceil_div(call.sizes.hidden, L), kGroup), arena_) {
         const int64_t D = size_.directions, B = size_.batch, O = size_.output(), H = size_.hidden;
@@ -313,7 +313,7 @@ private:
             panels = w.panels_ + d * w.blocks_ * w.panel_;
         }
 
-        // Finds the previous state of the rows [b0, b1): a row of y, of h_0, of cuts.h, or zeros.
+        // Finds the previous state of the rows [b0, b1): a row of y, of h_0, of reset_h, or zeros.
         void begin(int64_t b0, int64_t b1) const {
             const Sizes& z = w.size_;
             const int64_t continuing = w.steps_.rows(d, s - 1);
@@ -321,7 +321,7 @@ private:
                 continuing ? static_cast<const T*>(w.f_.y) + w.steps_.first_row(d, s - 1) * ld_y + d * z.output() : nullptr;
             for (int64_t b = b0; b < b1; b++) {
                 const bool is_cut = cut.has(b);
-                const T* start = w.weight(is_cut ? w.f_.cuts.h : w.f_.h_0);
+                const T* start = w.weight(is_cut ? w.f_.reset_h : w.f_.h_0);
                 if (b < continuing && !is_cut)
                     previous[b] = y_before + b * ld_y;
                 else
@@ -416,7 +416,7 @@ private:
         OSTINATO_INLINE Vec<T> previous_cell(int64_t b, int64_t unit, int64_t lanes) const {
             if (!cut.has(b)) return Vec<T>::load(c + b * w.hp_ + unit);
             const int64_t H = w.size_.hidden;
-            return w.f_.cuts.c ? load_n(w.weight(w.f_.cuts.c) + (d * w.size_.batch + b) * H + unit, lanes) : Vec<T>(0);
+            return w.f_.reset_c ? load_n(w.weight(w.f_.reset_c) + (d * w.size_.batch + b) * H + unit, lanes) : Vec<T>(0);
         }
 
         void project(int64_t b0, int64_t b1) const {

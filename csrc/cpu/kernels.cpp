@@ -11,42 +11,29 @@
 namespace ostinato {
 namespace {
 
-template <class T, class C>
-constexpr Kernel kernel() {
-    return {
-        [](const Forward& call, int members) { return ForwardWalk<T, C>(call, members, nullptr).scratch_bytes(); },
-        [](const Forward& call, Team& team, void* scratch) { ForwardWalk<T, C>(call, team.members(), scratch).run(team); },
-        [](const Backward& call, int members) { return BackwardWalk<T, C>(call, members, nullptr).scratch_bytes(); },
-        [](const Backward& call, Team& team, void* scratch) { BackwardWalk<T, C>(call, team.members(), scratch).run(team); },
-    };
+// The entry points of a class that walks one call.
+template <class Call, class Walker>
+constexpr Walk<Call> kWalk = {
+    [](const Call& call, int members) { return Walker(call, members, nullptr).scratch_bytes(); },
+    [](const Call& call, Team& team, void* scratch) { Walker(call, team.members(), scratch).run(team); },
+};
+
+template <class T, class... C>
+constexpr Kernels kernels(List<C...>) {
+    return {{{kWalk<Forward, ForwardWalk<T, C>>, kWalk<Backward, BackwardWalk<T, C>>}...}};
 }
 
-template <class T>
-constexpr Kernels kernels() {
-    return {{kernel<T, Rnn<false>>(), kernel<T, Rnn<true>>(), kernel<T, Gru>(), kernel<T, Lstm>()}};
-}
+// S: how the arrays are stored. Walker: the walk in float32.
+template <class S, class C, class Call, class Walker>
+struct NarrowWalk : Narrow<S, Call> {
+    NarrowWalk(const Call& call, int members, void* scratch)
+        : Narrow<S, Call>(C::kGates, kWalk<Call, Walker>, call, members, scratch) {}
+};
 
-constexpr Kernels kComputed = kernels<OSTINATO_COMPUTED>();
-
-template <class S, Cell cell>
-constexpr Kernel narrow_kernel() {
-    constexpr const Kernel& walk = kComputed.of[static_cast<int>(cell)];
-    return {
-        [](const Forward& call, int members) { return NarrowForward<S>(cell, walk, call, members, nullptr).scratch_bytes(); },
-        [](const Forward& call, Team& team, void* scratch) {
-            NarrowForward<S>(cell, walk, call, team.members(), scratch).run(team);
-        },
-        [](const Backward& call, int members) { return NarrowBackward<S>(cell, walk, call, members, nullptr).scratch_bytes(); },
-        [](const Backward& call, Team& team, void* scratch) {
-            NarrowBackward<S>(cell, walk, call, team.members(), scratch).run(team);
-        },
-    };
-}
-
-template <class S>
-constexpr Kernels narrow_kernels() {
-    return {{narrow_kernel<S, Cell::kRnnTanh>(), narrow_kernel<S, Cell::kRnnRelu>(), narrow_kernel<S, Cell::kGru>(),
-             narrow_kernel<S, Cell::kLstm>()}};
+template <class S, class... C>
+constexpr Kernels narrow_kernels(List<C...>) {
+    return {{{kWalk<Forward, NarrowWalk<S, C, Forward, ForwardWalk<float, C>>>,
+              kWalk<Backward, NarrowWalk<S, C, Backward, BackwardWalk<float, C>>>}...}};
 }
 
 }  // namespace
@@ -55,10 +42,10 @@ constexpr Kernels narrow_kernels() {
 #define OSTINATO_JOIN(a, b, c) OSTINATO_JOIN2(a, b, c)
 #define OSTINATO_TABLE(type) OSTINATO_JOIN(kernels, OSTINATO_ISA_NAME, type)
 
-extern const Kernels OSTINATO_TABLE(OSTINATO_COMPUTED) = kComputed;
+extern const Kernels OSTINATO_TABLE(OSTINATO_COMPUTED) = kernels<OSTINATO_COMPUTED>(EveryCell());
 #ifdef OSTINATO_NARROW
-extern const Kernels OSTINATO_TABLE(bfloat16) = narrow_kernels<BFloat16>();
-extern const Kernels OSTINATO_TABLE(float16) = narrow_kernels<Float16>();
+extern const Kernels OSTINATO_TABLE(bfloat16) = narrow_kernels<BFloat16>(EveryCell());
+extern const Kernels OSTINATO_TABLE(float16) = narrow_kernels<Float16>(EveryCell());
 #endif
 
 }  // namespace ostinato

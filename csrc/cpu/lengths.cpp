@@ -11,55 +11,6 @@
 namespace ostinato {
 namespace {
 
-// What the rows of an array are: those of all steps, or those of all directions.
-enum class Rows { kSteps, kStates };
-
-// Calls visit(array, its packed counterpart, rows, bytes of a row) for every array of a call that has such rows. What is read is
-// const, what is written is not.
-template <class Visit>
-void visit_cuts(const Sizes& z, int64_t bytes, const Cuts& call, Cuts& packed, const Visit& visit) {
-    const void* resets = packed.resets;
-    visit(static_cast<const void*>(call.resets), resets, Rows::kSteps, 1);
-    packed.resets = static_cast<const uint8_t*>(resets);
-    visit(call.h, packed.h, Rows::kStates, bytes * z.output());
-    visit(call.c, packed.c, Rows::kStates, bytes * z.hidden);
-}
-
-template <class Visit>
-void visit_arrays(const Sizes& z, int64_t bytes, const Forward& call, Forward& packed, const Visit& visit) {
-    const int64_t I = bytes * z.input, O = bytes * z.output(), H = bytes * z.hidden, D = z.directions;
-    visit_cuts(z, bytes, call.cuts, packed.cuts, visit);
-    visit(call.x, packed.x, Rows::kSteps, I);
-    visit(call.h_0, packed.h_0, Rows::kStates, O), visit(call.c_0, packed.c_0, Rows::kStates, H);
-    visit(call.y, packed.y, Rows::kSteps, D * O), visit(call.cells, packed.cells, Rows::kSteps, D * H);
-    visit(call.h_n, packed.h_n, Rows::kStates, O), visit(call.c_n, packed.c_n, Rows::kStates, H);
-}
-
-template <class Visit>
-void visit_arrays(const Sizes& z, int64_t bytes, const Backward& call, Backward& packed, const Visit& visit) {
-    const int64_t I = bytes * z.input, O = bytes * z.output(), H = bytes * z.hidden, D = z.directions;
-    visit_cuts(z, bytes, call.cuts, packed.cuts, visit);
-    visit(call.x, packed.x, Rows::kSteps, I), visit(call.dx, packed.dx, Rows::kSteps, I);
-    visit(call.h_0, packed.h_0, Rows::kStates, O), visit(call.c_0, packed.c_0, Rows::kStates, H);
-    visit(call.y, packed.y, Rows::kSteps, D * O), visit(call.dy, packed.dy, Rows::kSteps, D * O);
-    visit(call.dcells, packed.dcells, Rows::kSteps, D * H);
-    visit(call.dh_n, packed.dh_n, Rows::kStates, O), visit(call.dc_n, packed.dc_n, Rows::kStates, H);
-    visit(call.dh_0, packed.dh_0, Rows::kStates, O), visit(call.dc_0, packed.dc_0, Rows::kStates, H);
-    visit(call.dcut_h, packed.dcut_h, Rows::kStates, O), visit(call.dcut_c, packed.dcut_c, Rows::kStates, H);
-}
-
-// Gives every array that is there a packed counterpart.
-struct Take {
-    Arena& arena;
-    const Sizes& sizes;
-
-    template <class Pointer>
-    void operator()(Pointer array, Pointer& packed, Rows rows, int64_t bytes) const {
-        const int64_t count = rows == Rows::kSteps ? sizes.rows : sizes.directions * sizes.batch;
-        packed = array ? arena.take<char>(count * bytes) : nullptr;
-    }
-};
-
 // Calls body(first, last) on parts of [0, count), in several threads where that many bytes are worth it.
 template <class Body>
 void in_parts(int64_t count, int64_t bytes_each, int threads, const Body& body) {
@@ -97,25 +48,29 @@ ByLength::Packed<Call> ByLength::packed(const Call& call, void* scratch) const {
     Arena arena(scratch);
     Call packed = call;
     packed.sizes = sizes_;
-    packed.cuts.lengths = nullptr;
-    visit_arrays(sizes_, stored_bytes(dtype_), call, packed, Take{arena, sizes_});
+    packed.lengths = nullptr;
+    call.visit(packed, [&](const Array& array, auto here, auto& in_packed) {
+        if (here && array.has_rows_of_batch())
+            point(in_packed, arena.take<char>(array.height(sizes_) * array.row_bytes(sizes_, dtype_)));
+    });
     return {packed, arena.used()};
 }
 
 template <bool kIsBack, class Call>
 void ByLength::copy(const Call& call, Call& packed, int threads) const {
-    visit_arrays(sizes_, stored_bytes(dtype_), call, packed, [&](auto array, auto& in_packed, Rows rows, int64_t bytes) {
-        constexpr bool kIsRead = std::is_const_v<std::remove_pointer_t<decltype(array)>>;
-        if (!array || kIsRead == kIsBack) return;
-        const std::vector<int64_t>& places = rows == Rows::kSteps ? positions_ : states_;
+    call.visit(packed, [&](const Array& array, auto there, auto& here) {
+        constexpr bool kIsRead = std::is_const_v<std::remove_pointer_t<decltype(there)>>;
+        if (!there || kIsRead == kIsBack || !array.has_rows_of_batch()) return;
+        const std::vector<int64_t>& places = array.rows == Rows::kSteps ? positions_ : states_;
+        const int64_t bytes = array.row_bytes(sizes_, dtype_);
         in_parts(static_cast<int64_t>(places.size()), bytes, threads, [&](int64_t first, int64_t last) {
             for (int64_t i = first; i < last; i++) {
-                char *there = row_of(array, places[i], bytes), *here = row_of(in_packed, i, bytes);
-                std::memcpy(kIsBack ? there : here, kIsBack ? here : there, static_cast<size_t>(bytes));
+                char *outside = row_of(there, places[i], bytes), *inside = row_of(here, i, bytes);
+                std::memcpy(kIsBack ? outside : inside, kIsBack ? inside : outside, static_cast<size_t>(bytes));
             }
         });
-        if (kIsBack && rows == Rows::kSteps)
-            for (int64_t place : unused_) std::memset(row_of(array, place, bytes), 0, static_cast<size_t>(bytes));
+        if (kIsBack && array.rows == Rows::kSteps)
+            for (int64_t place : unused_) std::memset(row_of(there, place, bytes), 0, static_cast<size_t>(bytes));
     });
 }
 

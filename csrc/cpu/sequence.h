@@ -3,8 +3,8 @@
 // A direction visits its steps in walk order s = 0..T-1; step s is time t(s), T-1-s for the reverse direction. At time t
 // the first rows_at(t) rows of the batch are active. Of these, the rows that were active at step s-1 continue from there;
 // the others begin at h_0. That one rule covers both directions of a packed batch: forward, rows only ever end; reverse,
-// rows only ever begin, each at its own last step. A row that is cut before step s (Cuts::resets) begins there at the state of
-// cuts, whether it was active or not.
+// rows only ever begin, each at its own last step. A row that is cut before step s (`resets`) begins there at reset_h and
+// reset_c, whether it was active or not.
 //
 // Who computes what. Rows are independent, so a batch is cut into row tiles and each member walks its tile through all
 // steps without a barrier. Where there are fewer rows than that is worth, the members walk together and share the unit
@@ -39,8 +39,8 @@ struct Steps {
     const uint8_t* resets;
     int64_t* offsets;
 
-    Steps(const Sizes& s, const Cuts& cuts, Arena& arena)
-        : sizes(s), resets(cuts.resets), offsets(arena.take<int64_t>(s.steps + 1)) {}
+    Steps(const Arguments& call, Arena& arena)
+        : sizes(call.sizes), resets(call.resets), offsets(arena.take<int64_t>(sizes.steps + 1)) {}
 
     void fill() const {
         offsets[0] = 0;

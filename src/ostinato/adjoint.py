@@ -404,9 +404,10 @@ def _slopes(
 
     Returns:
         h; then for each new state derivatives by gates_x, by gates_h and by the last state, shaped
-        as these; the last are none for an RNN.
+        as these; the last are none where a step reads neither its last h alone nor c.
     """
-    has_carry = CELLS[cell].gates > 1
+    kind = CELLS[cell]
+    has_carry = kind.reads_previous or kind.has_c
 
     def step(gates_x: Tensor, gates_h: Tensor, last: Tensor) -> tuple[Tensor, ...]:
         return reference.STEPS[cell](gates_x, gates_h, (last, last), None)

@@ -41,6 +41,7 @@ class Cell:
         states: what a step hands on; the first is h, the output.
         projects: whether h may be projected by weight_hr.
         reads_output: whether backward of a step reads its output.
+        reads_previous: whether a step reads the last h beside its product with weight_hh.
         onnx: how ONNX's operator is told to compute this.
         dim_word: a word that torch's layer adds when it refuses an input's dimensions.
         timed_as: the cell whose measured times stand for this one's, or nothing.
@@ -60,6 +61,7 @@ class Cell:
     states: tuple[str, ...]
     projects: bool
     reads_output: bool
+    reads_previous: bool
     onnx: Onnx
     dim_word: str = ""
     timed_as: str = ""
@@ -86,6 +88,7 @@ _RNN = Cell(
     states=("h",),
     projects=False,
     reads_output=True,
+    reads_previous=False,
     onnx=Onnx((0,), activation="Tanh"),
     dim_word=" tensor",
 )
@@ -108,6 +111,7 @@ _GRU = Cell(
     states=("h",),
     projects=False,
     reads_output=False,
+    reads_previous=True,
     onnx=Onnx((1, 0, 2), {"linear_before_reset": 1}),
 )
 _LSTM = Cell(
@@ -121,6 +125,7 @@ _LSTM = Cell(
     states=("h", "c"),
     projects=True,
     reads_output=False,
+    reads_previous=False,
     onnx=Onnx((0, 3, 1, 2)),
 )
 CELLS = {cell.name: cell for cell in (_RNN, _RELU, _GRU, _LSTM)}

@@ -381,10 +381,9 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _cut_addresses(call: Call) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
-    """Return dense lengths, resets and their states, which must outlive the call, and addresses."""
-    held = tuple(map(_dense, (call.lengths, call.resets, call.reset_h, call.reset_c)))
-    return held, tuple(map(address, held))
+def _dense_cuts(call: Call) -> tuple[Tensor | None, ...]:
+    """Return dense lengths, resets and their states, which must outlive the call."""
+    return tuple(map(_dense, (call.lengths, call.resets, call.reset_h, call.reset_c)))
 
 
 def _layer_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -396,7 +395,7 @@ def _layer_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
     # Named, so that dense copies outlive the call that reads their addresses.
     x, steps, h, c = call.input.contiguous(), *map(_dense, (call.batch_sizes, call.h_0, call.c_0))
     weights = [weight.contiguous() for weight in call.weights]
-    held, cuts = _cut_addresses(call)
+    held = _dense_cuts(call)
     output = x.new_empty((*x.shape[:-1], sizes.directions * sizes.output))
     h_n = x.new_empty((sizes.directions, sizes.batch, sizes.output))
     has_cell = call.kind.has_c
@@ -411,25 +410,17 @@ def _layer_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
         # the inputs.
         taken = sizes._replace(rows=int(call.lengths.sum()))
         reserve[_core.reserve_bytes(cell, dtype, taken, call.recompute) :].zero_()
-    _core.layer_forward(
-        cell,
-        dtype,
-        sizes,
-        address(steps),
-        x.data_ptr(),
-        address(h),
-        address(c),
-        _addresses(weights, sizes, call.has_biases),
+    first = [
+        *map(address, (x, h, c, *held)),
+        *_addresses(weights, sizes, call.has_biases),
         output.data_ptr(),
         h_n.data_ptr(),
         c_n.data_ptr() if has_cell else 0,
-        reserve.data_ptr() if keep else 0,
-        thread_count(),
-        call.recompute,
-        cuts,
         cells.data_ptr() if has_cells else 0,
-    )
-    del held
+        reserve.data_ptr() if keep else 0,
+    ]
+    steps_at, threads = address(steps), thread_count()
+    _core.forward(cell, dtype, sizes, steps_at, 1, first, [], threads, call.recompute)
     return output, h_n, c_n, cells, reserve
 
 
@@ -473,7 +464,7 @@ def _layer_backward_cpu(
     check_backward(call, sizes, arrived, output, reserve, wanted, reserve_bytes(call, sizes))
     x, steps, h, c = call.input.contiguous(), *map(_dense, (call.batch_sizes, call.h_0, call.c_0))
     weights, y = [weight.contiguous() for weight in call.weights], output.contiguous()
-    held, cuts = _cut_addresses(call)
+    held = _dense_cuts(call)
     has_cell = call.kind.has_c
     dy, dh_n = _dense(grad_output), _dense(grad_h_n)
     dc_n = _dense(grad_c_n) if has_cell else None
@@ -483,32 +474,14 @@ def _layer_backward_cpu(
     dx, dh_0, dc_0, dcut_h, dcut_c, *dw = (
         grad if want else None for grad, want in zip(grads, wanted, strict=True)
     )
-    _core.layer_backward(
-        call.kind.number,
-        DTYPES[x.dtype],
-        sizes,
-        address(steps),
-        x.data_ptr(),
-        address(h),
-        address(c),
-        _addresses(weights, sizes, call.has_biases),
-        y.data_ptr(),
-        reserve.data_ptr(),
-        address(dy),
-        address(dh_n),
-        address(dc_n),
-        address(dx),
-        address(dh_0),
-        address(dc_0),
-        _addresses(dw, sizes, call.has_biases),
-        thread_count(),
-        call.recompute,
-        cuts,
-        address(dcut_h),
-        address(dcut_c),
-        address(dcells),
-    )
-    del held
+    first = [
+        *map(address, (x, h, c, *held)),
+        *_addresses(weights, sizes, call.has_biases),
+        *map(address, (y, reserve, dy, dh_n, dc_n, dcells, dx, dh_0, dc_0, dcut_h, dcut_c)),
+        *_addresses(dw, sizes, call.has_biases),
+    ]
+    cell, dtype, steps_at = call.kind.number, DTYPES[x.dtype], address(steps)
+    _core.backward(cell, dtype, sizes, steps_at, 1, first, [], thread_count(), call.recompute)
     return grads
 
 

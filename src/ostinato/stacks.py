@@ -321,7 +321,7 @@ def run_stack(plan: Plan, tensors: Maybe) -> tuple[Tensor, ...]:
     present = (True, True, has_cell, plan.all_c, plan.keep)
     for result, is_there in zip((output, h_n, c_n, cells, reserve), present, strict=True):
         arrays.add(result if is_there else None, True)
-    _core.layers_forward(
+    _core.forward(
         call.kind.number,
         dtype,
         sizes,
@@ -351,10 +351,11 @@ def run_stack_backward(plan: Plan, values: Maybe) -> tuple[Tensor, ...]:
         call, sizes, (dy, dh_n, dc_n, dcells), output, kept, wanted, reserve_bytes(call, sizes)
     )
     arrays = _Arrays()
-    for index, pair in enumerate(front):
-        # c has no gradient where there is none.
-        arrays.add(*((None, False) if index in (2, 3) and not call.kind.has_c else pair))
     _add_inputs(arrays, call, sizes, tensors, stacked)
+    for index in (OUTPUT, RESERVE, 0, 1, 2, 3):
+        # c has no gradient where there is none.
+        is_absent = index in (2, 3) and not call.kind.has_c
+        arrays.add(*((None, False) if is_absent else front[index]))
     found = [
         call.input.new_empty((plan.models, *first.shape)) if want and first is not None else None
         for first, want in zip(call.tensors(), wanted, strict=True)
@@ -362,7 +363,7 @@ def run_stack_backward(plan: Plan, values: Maybe) -> tuple[Tensor, ...]:
     for grad in found[: WEIGHTS - FLAGS]:
         arrays.add(grad, True)
     arrays.add_weights(call, sizes, [(grad, True) for grad in found[WEIGHTS - FLAGS :]])
-    _core.layers_backward(
+    _core.backward(
         call.kind.number,
         DTYPES[call.input.dtype],
         sizes,

@@ -22,6 +22,7 @@ DTYPES = ("float32", "float64")
 # In the engine's order. NumPy has no bfloat16: its bits stand in a uint16.
 STORED = ("float32", "float64", "uint16", "float16")
 GRADIENTS = ("dx", "dh_0", "dc_0")
+CUT_GRADIENTS = ("dcut_h", "dcut_c")
 COTANGENTS = ("dy", "dh_n", "dc_n")
 
 
@@ -187,18 +188,11 @@ class Layer(calls.Call):
         """Return y, h_n, c_n and reserve, in memory that shows a write out of bounds."""
         with Poison() as poison:
             dtype, shapes = self.x.dtype, self.shapes()
-            results = {n: poison.empty(shapes[n], dtype, n) for n in ("y", "h_n")}
-            if self.record.has_c:
-                results["c_n"] = poison.empty(shapes["c_n"], dtype, "c_n")
-            reserve = self._reserve(poison, keep=keep)
-            _core.layer_forward(
-                *self._head(),
-                *self._inputs(poison),
-                *(_address(results.get(n)) for n in ("y", "h_n", "c_n")),
-                _address(reserve) if reserve.size else 0,
-                threads,
-            )
-        return results | {"reserve": reserve}
+            names = [n for n in ("y", "h_n", "c_n") if n in shapes]
+            results = {n: poison.empty(shapes[n], dtype, n) for n in names}
+            results["reserve"] = self._reserve(poison, keep=keep)
+            self._forward(self._inputs(poison), results, threads)
+        return results
 
     def backward(self, results, cotangents, *, wanted=None, threads=1):
         """Return the wanted gradients by name; all of them if `wanted` is None."""
@@ -206,15 +200,7 @@ class Layer(calls.Call):
             dtype, shapes = self.x.dtype, self.shapes()
             wanted = self.gradients() if wanted is None else wanted
             grads = {n: poison.empty(shapes[n], dtype, n) for n in wanted}
-            _core.layer_backward(
-                *self._head(),
-                *self._inputs(poison),
-                _address(poison.copy(results["y"], "y")),
-                _address(poison.copy(results["reserve"], "reserve")),
-                *(_address(poison.copy(cotangents[n], n)) for n in COTANGENTS),
-                *self._outputs(grads),
-                threads,
-            )
+            self._backward(poison, self._inputs(poison), results, cotangents, grads, threads)
         return grads
 
     def run(self, cotangents, *, threads=1, wanted=None):
@@ -240,36 +226,14 @@ class Layer(calls.Call):
                 if n in shapes
             }
             reserve = self._reserve(poison, recompute=recompute)
-            cuts = [_address(poison.copy(a)) for a in (lengths, resets, *states)]
-            inputs = self._inputs(poison)
-            _core.layer_forward(
-                *self._head(),
-                *inputs,
-                *(_address(out.get(n)) for n in ("y", "h_n", "c_n")),
-                _address(reserve) if reserve.size else 0,
-                threads,
-                recompute,
-                cuts,
-                _address(out.get("cells")),
-            )
+            inputs = self._inputs(poison, lengths, resets, *states)
+            self._forward(inputs, out | {"reserve": reserve}, threads, recompute)
             grads = {n: poison.empty(shapes[n], dtype, n) for n in self.gradients()}
-            for name, state in zip(("dcut_h", "dcut_c"), states, strict=True):
+            for name, state in zip(CUT_GRADIENTS, states, strict=True):
                 if state is not None:
                     grads[name] = poison.empty(state.shape, dtype, name)
-            _core.layer_backward(
-                *self._head(),
-                *inputs,
-                _address(poison.copy(out["y"])),
-                _address(poison.copy(reserve)),
-                *(_address(poison.copy(cotangents[n])) for n in COTANGENTS),
-                *self._outputs(grads),
-                threads,
-                recompute,
-                cuts,
-                _address(grads.get("dcut_h")),
-                _address(grads.get("dcut_c")),
-                _address(poison.copy(cotangents.get("dcells"))),
-            )
+            results = {"y": out["y"], "reserve": reserve}
+            self._backward(poison, inputs, results, cotangents, grads, threads, recompute)
         return out | grads
 
     def soil(self):
@@ -299,24 +263,34 @@ class Layer(calls.Call):
         kept = _core.reserve_bytes(*self._head(), recompute) if keep else 0
         return poison.room(kept // computed.itemsize, computed, "reserve")
 
-    def _outputs(self, grads):
-        """Return the addresses of gradients in the engine's order."""
-        return (
-            *(_address(grads.get(n)) for n in GRADIENTS),
-            [
-                _address(grads.get(f"d{n}{'_reverse' * d}"))
-                for d in range(len(self.weights))
-                for n in WEIGHTS
-            ],
-        )
-
-    def _inputs(self, poison):
+    def _inputs(self, poison, *cuts):
+        """Return batch_sizes, and what forward and backward read, in the engine's order."""
         sizes = None if self.sizes is None else np.array(self.sizes, np.int64)
-        return (
-            _address(poison.copy(sizes, "batch_sizes")),
-            *(_address(poison.copy(getattr(self, n), n)) for n in ("x", *STATES)),
-            [_address(poison.copy(w[n], n)) for w in self.weights for n in WEIGHTS],
+        named = {n: getattr(self, n) for n in ("x", *STATES)}
+        named |= dict(
+            zip(("lengths", "resets", "reset_h", "reset_c"), cuts or [None] * 4, strict=True)
         )
+        copies = [poison.copy(a, n) for n, a in named.items()]
+        copies += [poison.copy(w[n], n) for w in self.weights for n in WEIGHTS]
+        return _address(poison.copy(sizes, "batch_sizes")), list(map(_address, copies))
+
+    def _forward(self, inputs, results, threads, recompute=False):
+        batch_sizes, first = inputs
+        outputs = [results.get(n) for n in ("y", "h_n", "c_n", "cells", "reserve")]
+        if not outputs[-1].size:
+            outputs[-1] = None
+        first = [*first, *map(_address, outputs)]
+        _core.forward(*self._head(), batch_sizes, 1, first, [], threads, recompute)
+
+    def _backward(self, poison, inputs, results, cotangents, grads, threads, recompute=False):
+        batch_sizes, first = inputs
+        given = results | cotangents
+        copies = [poison.copy(given.get(n), n) for n in ("y", "reserve", *COTANGENTS, "dcells")]
+        outputs = [grads.get(n) for n in (*GRADIENTS, *CUT_GRADIENTS)]
+        for d in range(len(self.weights)):
+            outputs += [grads.get(f"d{n}{'_reverse' * d}") for n in WEIGHTS]
+        first = [*first, *map(_address, copies + outputs)]
+        _core.backward(*self._head(), batch_sizes, 1, first, [], threads, recompute)
 
 
 def _address(array):
