@@ -112,8 +112,9 @@ struct Weights {
     }
 };
 
-// The three structs below list the arrays of a call: as members, and in `visit` with what is known of each, which calls
-// visit(array, pointer in this call, pointer in the other) in Python's order. Nobody else lists them.
+// Each struct below declares its arrays as members and lists them in `visit` with their rows, width and type, in the order in
+// which Python passes them. The bindings, 16-bit storage, lengths and pieces of a batch all go through `visit`. It calls
+// visit(array, the pointer in this call, the pointer in `other`) for each.
 //
 // Arrays belong to the caller; null where absent: a state is zero then, a row has T steps and is never cut. Nothing may overlap
 // what is written.
@@ -219,7 +220,7 @@ constexpr int64_t kWorthRelay = 1 << 15;
 
 // ---- dispatch.cpp ----
 
-// Of `reserve`, for sizes as they are given to forward and backward.
+// Of `reserve`, for sizes as they are given to run.
 int64_t reserve_bytes(Cell cell, Dtype dtype, const Sizes& sizes);
 
 // Call: Forward or Backward.
