@@ -50,9 +50,9 @@ def test_the_table_of_arrays_counts_what_a_call_takes(backward):
     for directions in (1, 2):
         count = sum(5 * directions if name.endswith("weights") else 1 for name in names)
         run = _core.backward if backward else _core.forward
-        # No rows: nothing is read or written.
         sizes = (0, 0, 0, 1, 1, 0, directions)
-        run(0, 0, sizes, 0, 1, [0] * count, [], 1)
+        # No models: nothing runs.
+        run(0, 0, sizes, 0, 0, [0] * count, [0] * count, 1)
         with pytest.raises(ValueError, match=f"expected {count} addresses"):
             run(0, 0, sizes, 0, 1, [0] * (count + 1), [], 1)
 

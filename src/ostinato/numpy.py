@@ -548,16 +548,17 @@ def _layer(
     c_n = None
     if call.record.has_c:
         c_n = np.empty((sizes.directions, sizes.batch, sizes.hidden), input.dtype)
-    five = five_per_direction(dense, sizes, call.has_biases, None)
-    # In the order of `_core.arrays(False)`: neither lengths nor resets, all c and reserve.
-    arrays = (x, h, c, *[None] * 4, *five, output, h_n, c_n, None, None)
+    # In the order of `_core.arrays(False)`; neither rows that are cut, nor cells and reserve.
+    first = [*map(_address, (x, h, c)), 0, 0, 0, 0]
+    first += five_per_direction(list(map(_address, dense)), sizes, call.has_biases, 0)
+    first += [_address(output), _address(h_n), _address(c_n), 0, 0]
     _core.forward(
         call.record.number,
         _DTYPES[input.dtype],
         sizes,
         _address(batch_sizes),
         1,
-        list(map(_address, arrays)),
+        first,
         [],
         _core.forced_threads or len(os.sched_getaffinity(0)),
     )
