@@ -26,6 +26,9 @@ ENGINE_TESTS := tests/test_core.py tests/test_16_bits.py tests/test_numpy.py tes
 # A comparison of something with the name of a cell.
 NAMED_CELL := '[!=]= ?"(rnn_tanh|rnn_relu|gru|lstm|RNN|GRU|LSTM)"'
 
+# A literal position in a list of arguments, results or gradients, which have names (src/ostinato/arrays.py).
+LITERAL_PLACE := '\b((call|arguments|args|values|tensors|inputs|dims|needs|given|results|found|grads|arrived)\[-?[0-9]+\]|(weights|wanted|asked)\[-?[1-9][0-9]*\]|(call|arguments|args|values|tensors|inputs|dims|weights|wanted|asked|results|found|grads|arrived)\[(-?[0-9]+)?:(-?[0-9]+)?\])'
+
 .PHONY: help demo test lint bench bench-quick bench-gpu test-gpu test-arm gpu-ready docs features wheel test-versions sanitize clean
 .DELETE_ON_ERROR:
 
@@ -39,7 +42,7 @@ help:
 	@echo 'make test-gpu     the tests of the GPU engine, and all others that can run on CUDA tensors, likewise'
 	@echo 'make gpu-ready    what GPU_PYTHON lacks for these two, and the build that they run'
 	@echo 'make test-arm  the engine compiled for aarch64 and tested under emulation; ARM=bits or a test file for a part of it'
-	@echo 'make docs      doctests, examples in Markdown, links, and the table of features'
+	@echo 'make docs      doctests, examples in Markdown, links, the drawing of the house, and the table of features'
 	@echo 'make features  that table again, into docs/features.md, and what the features cost'
 	@echo 'make wheel     sdist and manylinux_2_28 wheels in dist/, tried in empty environments'
 	@echo 'make test-versions  build and test on every Python from 3.10 on; PYTHONS="3.10 3.13" for some, TORCH=3.13 with torch'
@@ -62,6 +65,8 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/python tools/check_symbols.py $(BUILD)/cmake
 	@! grep -rnE $(NAMED_CELL) src csrc --include=*.py --include=*.h --include=*.cpp --include=*.cuh --include=*.cu \
 		--exclude=reference.py || { echo 'compared with a name: ask the record (src/ostinato/cells.py) instead'; false; }
+	@! grep -rnE $(LITERAL_PLACE) src/ostinato --include=*.py | grep -vE '>>>|\.\.\. ' \
+		|| { echo 'a literal position: name the array instead (src/ostinato/arrays.py)'; false; }
 	@wc -l $(SOURCES) | awk '$$2 != "total" && $$1 > 600 {print "note: " $$2 " has " $$1 " lines; over 600, a file states why"}'
 
 bench: $(VENV)/bench.stamp
@@ -86,6 +91,7 @@ gpu-ready: $(BUILD)/gpu.stamp
 	$(GPU_PYTHON) tools/gpu_ready.py
 
 docs: $(VENV)/dev.stamp
+	$(BIN)/python tools/draw_house.py --check
 	$(BIN)/python tools/check_docs.py
 	$(BIN)/python features/run.py --check
 	$(BIN)/python -m pytest --doctest-modules --pyargs ostinato $(ARGS)

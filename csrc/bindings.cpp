@@ -1,4 +1,4 @@
-// The Python face of the engine: names and sizes, releasing the GIL. Addresses come as integers (design, decision 4);
+// The Python face of the engine: names and sizes, releasing the GIL. Addresses come as integers (docs/architecture.md, decision 4);
 // whoever calls has checked shapes, dtypes, strides and devices. What can be checked from sizes alone is checked here.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
@@ -148,7 +148,7 @@ NB_MODULE(_core, m) {
         "traits",
         [](int cell) {
             const Traits& t = traits_of(cell_of(cell));
-            return std::make_tuple(t.gates, t.grads, t.saved, t.recomputed, t.has_cell, t.projects, t.uses_output,
+            return std::make_tuple(t.gates, t.grads, t.saved, t.recomputed, t.has_c, t.projects, t.uses_output,
                                    t.uses_previous);
         },
         nb::arg("cell"),

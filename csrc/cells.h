@@ -5,14 +5,14 @@
 // fma(a, b, c), sigmoid, tanh, sigmoid_times_tanh (one division), relu, where_positive. No standard headers, so that NVRTC
 // takes this file as it is.
 //
-// A walker (cpu/sequence.h) drives a cell through the constants below and never names a gate:
+// A time loop (cpu/sequence.h) drives a cell through the constants below and never names a gate:
 //   kGates   rows of weight_hh per unit, in torch's order.
 //   kJoint   gates [0, kJoint) receive input and hidden product in one sum; the others receive the hidden product
 //            in a[g] and the input product apart in `x` (only n of the GRU: its hidden product is scaled by r).
 //   kSaved   values per unit that forward keeps for backward; where nothing is kept, `saved` may be null.
 //   kGrads   gate gradients per unit that backward returns; slot g < kGates is the gradient of the hidden product of
 //            gate g, and input_slot(g) that of its input product.
-//   kHasCell a second state c;  kProjects: h may be projected (weight_hr);  kUsesPrevious: h_{t-1} also enters beside
+//   kHasC    a second state c;  kProjects: h may be projected (weight_hr);  kUsesPrevious: h_{t-1} also enters beside
 //            weight_hh, so backward reads it and returns a direct gradient;  kUsesOutput: backward reads h_t.
 #pragma once
 
@@ -30,7 +30,7 @@ namespace {
 template <bool kRelu>
 struct Rnn {
     static constexpr int kGates = 1, kJoint = 1, kSaved = 0, kGrads = 1;
-    static constexpr bool kHasCell = false, kProjects = false, kUsesPrevious = false, kUsesOutput = true;
+    static constexpr bool kHasC = false, kProjects = false, kUsesPrevious = false, kUsesOutput = true;
     static constexpr int input_slot(int gate) { return gate; }
 
     template <class V>
@@ -55,7 +55,7 @@ struct Rnn {
 // Gated recurrent unit, reset after the product: r, z, n.
 struct Gru {
     static constexpr int kGates = 3, kJoint = 2, kSaved = 4, kGrads = 4;
-    static constexpr bool kHasCell = false, kProjects = false, kUsesPrevious = true, kUsesOutput = false;
+    static constexpr bool kHasC = false, kProjects = false, kUsesPrevious = true, kUsesOutput = false;
     static constexpr int input_slot(int gate) { return gate == 2 ? 3 : gate; }
 
     template <class V>
@@ -83,7 +83,7 @@ struct Gru {
 // Long short-term memory: i, f, g, o. With a projection, h here is the state before it.
 struct Lstm {
     static constexpr int kGates = 4, kJoint = 4, kSaved = 5, kGrads = 4;
-    static constexpr bool kHasCell = true, kProjects = true, kUsesPrevious = false, kUsesOutput = false;
+    static constexpr bool kHasC = true, kProjects = true, kUsesPrevious = false, kUsesOutput = false;
     static constexpr int input_slot(int gate) { return gate; }
 
     template <class V>
@@ -127,7 +127,7 @@ using EveryCell = List<Rnn<false>, Rnn<true>, Gru, Lstm>;
 struct Traits {
     int gates, grads, saved;
     int recomputed;  // how many of `saved` are kept where backward computes the gates again
-    bool has_cell, projects, uses_output, uses_previous;
+    bool has_c, projects, uses_output, uses_previous;
 };
 
 // Whether a joint gate's input product has the slot of its hidden one, and the gate apart the slot behind all of these.
@@ -138,15 +138,15 @@ constexpr bool slots_fit() {
     return true;
 }
 
-// What the walkers rely on, checked where a cell is listed.
+// What the time loops rely on, checked where a cell is listed.
 template <class C>
 constexpr Traits traits() {
     static_assert(C::kJoint == C::kGates || C::kJoint == C::kGates - 1, "at most one gate, the last, takes its products apart");
     static_assert(C::kGrads == 2 * C::kGates - C::kJoint, "a gate apart has a gradient for each of its two products");
     static_assert(slots_fit<C>(), "input_slot does not fit kJoint");
-    static_assert(!C::kHasCell || C::kSaved > 0, "c is the last value that is saved, and all that recompute keeps");
+    static_assert(!C::kHasC || C::kSaved > 0, "c is the last value that is saved, and all that recompute keeps");
     static_assert(C::kUsesOutput || C::kSaved > 0, "backward has nothing to start from");
-    return {C::kGates, C::kGrads, C::kSaved, C::kHasCell ? 1 : 0, C::kHasCell, C::kProjects, C::kUsesOutput, C::kUsesPrevious};
+    return {C::kGates, C::kGrads, C::kSaved, C::kHasC ? 1 : 0, C::kHasC, C::kProjects, C::kUsesOutput, C::kUsesPrevious};
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Compiled into a wheel alone (OSTINATO_MANYLINUX, make wheel): what a newer libstdc++ would be asked for, by means of what
-// that of manylinux_2_28 (GCC 8) has. Only nanobind handles such pointers, when it translates exceptions.
+// For a wheel alone (OSTINATO_MANYLINUX, make wheel): what newer headers ask of libstdc++, by what that of manylinux_2_28
+// (GCC 8) has. Only nanobind handles such pointers, when it translates exceptions.
 //
 // Since GCC 12 <exception> copies an exception_ptr inline, by two functions that are in no earlier libstdc++; before, copy
 // constructor and destructor were functions there, and they still are. Both definitions are hidden, so they serve this

@@ -1,5 +1,5 @@
-// Included ahead of threads.cpp in a wheel alone (OSTINATO_MANYLINUX, make wheel): binds to functions by the versions that
-// glibc 2.28 and the libstdc++ of manylinux_2_28 have. Newer libraries keep these, for programs of that time.
+// For a wheel alone (OSTINATO_MANYLINUX, make wheel): the versions of functions that manylinux_2_28 has. Included ahead of
+// threads.cpp, it binds to those of glibc 2.28 and of that libstdc++. Newer libraries keep these, for programs of that time.
 //
 // glibc 2.34 moved dlsym and the locks into libc.so under a new version; before, they were in libdl.so and libpthread.so,
 // which Python itself loads. libstdc++ of GCC 12 took the noexcept from condition_variable::wait.

@@ -152,7 +152,7 @@ private:
 
     static bool view(PyObject* object, DlTensor& out) {
         if (g_exchange->view(object, &out) != 0) {
-            PyErr_Clear();  // no memory behind it (sparse, functional, batched): the long way knows what that is
+            PyErr_Clear();  // no memory behind it (sparse, functional, batched): another backend knows what that is
             return false;
         }
         // Empty tensors have no address, and neither have lazy zeros.
@@ -219,13 +219,13 @@ private:
     }
 };
 
-// ---- a layer, or a cell as a layer of one step ----
+// ---- a layer, or one step of a cell ----
 
-// What both functions below take: input (T, B, I), or (N, I) with batch_sizes, and states (D, B, ...); or a cell's
-// (B, I) or (I,) and (B, ...) or (H,).
+// What both functions below take: input (T, B, I), or (N, I) with batch_sizes, and states (D, B, ...); with is_step, arrays
+// without dimensions for steps and directions: (B, I) or (I,), and (B, ...) or (H,).
 struct Layer {
     const Cell cell;
-    const bool is_cell, has_biases;
+    const bool is_step, has_biases;
     const nb::handle input, batch_sizes, h_0, c_0;
     const nb::handle weights;  // a tuple, as in ostinato.ops.layer
 
@@ -243,15 +243,15 @@ struct Layer {
         arguments.x = reader.read(input, x, true);
         if (!reader.accepts || x.ndim < 1 || x.ndim > 3 || x.shape[x.ndim - 1] != I || H < 1) return false;
         const int64_t columns = x.ndim > 1 ? x.shape[x.ndim - 2] : 1;
-        if (is_cell && x.ndim < 3)
+        if (is_step && x.ndim < 3)
             sizes = {1, columns, columns, I, H, P, D, nullptr};
-        else if (!is_cell && x.ndim == 3 && batch_sizes.is_none())
+        else if (!is_step && x.ndim == 3 && batch_sizes.is_none())
             sizes = {x.shape[0], x.shape[0] * columns, columns, I, H, P, D, nullptr};
-        else if (is_cell || x.ndim != 2 || batch_sizes.is_none() || !read_packed(columns, expected))
+        else if (is_step || x.ndim != 2 || batch_sizes.is_none() || !read_packed(columns, expected))
             return false;
         arguments.h_0 = state(h_0, sizes.output());
         arguments.c_0 = state(c_0, H);
-        if (arguments.c_0 && !traits_of(cell).has_cell) return false;
+        if (arguments.c_0 && !traits_of(cell).has_c) return false;
         const int64_t rows = gates_of(cell) * H, O = sizes.output();
         per_direction = 2 + 2 * has_biases + (P ? 1 : 0);
         if (!PyTuple_CheckExact(weights.ptr()) || PyTuple_Size(weights.ptr()) != D * per_direction) return false;
@@ -265,7 +265,7 @@ struct Layer {
         return reader.accepts;
     }
 
-    // The checks of ostinato.engine.check_batch_sizes. Rows without a step are left to the long way.
+    // The checks of ostinato.check.check_batch_sizes. Rows without a step are left to another backend.
     bool read_packed(int64_t rows, const std::array<int64_t, 4>& expected) {
         int64_t steps = 0, sum = 0;
         const int64_t* counts = reader.read_counts(batch_sizes, steps);
@@ -281,14 +281,14 @@ struct Layer {
     // (T, B, D * O), (N, D * O), (B, H) or (H,)
     const void* read_output(nb::handle object) {
         const int64_t width = sizes.directions * sizes.output();
-        if (is_cell) return state(object, width);
+        if (is_step) return state(object, width);
         return sizes.batch_sizes ? reader.read(object, {sizes.rows, width}, true)
                                  : reader.read(object, {sizes.steps, sizes.batch, width}, true);
     }
 
     Fresh new_output() const {
         const int64_t width = sizes.directions * sizes.output();
-        if (is_cell) return new_state(h_0, width);
+        if (is_step) return new_state(h_0, width);
         return sizes.batch_sizes ? Fresh(input, {sizes.rows, width}) : Fresh(input, {sizes.steps, sizes.batch, width});
     }
 
@@ -297,30 +297,30 @@ struct Layer {
     }
 
     const void* state(nb::handle object, int64_t size) {
-        if (!is_cell) return reader.read(object, {sizes.directions, sizes.batch, size}, true);
+        if (!is_step) return reader.read(object, {sizes.directions, sizes.batch, size}, true);
         return x.ndim == 2 ? reader.read(object, {sizes.batch, size}, true) : reader.read(object, {size}, true);
     }
 
     Fresh new_state(nb::handle like, int64_t size) const {
         if (!like.is_none()) return Fresh(like);
-        if (!is_cell) return Fresh(input, {sizes.directions, sizes.batch, size});
+        if (!is_step) return Fresh(input, {sizes.directions, sizes.batch, size});
         return x.ndim == 2 ? Fresh(input, {sizes.batch, size}) : Fresh(input, {size});
     }
 };
 
-// Returns (output, h_n, c_n, reserve), with None for h_n of a cell (it is the output), for c_n of anything but an LSTM and for
+// Returns (output, h_n, c_n, reserve), with None for h_n of one step (it is the output), for c_n of a cell without c and for
 // reserve without `keep`; or None if it declines.
-nb::object layer_forward(int cell, bool is_cell, std::array<int64_t, 4> expected, nb::handle input, nb::handle batch_sizes,
+nb::object layer_forward(int cell, bool is_step, std::array<int64_t, 4> expected, nb::handle input, nb::handle batch_sizes,
                          nb::handle h_0, nb::handle c_0, nb::handle weights, bool has_biases, bool keep, bool recompute,
                          int threads) {
-    Layer layer{static_cast<Cell>(cell), is_cell, has_biases, input, batch_sizes, h_0, c_0, weights};
+    Layer layer{static_cast<Cell>(cell), is_step, has_biases, input, batch_sizes, h_0, c_0, weights};
     if (!layer.read(expected)) return nb::none();
     layer.sizes.recompute = recompute;
     const Sizes& z = layer.sizes;
-    const bool has_cell = traits_of(layer.cell).has_cell;
+    const bool has_c = traits_of(layer.cell).has_c;
     const Fresh y = layer.new_output();
-    const Fresh h_n = is_cell ? Fresh() : layer.new_state(h_0, z.output());
-    const Fresh c_n = has_cell ? layer.new_state(c_0, z.hidden) : Fresh();
+    const Fresh h_n = is_step ? Fresh() : layer.new_state(h_0, z.output());
+    const Fresh c_n = has_c ? layer.new_state(c_0, z.hidden) : Fresh();
     const int64_t kept = keep ? reserve_bytes(layer.cell, layer.reader.dtype, z) : 0;
     const Fresh reserve = kept ? Fresh(input, {kept / stored_bytes(layer.reader.dtype)}) : Fresh();
 
@@ -335,11 +335,11 @@ nb::object layer_forward(int cell, bool is_cell, std::array<int64_t, 4> expected
 
 // Returns the gradients of (input, h_0, c_0, *weights), None for one that is not wanted; or None if it declines.
 // output: None where the cell's backward does not read it. grads: of output, h_n and c_n, each may be None.
-nb::object layer_backward(int cell, bool is_cell, std::array<int64_t, 4> expected, nb::handle input, nb::handle batch_sizes,
+nb::object layer_backward(int cell, bool is_step, std::array<int64_t, 4> expected, nb::handle input, nb::handle batch_sizes,
                           nb::handle h_0, nb::handle c_0, nb::handle weights, bool has_biases, nb::handle output,
                           nb::handle reserve, nb::handle dy, nb::handle dh_n, nb::handle dc_n, nb::handle wanted,
                           bool recompute, int threads) {
-    Layer layer{static_cast<Cell>(cell), is_cell, has_biases, input, batch_sizes, h_0, c_0, weights};
+    Layer layer{static_cast<Cell>(cell), is_step, has_biases, input, batch_sizes, h_0, c_0, weights};
     if (!layer.read(expected)) return nb::none();
     layer.sizes.recompute = recompute;
     const Sizes& z = layer.sizes;
@@ -382,12 +382,12 @@ nb::object layer_backward(int cell, bool is_cell, std::array<int64_t, 4> expecte
 
 void define_tensors(nb::module_& m) {
     m.def("connect", &connect, nb::arg("exchange"), nb::arg("tensor"), nb::arg("parameter"), nb::arg("empty_like"),
-          "Opens the short way for a type of tensors; false if its function table is of another major version.");
-    m.def("tensors_forward", &layer_forward, nb::arg("cell"), nb::arg("is_cell"), nb::arg("sizes"), nb::arg("input").none(),
+          "Opens the fast path for a type of tensors; false if its function table is of another major version.");
+    m.def("tensors_forward", &layer_forward, nb::arg("cell"), nb::arg("is_step"), nb::arg("sizes"), nb::arg("input").none(),
           nb::arg("batch_sizes").none(), nb::arg("h_0").none(), nb::arg("c_0").none(), nb::arg("weights"),
           nb::arg("has_biases"), nb::arg("keep"), nb::arg("recompute"), nb::arg("threads"),
           "One layer, or one step of a cell, on plain tensors; None if it declines.");
-    m.def("tensors_backward", &layer_backward, nb::arg("cell"), nb::arg("is_cell"), nb::arg("sizes"), nb::arg("input").none(),
+    m.def("tensors_backward", &layer_backward, nb::arg("cell"), nb::arg("is_step"), nb::arg("sizes"), nb::arg("input").none(),
           nb::arg("batch_sizes").none(), nb::arg("h_0").none(), nb::arg("c_0").none(), nb::arg("weights"),
           nb::arg("has_biases"), nb::arg("output").none(), nb::arg("reserve").none(), nb::arg("dy").none(),
           nb::arg("dh_n").none(), nb::arg("dc_n").none(), nb::arg("wanted"), nb::arg("recompute"), nb::arg("threads"),

@@ -1,4 +1,4 @@
-"""Who is speaking? A bidirectional GRU on real, ragged sequences, beside torch.nn's.
+"""A bidirectional GRU says who is speaking, on real, ragged sequences, beside torch.nn's.
 
     python examples/japanese_vowels.py [--epochs 30] [--seed 0] [--out build/demo]
 

@@ -10,7 +10,7 @@ import torch
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
-from ostinato import nn, reference, short
+from ostinato import nn, reference, reference_backend
 from support.cells import FIRST_CELLS
 from support.devices import on_cpu
 from support.samples import SAMPLES, close, draw, forward_mode, gradients
@@ -275,13 +275,13 @@ def test_a_gradient_for_each_row_of_a_cell_has_the_bits_of_a_loop(kind, monkeypa
 def test_only_what_is_asked_is_computed(monkeypatch):
     """A gradient by one argument computes no others, where torch's operators compute none."""
     asked, found = [], nn.GRUCell(3, 4)
-    original = short.reference_gradients
+    original = reference_backend.gradients
 
-    def watch(call, grads, wanted, is_cell=False):
+    def watch(call, arrived, wanted, is_step=False):
         asked.append(list(wanted))
-        return original(call, grads, wanted, is_cell)
+        return original(call, arrived, wanted, is_step)
 
-    monkeypatch.setattr(short, "reference_gradients", watch)
+    monkeypatch.setattr(reference_backend, "gradients", watch)
     x, h = torch.randn(2, 3), torch.randn(2, 4, requires_grad=True)
     torch.autograd.grad(found(x, h).sum(), h, create_graph=True)
     leaves = [h, *found.parameters()]

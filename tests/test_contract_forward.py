@@ -11,7 +11,7 @@ import torch
 from packaging.version import Version
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from ostinato import nn, ops
+from ostinato import nn, route
 from support.cells import (
     CELL_MODULES,
     LAYERS,
@@ -41,16 +41,16 @@ pytestmark = pytest.mark.filterwarnings(TORCH_WARNS)
 
 @pytest.fixture
 def finished(monkeypatch):
-    """The calls of ops.layer that came to their end."""
+    """The calls of a layer that came to their end."""
     calls = []
-    layer = ops.layer
+    run = route.run
 
-    def counted(*args, **kwargs):
-        result = layer(*args, **kwargs)
-        calls.append(args[0])
+    def counted(call):
+        result = run(call)
+        calls.append(call)
         return result
 
-    monkeypatch.setattr(ops, "layer", counted)
+    monkeypatch.setattr(route, "run", counted)
     return calls
 
 
@@ -391,7 +391,7 @@ def test_lstm_takes_its_states_in_a_list(name):
 
 
 def test_states_are_never_batch_first():
-    for name in LAYERS:
+    for name in TORCH_LAYERS:
         ours, theirs = pair(name, 4, 8, 2, batch_first=True)
         x, h = torch.randn(3, 5, 4), state(name, 2, 3, 8)
         assert_same(ours(x, h), theirs(x, h))
@@ -555,7 +555,7 @@ def test_nested_tensors_are_refused_in_words_that_lead_on(name, batch_first):
             assert "PackedSequence" in str(error.value)
         arguments = mine.mode.lower(), x, None, None, None, list(mine.parameters())
         with pytest.raises(RuntimeError, match=r"^input: must not be a nested tensor"):
-            ops.layer(*arguments, has_biases=True, bidirectional=False)
+            route.layer(*arguments, has_biases=True, bidirectional=False)
     # What the message says works.
     padded = torch.nested.to_padded_tensor(x, 0.0)
     lengths = [len(row) for row in x.unbind()]

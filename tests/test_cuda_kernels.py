@@ -7,11 +7,12 @@ is said in csrc/cuda/emulation.h.
 import pytest
 import torch
 
+from ostinato import reference_backend
+from ostinato.call import Results
 from ostinato.cuda.config import Config
 from ostinato.cuda.plan import A100, H200, plan
-from ostinato.transforms import reference_results
 from support import emulation
-from support.cells import CELLS, has_c
+from support.cells import CELLS
 from support.emulation import EPS, KINDS, errors, widened
 
 MATHS = ("bf16", "fp16", "tf32", "fp32")
@@ -34,7 +35,7 @@ SHAPES = {
 
 
 def pair(cell, math, shape):
-    """The kernels of both walks, with as many warps as share their products evenly."""
+    """The kernels of both time loops, with as many warps as share their products evenly."""
     hidden, blocks, units, warps, groups, resident, exchange = shape
     found = []
     for is_backward in (False, True):
@@ -71,29 +72,46 @@ def built():
 
 
 def compare(forward, backward, call, schedule=0):
-    """Run both walks and hold every result and gradient to the reference."""
-    eps = EPS[forward.math]
-    output, h_n, c_n, cells, reserve = emulation.forward(forward, call, schedule)
-    results = [output, h_n, *([c_n, cells] if has_c(call.cell) else [])]
-    wide = widened(call)
-    expected = [r for r in reference_results(wide, True) if r is not None]
+    """Run both time loops and hold every result and gradient to the reference."""
+    # A sum of H products rounds in proportion to the root of H.
+    eps = EPS[forward.math] * max(1.0, forward.hidden**0.5 / 10)
+    found, reserve = emulation.forward(forward, call, schedule)
+    results, wide = found.flat(), widened(call)
+    expected = reference_backend.results(wide._replace(all_states=True)).flat()
     for mine, other in zip(results, expected, strict=True):
         assert errors(mine, other) <= 6 * eps
     grads = [torch.randn(r.shape).to(r.dtype) for r in results]
-    found = emulation.backward(backward, call, (*grads, None, None)[:4], output, reserve, schedule)
+    arrived = Results.of(grads, len(call.initial))
+    found = emulation.backward(backward, call, arrived, found.output, reserve, schedule)
     leaves = [t for t in wide.tensors() if t is not None]
     seeds = [grad.double() for grad in grads]
     options = {"allow_unused": True, "materialize_grads": True}
     other = dict(zip(leaves, torch.autograd.grad(expected, leaves, seeds, **options), strict=True))
-    terms = {}
-    if call.input.numel() == 1:
-        # dx is a sum that may cancel, and rounds in proportion to its terms: dgate * w, for each
-        # gate of each unit. With one row of one input, dw is dgate * x.
-        x, each_ih = call.input.item(), wide.weights[:: 4 if call.has_biases else 2]
-        terms[wide.input] = sum((w * other[w] / x).abs().sum().item() for w in each_ih)
+    # dx is a sum that may cancel, and rounds in proportion to its terms.
+    terms = {wide.input: terms_of_input(wide, seeds)} if call.input[0].numel() == 1 else {}
     for mine, leaf in zip(found, wide.tensors(), strict=True):
         assert errors(mine, other.get(leaf), terms.get(leaf, 0.0)) <= 12 * eps
     return results, found
+
+
+def terms_of_input(call, seeds):
+    """What the terms of an element of dx add up to at most, for one row of one input feature.
+
+    These are dgate * w, for each gate, unit and direction. Features that tell the steps apart, with
+    weights of zero, have the dgate of each step as the gradients of these weights.
+    """
+    steps, width = len(call.input), 4 if call.has_biases else 2
+    told = torch.eye(steps, dtype=torch.float64).unsqueeze(1)
+    weights = [weight.detach() for weight in call.weights]
+    own = weights[::width]
+    weights[::width] = [torch.cat([w, w.new_zeros(len(w), steps)], -1) for w in own]
+    leaves = [w.requires_grad_() for w in weights[::width]]
+    wide = call._replace(input=torch.cat([call.input.detach(), told], -1), weights=weights)
+    results = reference_backend.results(wide._replace(all_states=True)).flat()
+    options = {"allow_unused": True, "materialize_grads": True}
+    grads = torch.autograd.grad(results, leaves, seeds, **options)
+    terms = sum((w * g[:, 1:]).abs().sum(0) for w, g in zip(own, grads, strict=True))
+    return terms.max().item()
 
 
 @pytest.mark.usefixtures("built")
@@ -138,18 +156,17 @@ def test_a_row_has_the_bits_it_has_anywhere(shape):
     forward, backward = pair("lstm", "bf16", SHAPES[shape])
     call = emulation.draw("lstm", forward.hidden, batch=forward.rows + 3, math="bf16")
     order = torch.randperm(call.batch)
-    moved = call._replace(
-        input=call.input[:, order], h_0=call.h_0[:, order], c_0=call.c_0[:, order]
-    )
-    output, h_n, c_n, _, reserve = emulation.forward(forward, call)
-    other, other_h, other_c, _, other_reserve = emulation.forward(forward, moved)
-    assert torch.equal(output[:, order], other)
-    assert torch.equal(h_n[:, order], other_h)
-    assert torch.equal(c_n[:, order], other_c)
-    grad = torch.randn(output.shape).to(output.dtype)
-    mine = emulation.backward(backward, call, (grad, None, None, None), output, reserve)
-    seed = (grad[:, order], None, None, None)
-    theirs = emulation.backward(backward, moved, seed, other, other_reserve)
+    moved = call.each_state(lambda state: state[:, order])
+    moved = moved._replace(input=call.input[:, order])
+    mine, reserve = emulation.forward(forward, call)
+    theirs, other_reserve = emulation.forward(forward, moved)
+    for one, other in zip(mine.flat(), theirs.flat(), strict=True):
+        assert torch.equal(one[:, order], other)
+    grad, (output, last, every) = torch.randn(mine.output.shape).to(mine.output.dtype), mine
+    absent = (None,) * len(last), (None,) * len(every)
+    seed, moved_seed = Results(grad, *absent), Results(grad[:, order], *absent)
+    mine = emulation.backward(backward, call, seed, output, reserve)
+    theirs = emulation.backward(backward, moved, moved_seed, theirs.output, other_reserve)
     assert torch.equal(mine[0][:, order], theirs[0])
     assert torch.equal(mine[1][:, order], theirs[1])
 
@@ -171,4 +188,4 @@ def test_rows_without_steps():
     call = call._replace(lengths=torch.zeros(3, dtype=torch.int64))
     (output, h_n), _ = compare(forward, backward, call)
     assert not output.any()
-    assert torch.equal(h_n, call.h_0)
+    assert torch.equal(h_n, *call.initial)

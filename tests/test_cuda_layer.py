@@ -1,16 +1,20 @@
 """The operators' CUDA side and who runs a layer, on CPU tensors and stand-ins for the device."""
 
+import pathlib
+import re
+
 import numpy as np
 import pytest
 import torch
 
-from ostinato import cuda, nn, ops
-from ostinato.call import check
+import ostinato
+from ostinato import cuda, nn, operators, route
 from ostinato.cuda import choice, launch, layer, sequence
 from ostinato.cuda.plan import A100, H200, Device, at_once, configs, cycles, plan
+from ostinato.tensors import check_call
 from support import emulation
 from support.cells import FIRST_CELLS, MODULES
-from support.devices import pack
+from support.devices import OnGpu, pack
 
 ROW = {"cell": "gru", "math": "bf16", "form": "padded", "is_training": False}
 ROWS = [
@@ -107,7 +111,20 @@ def test_sizes_that_a_plan_serves():
     assert plan("gru", "bf16", 64, 16, 1, False, Device(0, 0, False)) is None
 
 
+def test_the_kernels_take_what_the_host_gives():
+    source = pathlib.Path(__file__).parents[1] / "csrc" / "cuda" / "sequence.cu"
+    text = source.read_text("utf-8")
+    for entry, names in (("forward", sequence.FORWARD), ("backward", sequence.BACKWARD)):
+        signature = re.search(rf"ostinato_{entry}\(([^)]*)\)", text).group(1)
+        found = re.findall(r"(\w+)(?:,|$)", signature)
+        short = [n.replace("output", "y").replace("grad_", "d") for n in names]
+        sizes = ["first", "steps", "rows", "batch", "directions"]
+        assert found == [*sizes, "offsets", "lengths", "order", "flags", *short, "exchange"]
+
+
 # ---- the operators on CUDA tensors, with the kernels on host fibers ----
+
+FORWARD, BACKWARD = operators._forward_on(layer.forward), operators._backward_on(layer.backward)
 
 
 @pytest.fixture
@@ -126,18 +143,20 @@ def test_the_operators_of_cuda_tensors(kind):
     call = emulation.draw("lstm", 16, kind, math="fp32", batch=3)
     leaves = [t.requires_grad_() for t in call.tensors() if t is not None]
     with torch.no_grad():
-        output, h_n, c_n, cells, reserve = ops._layer_cuda(*call, True, True)
-    fake = ops._layer_fake(*call, True, True)
-    for mine, theirs in zip((output, h_n, c_n, cells), fake[:4], strict=True):
+        found = FORWARD(*call.parameters(), True, True)
+    output, *_, reserve = found
+    results = found[:-1]
+    fake = operators._fake_forward(*call.parameters(), True, True)
+    for mine, theirs in zip(results, fake[:4], strict=True):
         assert mine.shape == theirs.shape
-    assert reserve.numel() == sequence.reserve_bytes(call, check(call))
-    grads = [torch.randn_like(t) for t in (output, h_n, c_n, cells)]
+    assert reserve.numel() == sequence.reserve_bytes(call, check_call(call))
+    grads = [torch.randn_like(t) for t in results]
     wanted = [t is not None for t in call.tensors()]
     with torch.no_grad():
-        found = ops._layer_backward_cuda(*grads, output, reserve, wanted, *call)
-    results = tuple(emulation.cut_layer(call))
-    torch.testing.assert_close((output, h_n, c_n, cells), results, rtol=2e-3, atol=2e-3)
-    expected = torch.autograd.grad(results, leaves, grads)
+        found = BACKWARD(*grads, output, reserve, wanted, *call.parameters())
+    other = tuple(emulation.cut_layer(call))
+    torch.testing.assert_close(results, other, rtol=2e-3, atol=2e-3)
+    expected = torch.autograd.grad(other, leaves, grads)
     mine = [grad for grad, want in zip(found, wanted, strict=True) if want]
     torch.testing.assert_close(tuple(mine), expected, rtol=5e-3, atol=1e-2)
 
@@ -145,13 +164,9 @@ def test_the_operators_of_cuda_tensors(kind):
 @pytest.mark.usefixtures("gpu")
 def test_an_operator_without_a_kernel_says_so():
     call = emulation.draw("gru", 16, math="fp32")
-    wide = call._replace(
-        input=call.input.double(),
-        h_0=call.h_0.double(),
-        weights=[w.double() for w in call.weights],
-    )
+    wide = call.with_tensors([None if t is None else t.double() for t in call.tensors()])
     with pytest.raises(RuntimeError, match=r"no kernel on cpu for gru of torch\.float64"):
-        ops._layer_cuda(*wide, False, False)
+        FORWARD(*wide.parameters(), False, False)
 
 
 @pytest.mark.usefixtures("gpu")
@@ -212,24 +227,61 @@ def test_products_have_the_walks_precision_and_leave_torchs_switch(outside):
         matmul.fp32_precision = before
 
 
-def test_explain_names_the_cpu_engine():
-    assert cuda.explain(nn.GRU(3, 4), torch.zeros(5, 2, 3)) == "the CPU engine"
-    wide = nn.GRU(3, 4, dtype=torch.complex64)
-    assert cuda.explain(wide, torch.zeros(5, 2, 3, dtype=torch.complex64)) == "the reference"
+def last_line(*arguments, **named):
+    """What `explain` says of the backend that runs the call."""
+    assert cuda.explain is ostinato.explain
+    return ostinato.explain(*arguments, **named).splitlines()[-1]
+
+
+def test_explain_says_who_runs_a_call_and_why_nobody_before():
+    gru, x = nn.GRU(3, 4), torch.zeros(5, 2, 3)
+    assert ostinato.explain(gru, x) == "fast path: runs it"
+    assert last_line(gru, x, torch.zeros(1, 2, 4)) == "fast path: runs it"
+    wide = nn.GRU(3, 4, dtype=torch.complex64), torch.zeros(5, 2, 3, dtype=torch.complex64)
+    assert last_line(*wide) == "reference: runs it"
+    assert "GPU engine: the tensors are not on a GPU" in ostinato.explain(*wide)
+    resets = torch.zeros(5, 2, dtype=torch.bool)
+    assert last_line(gru, x, resets=resets) == "CPU engine: runs it"
+    with pytest.raises(RuntimeError, match="Expected hidden size"):
+        ostinato.explain(gru, x, torch.zeros(1, 3, 4))
+    seen = []
+    torch.func.vmap(lambda x: (seen.append(last_line(gru, x)), x)[1])(torch.zeros(2, 5, 2, 3))
+    assert seen == ["CPU engine under transforms: runs it"]
+    # One step, and resets: a step with other states.
+    assert last_line(gru, x[:1], resets=resets[:1]) == "fast path: runs it"
+    cell, seen = nn.GRUCell(3, 4), []
+
+    def watched(x):
+        seen.append(last_line(cell, x))
+        return cell(x).sum()
+
+    once = torch.func.grad(watched)
+    once(x[0])
+    torch.func.grad(lambda x: once(x).sum())(x[0])
+    assert ["torch's operator" in line for line in seen] == [True, False]
+    assert "reference for one step" in seen[1]
+    for module in (nn.RNN(3, 4, 2), nn.LSTM(3, 4, 2)):
+        assert ostinato.explain(module, x) == "fast path: runs it"
 
 
 @pytest.mark.usefixtures("gpu")
-def test_explain_names_kernels(monkeypatch):
-    monkeypatch.setattr(layer, "_is_cuda", lambda data: True)
+def test_explain_names_kernels():
+    def on_gpu(module, x):
+        call = module.call_of(x, None, None, None)
+        assert call.input.device.type == "cpu"
+        return route.explain(call._replace(input=OnGpu(call.input)))
+
     gru, x = nn.GRU(32, 64, 2).bfloat16(), torch.zeros(5, 2, 32, dtype=torch.bfloat16)
-    assert cuda.explain(gru, x).startswith("torch's operator (cuDNN): nothing was measured")
+    text = on_gpu(gru, x)
+    assert text.splitlines()[-1] == "cuDNN: runs it"
+    assert "GPU engine: nothing was measured" in on_gpu(nn.GRU(32, 64).bfloat16(), x)
     with choice.forced(True):
-        text = cuda.explain(gru, x)
+        text = on_gpu(gru, x)
         assert "ostinato_forward in bf16" in text
         assert "ostinato_backward in bf16" in text
         with torch.no_grad():
-            assert "ostinato_backward" not in cuda.explain(gru, x)
-        assert "a cell is one step" in cuda.explain(nn.GRUCell(32, 64).bfloat16(), x[0])
+            assert "ostinato_backward" not in on_gpu(gru, x)
+    assert "GPU engine: one step reads" in on_gpu(nn.GRUCell(32, 64).bfloat16(), x[0])
 
 
 @pytest.mark.parametrize(
@@ -244,7 +296,7 @@ def test_explain_names_kernels(monkeypatch):
 def test_explain_takes_our_modules_alone(arguments, got):
     match = f"explain: layer must be RNN, GRU, LSTM or a cell of ostinato.nn.*got {got}"
     with pytest.raises(TypeError, match=match):
-        cuda.explain(*arguments)
+        ostinato.explain(*arguments)
 
 
 BAD_INPUTS = {
@@ -269,30 +321,30 @@ def test_explain_refuses_an_input_as_forward_does(name, case):
     with pytest.raises((TypeError, ValueError, RuntimeError)) as expected:
         module(x)
     with pytest.raises(type(expected.value)) as found:
-        cuda.explain(module, x)
+        ostinato.explain(module, x)
     assert str(found.value) == str(expected.value)
 
 
 def test_explain_refuses_cuts_and_weights_as_forward_does():
     gru, x = nn.GRU(3, 4, 2, batch_first=True), torch.zeros(2, 5, 3)
-    assert cuda.explain(gru, x, lengths=[5, 2]) == "the CPU engine"
+    assert last_line(gru, x, lengths=[5, 2]) == "CPU engine: runs it"
     for cuts in ({"lengths": [6, 2]}, {"lengths": [1]}, {"resets": torch.zeros(5, 2).bool()}):
         with pytest.raises((ValueError, RuntimeError)) as expected:
             gru(x, **cuts)
         with pytest.raises(type(expected.value)) as found:
-            cuda.explain(gru, x, **cuts)
+            ostinato.explain(gru, x, **cuts)
         assert str(found.value) == str(expected.value)
     with pytest.raises(TypeError, match="GRUCell: lengths must be None for a cell, got list"):
-        cuda.explain(nn.GRUCell(3, 4), x[0], lengths=[1])
+        ostinato.explain(nn.GRUCell(3, 4), x[0], lengths=[1])
     gru.weight_hh_l1 = torch.nn.Parameter(torch.zeros(12, 5))
     with pytest.raises(RuntimeError, match="GRU: weight_hh_l1 must have shape"):
-        cuda.explain(gru, x)
+        ostinato.explain(gru, x)
 
 
 def test_explain_takes_every_form_of_input_that_forward_takes():
     layer = nn.LSTM(3, 4, 2, bidirectional=True, batch_first=True)
     for x in (torch.zeros(5, 3), torch.zeros(2, 5, 3), pack([torch.zeros(n, 3) for n in (2, 1)])):
-        assert cuda.explain(layer, x) == "the CPU engine"
-    assert cuda.explain(nn.LSTMCell(3, 4), torch.zeros(3)) == "the CPU engine"
+        assert last_line(layer, x) == "fast path: runs it"
+    assert last_line(nn.LSTMCell(3, 4), torch.zeros(3)) == "fast path: runs it"
     with torch.autocast("cpu", torch.bfloat16):
-        assert cuda.explain(layer, torch.zeros(5, 3).bfloat16()) == "the CPU engine"
+        assert last_line(layer, torch.zeros(5, 3).bfloat16()) == "fast path: runs it"

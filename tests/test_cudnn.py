@@ -1,22 +1,22 @@
 """The CUDA path: torch's own operator, a layer or a stack at a time.
 
-The operator takes CPU tensors as well, so what `ostinato.cuda.cudnn` makes of the arguments is
-tested everywhere.
+The operator takes CPU tensors as well, so what `ostinato.cudnn` makes of the arguments is tested
+everywhere.
 """
-
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from ostinato import fallback, nn, ops
-from ostinato.call import Call, check
-from ostinato.cuda import cudnn, layer
-from ostinato.gradients import differentiable_again, reference_results
+from ostinato import cudnn, nn, ops, reference_backend
+from ostinato.call import Call, Results
+from ostinato.cuda import layer
+from ostinato.cudnn import differentiable_again
+from ostinato.tensors import check_call
 from support.cells import TORCH_CELLS, TORCH_LAYERS, has_c, record_of
+from support.devices import OnGpu
 from support.pairs import flat
-from support.samples import SAMPLES, draw, gradients
+from support.samples import SAMPLES, call_of, draw, gradients
 
 
 def arguments(cell, packed, biases, directions, states):
@@ -35,8 +35,9 @@ def test_torch_s_operator_gets_the_arguments_of_the_layer(cell, packed, biases, 
     input, sizes, h_0, c_0, weights = arguments(cell, packed, biases, directions, states)
     options = {"has_biases": biases, "bidirectional": directions == 2}
     expected = ops.layer(cell, input, sizes, h_0, c_0, weights, **options)
-    layout = check(Call(input, sizes, 3, h_0, c_0, weights, cell, biases, directions == 2))
-    actual = cudnn.layer(cell, input, sizes, layout, h_0, c_0, weights, biases)
+    call = Call.of(input, sizes, 3, h_0, c_0, weights, cell, biases, directions == 2)
+    actual = cudnn.run(call, check_call(call)).flat()
+    expected = [t for t in expected if t is not None]
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -50,15 +51,9 @@ kinds = pytest.mark.parametrize("kind", [kind for kind in SAMPLES if kind != "ro
 @kinds
 def test_gradients_go_through_torch_s_operator(kind):
     sample = draw(**SAMPLES[kind], dtype=torch.float64).training()
-    call = Call(*sample.operator_arguments()[:-2])
-    found = []
-    for run in (
-        lambda *arguments, **options: ops.layer(*arguments, **options),
-        lambda cell, input, sizes, h_0, c_0, weights, **_: cudnn.layer(
-            cell, input, sizes, check(call), h_0, c_0, weights, call.has_biases
-        ),
-    ):
-        results = sample.run(run)
+    call, found = call_of(sample), []
+    for run in (sample.run, lambda: cudnn.run(call, check_call(call)).flat()):
+        results = run()
         seeds = [torch.ones_like(result) for result in results]
         found.append([*results, *gradients(results, sample.leaves(), seeds)])
     torch.testing.assert_close(*found, rtol=1e-11, atol=1e-11)
@@ -77,6 +72,12 @@ class Once(torch.autograd.Function):
         return grad
 
 
+def once(results):
+    """The same results, which can be differentiated once."""
+    output, *last = map(Once.apply, results.flat())
+    return Results(output, tuple(last))
+
+
 @no_projection
 @kinds
 def test_the_reference_differentiates_again_what_torch_s_operator_cannot(kind):
@@ -84,11 +85,8 @@ def test_the_reference_differentiates_again_what_torch_s_operator_cannot(kind):
 
     def function(*leaves, again=differentiable_again):
         mine = sample.replaced(leaves)
-        call = Call(*mine.operator_arguments()[:-2])
-        states = mine.h_0, mine.c_0, mine.weights, mine.has_biases
-        found = cudnn.layer(mine.cell, mine.input, mine.batch_sizes, check(call), *states)
-        results = [None if result is None else Once.apply(result) for result in found]
-        return tuple(r for r in again(call, (*results, None)) if r is not None)
+        call = call_of(mine)
+        return tuple(again(call, once(cudnn.run(call, check_call(call)))).flat())
 
     assert torch.autograd.gradgradcheck(function, sample.leaves(), fast_mode=True)
     output = function(*sample.leaves())[0]
@@ -114,9 +112,6 @@ def test_the_reference_differentiates_again_what_torch_s_operator_cannot(kind):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", TORCH_LAYERS)
 def test_a_stack_is_one_call_of_torch_s_operator(name, packed, training, monkeypatch):
-    monkeypatch.setattr(fallback, "serves", lambda call: True)
-    decision = layer.Decision(False, "cuDNN was faster")
-    monkeypatch.setattr(layer, "decide", lambda call, is_training: decision)
     options = {"num_layers": 3, "bidirectional": True, "dropout": 0.5}
     theirs = getattr(torch.nn, name)(4, 6, **options).train(training)
     x = torch.randn(5, 3, 4, requires_grad=True)
@@ -129,12 +124,10 @@ def test_a_stack_is_one_call_of_torch_s_operator(name, packed, training, monkeyp
     cell = record_of(name).name
     input, counts = (given.data, given.batch_sizes) if packed else (x, None)
     states = hx if has_c(name) else (hx, None)
-    flags = {"layers": 3, "has_biases": True, "bidirectional": True}
     weights = list(theirs.parameters())
-    found = fallback.stack(
-        *(cell, input, counts, *states, weights), **flags, dropout=0.5 * training
-    )
-    found, expected = [t for t in found if t is not None], flat(expected)
+    call = Call.of(input, counts, 3, *states, weights, cell, True, True, layers=3)
+    found = cudnn.layer(call._replace(dropout=0.5 * training)).flat()
+    expected = flat(expected)
     seeds = [torch.randn_like(t) for t in found]
     leaves = [x, h, *weights]
     mine, other = (gradients(t, leaves, seeds, retain_graph=True) for t in (found, expected))
@@ -150,43 +143,41 @@ def test_a_stack_is_differentiated_again(cell):
 
     def function(x, h, *weights):
         c = h * 2 if cell == "lstm" else None
-        call = Call(x, None, 2, h, c, list(weights), cell, True, False)
-        sizes = check(call._replace(h_0=None, c_0=None, weights=list(weights[:4])))
-        found = cudnn.layer(cell, x, None, sizes, h, c, list(weights), True, 2)
-        results = [None if result is None else Once.apply(result) for result in found]
-        found = differentiable_again(call, (*results, None), 2)
-        return tuple(r for r in found if r is not None)
+        call = Call.of(x, None, 2, h, c, list(weights), cell, True, False, layers=2)
+        found = once(cudnn.run(call, check_call(call.of_layer(0, x))))
+        return tuple(differentiable_again(call, found).flat())
 
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
     assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
 
 
-def test_rows_that_torch_s_operator_does_not_know(monkeypatch):
-    sample = draw("gru", lengths=(4, 2, 1))
-    call = Call(*sample.operator_arguments()[:-2])
-    on_gpu = call._replace(input=SimpleNamespace(device=torch.device("cuda")))
-    monkeypatch.setattr(cudnn, "serves", lambda input: True)
-    assert fallback.serves(on_gpu)
+def on_gpu(call):
+    return call._replace(input=OnGpu(call.input))
+
+
+def test_rows_that_torch_s_operator_does_not_know():
+    call = on_gpu(call_of(draw("gru", lengths=(4, 2, 1))))
+    assert cudnn.why_not(call) is None
     for counts in (call.batch_sizes[:0], call.batch_sizes - 1):
-        assert not fallback.serves(on_gpu._replace(batch_sizes=counts))
+        assert "rows without steps" in cudnn.why_not(call._replace(batch_sizes=counts))
 
 
 def test_layers_that_an_engine_runs_are_no_stack(monkeypatch):
-    sample = draw("gru")
-    flags = {"layers": 1, "has_biases": True, "bidirectional": False, "dropout": 0.0}
-    arguments = sample.cell, sample.input, None, sample.h_0, None, sample.weights
-    assert fallback.stack(*arguments, **flags) is None  # on the CPU
-    monkeypatch.setattr(fallback, "serves", lambda call: True)
-    monkeypatch.setattr(layer, "decide", lambda call, is_training: layer.Decision(True, "asked"))
-    assert fallback.stack(*arguments, **flags) is None
+    call = call_of(draw("gru"))
+    call = call._replace(weights=call.weights * 2, layers=2, initial=(None,))
+    assert "not on a GPU" in cudnn.why_not(call)
+    decision = layer.Decision(False, "cuDNN was faster")
+    monkeypatch.setattr(layer, "decide", lambda call, is_training: decision)
+    assert cudnn.why_not(on_gpu(call)) is None
+    assert "by itself" in cudnn.why_not(on_gpu(call._replace(recompute=True)))
+    decision = layer.Decision(True, "asked")
+    assert "our kernels" in cudnn.why_not(on_gpu(call))
 
 
 def test_results_that_change_before_backward_are_seen():
     sample = draw("gru").training()
-    call = Call(*sample.operator_arguments()[:-2])
-    states = sample.h_0, None, sample.weights, True
-    found = cudnn.layer("gru", sample.input, None, check(call), *states)
-    output, h_n, *_ = differentiable_again(call, (*found, None))
+    call = call_of(sample)
+    output, (h_n,), _ = differentiable_again(call, cudnn.run(call, check_call(call)))
     h_n.mul_(2)
     (output.sum() + h_n.sum()).backward(retain_graph=True)
     output.mul_(2)
@@ -198,10 +189,10 @@ def test_batch_sizes_with_gaps_and_states_of_any_strides():
     sample = draw("lstm", lengths=(4, 2, 1))
     gaps = torch.stack([sample.batch_sizes, torch.full_like(sample.batch_sizes, 99)], -1)[:, 0]
     h_0 = sample.h_0.transpose(1, 2).contiguous().transpose(1, 2)
-    sizes = check(Call(*sample.operator_arguments()[:-2]))
-    rest = sample.c_0, sample.weights, True
-    expected = cudnn.layer("lstm", sample.input, sample.batch_sizes, sizes, sample.h_0, *rest)
-    actual = cudnn.layer("lstm", sample.input, gaps, sizes, h_0, *rest)
+    call = call_of(sample)
+    sizes = check_call(call)
+    other = call._replace(batch_sizes=gaps, initial=(h_0, sample.c_0))
+    actual, expected = (cudnn.run(each, sizes).flat() for each in (other, call))
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
@@ -210,14 +201,14 @@ def test_batch_sizes_with_gaps_and_states_of_any_strides():
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_no_kernel_is_launched_for_no_rows(cell, states, steps, batch):
     sample = draw(cell, steps, batch, states=states, bidirectional=True).training()
-    call = Call(*sample.operator_arguments()[:-2])
+    call = call_of(sample)._replace(all_states=True)
     with torch.no_grad():
-        results = layer._of_no_rows(call, check(call), True)[: 2 + 2 * has_c(cell)]
-    expected = [r for r in reference_results(call, True) if r is not None]
-    torch.testing.assert_close(list(results), expected, rtol=0, atol=0)
+        results, _ = layer._of_no_rows(call, check_call(call))
+    expected = reference_backend.results(call).flat()
+    torch.testing.assert_close(results.flat(), expected, rtol=0, atol=0)
     seeds = [torch.randn_like(r) for r in expected]
     wanted = [t is not None for t in call.tensors()]
-    found = layer._gradients_of_no_rows(call, (*seeds, None, None)[:4], wanted)
+    found = layer._gradients_of_no_rows(call, Results.of(seeds, len(call.initial)), wanted)
     # Without steps and states, no result depends on anything.
     pairs = [pair for pair in zip(expected, seeds, strict=True) if pair[0].requires_grad]
     grads = map(torch.zeros_like, sample.leaves())
@@ -230,7 +221,7 @@ def test_no_kernel_is_launched_for_no_rows(cell, states, steps, batch):
 def test_wrong_arguments_are_left_to_the_checks():
     sample = draw("gru")
     for wrong in ({"cell": "elman"}, {"input": sample.input[0, 0, 0]}, {"weights": []}):
-        call = Call(*sample.operator_arguments()[:-2])._replace(**wrong)
+        call = call_of(sample)._replace(**wrong)
         assert not layer.decide(call, is_training=False).is_ours
 
 
@@ -242,9 +233,11 @@ def test_lengths_reach_the_reference_where_the_input_is():
 
 
 def test_what_torch_s_operator_does_not_serve():
-    assert cudnn.serves(torch.zeros(2, 3, 4))
-    assert not cudnn.serves(torch.zeros(0, 3, 4))
-    assert not cudnn.serves(torch.zeros(2, 3, 4, dtype=torch.complex64))
+    call = call_of(draw("gru"))
+    assert cudnn.why_not(on_gpu(call)) is None
+    for input in (call.input[:0], call.input.to(torch.complex64)):
+        assert "real numbers" in cudnn.why_not(on_gpu(call._replace(input=input)))
+    assert "no resets" in cudnn.why_not(on_gpu(call._replace(lengths=torch.ones(3))))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")

@@ -1,4 +1,4 @@
-"""Cuts of rows by addresses (csrc/cpu/lengths.cpp and both walks): every piece against one alone.
+"""Cuts of rows by addresses (csrc/cpu/lengths.cpp, both time loops): every piece against one alone.
 
 tests/test_cuts_of_operators.py holds the operator to the reference. Here arrays stand between guard
 zones, and the sanitizers look on.
@@ -94,12 +94,11 @@ def test_every_c(isa, rng, kind, directions):
     hidden = layer.dims[4]
     cotangents["dcells"] = rng.standard_normal((24, directions * hidden))
     actual = layer.run_cut(lengths, resets, (None, None), cotangents)
-    *_, cells = reference.states(
+    *_, (cells,) = reference.states(
         layer.cell,
         layer.x.reshape(6, 4, 3),
         None,
-        layer.h_0,
-        layer.c_0,
+        (layer.h_0, layer.c_0),
         [array for _, array in layer.named_weights()],
         has_biases=True,
         bidirectional=directions == 2,

@@ -23,10 +23,19 @@ def run(function, sample, cuts, **options):
     return [r for r in function(*sample[:6], **options, **cuts) if r is not None]
 
 
+def by_reference(*arguments, reset_h=None, reset_c=None, **options):
+    """The reference under the arguments of `ops.cut_layer`."""
+    *given, h_0, c_0, weights = arguments
+    output, last, every = reference.states(
+        *given, (h_0, c_0), weights, reset_to=(reset_h, reset_c), **options
+    )
+    return output, *last, *every
+
+
 def both(sample, cuts, **options):
     """Results and gradients of the engine and of the reference."""
     found = []
-    for function in (ops.cut_layer, reference.states):
+    for function in (ops.cut_layer, by_reference):
         mine = sample.training()
         states = {
             name: t.detach().clone().requires_grad_() if name.startswith("reset_") else t
@@ -34,7 +43,7 @@ def both(sample, cuts, **options):
             if t is not None
         }
         extra = options | {"all_c": True} if function is ops.cut_layer else {}
-        if function is reference.states and "lengths" in states:
+        if function is by_reference and "lengths" in states:
             states["lengths"] = states["lengths"].to(mine.input.device)
         results = run(function, mine, states, **extra)
         torch.manual_seed(1)

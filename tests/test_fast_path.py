@@ -1,4 +1,4 @@
-"""The short way into the engine (csrc/tensors.h, `short.run`): what it takes, and what it declines.
+"""The fast path (csrc/tensors.cpp, `fast_path.run`): what it takes, and what it declines.
 
 Legend: T steps, B batch, I input, H hidden.
 """
@@ -9,13 +9,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ostinato import nn, short
+from ostinato import fast_path, nn
 from support.cells import FIRST_CELLS, RECORDS, has_c
 from support.pairs import cell_module
 from support.samples import SAMPLES, draw, gradients
 
 pytestmark = pytest.mark.skipif(
-    not short._IS_SHORT, reason="this torch has no table of C functions for its tensors"
+    not fast_path._IS_OPEN, reason="this torch has no table of C functions for its tensors"
 )
 
 cells = pytest.mark.parametrize("kind", FIRST_CELLS)
@@ -27,7 +27,7 @@ def same(actual, expected):
 
 
 def call(cell="lstm", weight=None, **changes):
-    """Call `short.run` for two rows of I 3 and H 4; `weight` is (index, another weight)."""
+    """Call `fast_path.run` for two rows of I 3 and H 4; `weight` is (index, another weight)."""
     gates = RECORDS[cell].gates if cell in RECORDS else 1
     arguments = {
         "cell": cell,
@@ -43,7 +43,7 @@ def call(cell="lstm", weight=None, **changes):
         index, other = weight
         before = arguments["weights"]
         arguments["weights"] = (*before[:index], other, *before[index + 1 :])
-    return short.run(**{**arguments, **changes})
+    return fast_path.run(**{**arguments, **changes})
 
 
 def test_it_takes_what_is_plain():
@@ -99,7 +99,7 @@ DECLINED = {
     "transposed weight": {"weight": (0, torch.randn(3, 16).t())},
     "dtype of a bias": {"weight": (2, torch.randn(16).double())},
     "shape of a bias": {"weight": (3, torch.randn(15))},
-    "a cell's input": {"is_cell": True},
+    "a cell's input": {"is_step": True},
     "batch_sizes of padded input": {"batch_sizes": torch.tensor([2] * 5)},
 }
 
@@ -145,9 +145,9 @@ class Mode(TorchDispatchMode):
 
 def test_it_steps_aside_where_somebody_looks_on(monkeypatch):
     def refuse(*_):
-        pytest.fail("the short way was taken")
+        pytest.fail("the fast path was taken")
 
-    monkeypatch.setattr(short._core, "tensors_forward", refuse)
+    monkeypatch.setattr(fast_path._core, "tensors_forward", refuse)
     with pytest.raises(pytest.fail.Exception):
         call()
     with Mode():
@@ -172,7 +172,7 @@ def test_without_it_the_bits_are_the_same(kind, monkeypatch):
     results = sample.run()
     seeds = [torch.randn_like(result) for result in results]
     expected = [*results, *gradients(results, sample.leaves(), seeds)]
-    monkeypatch.setattr(short, "_IS_SHORT", False)
+    monkeypatch.setattr(fast_path, "_IS_OPEN", False)
     results = sample.run()
     same([*results, *gradients(results, sample.leaves(), seeds)], expected)
 
@@ -194,8 +194,8 @@ def test_without_it_a_cell_gives_the_same_bits(kind, batch, monkeypatch):
     cell, x, hx = cell_call(kind, batch)
     leaves = [x, *outputs(hx), *cell.parameters()]
     found = []
-    for is_short in (True, False):
-        monkeypatch.setattr(short, "_IS_SHORT", is_short)
+    for is_open in (True, False):
+        monkeypatch.setattr(fast_path, "_IS_OPEN", is_open)
         results = outputs(cell(x, hx))
         seeds = [torch.ones_like(result) for result in results]
         found.append([*results, *torch.autograd.grad(results, leaves, seeds)])
@@ -264,10 +264,10 @@ def test_batched_gradients_of_a_cell(kind):
         torch.testing.assert_close(a, e)
 
 
-@pytest.mark.parametrize("way", ["short", "operator"])
+@pytest.mark.parametrize("way", ["fast", "operator"])
 @pytest.mark.parametrize("kind", [*FIRST_CELLS, "packed both ways", "projected"])
 def test_batched_gradients_of_a_layer(kind, way, monkeypatch):
-    monkeypatch.setattr(short, "_IS_SHORT", way == "short")
+    monkeypatch.setattr(fast_path, "_IS_OPEN", way == "fast")
     sample = draw(**SAMPLES[kind], dtype=torch.float64).training()
     output = sample.run()[0]
     seeds = torch.randn(3, *output.shape, dtype=torch.float64)
@@ -279,9 +279,9 @@ def test_batched_gradients_of_a_layer(kind, way, monkeypatch):
         torch.testing.assert_close([grad[index] for grad in batched], list(expected))
 
 
-@pytest.mark.parametrize("way", ["short", "operator"])
+@pytest.mark.parametrize("way", ["fast", "operator"])
 def test_second_derivatives_where_there_are_no_steps(way, monkeypatch):
-    monkeypatch.setattr(short, "_IS_SHORT", way == "short")
+    monkeypatch.setattr(fast_path, "_IS_OPEN", way == "fast")
     for h_0 in (None, torch.randn(1, 2, 4, requires_grad=True)):
         layer, x = nn.GRU(3, 4), torch.randn(0, 2, 3, requires_grad=True)
         output, h_n = layer(x, h_0)
@@ -296,9 +296,9 @@ def test_second_derivatives_where_there_are_no_steps(way, monkeypatch):
             torch.testing.assert_close(grad, torch.full_like(h_0, 2))
 
 
-@pytest.mark.parametrize("way", ["short", "operator"])
+@pytest.mark.parametrize("way", ["fast", "operator"])
 def test_the_last_derivative_asks_for_no_further_one(way, monkeypatch):
-    monkeypatch.setattr(short, "_IS_SHORT", way == "short")
+    monkeypatch.setattr(fast_path, "_IS_OPEN", way == "fast")
     sample = draw("gru").training()
     first = torch.autograd.grad(sample.run()[0].square().sum(), sample.input, create_graph=True)
     (second,) = torch.autograd.grad(first[0].square().sum(), sample.input)
@@ -308,7 +308,7 @@ def test_the_last_derivative_asks_for_no_further_one(way, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["rnn_tanh", "gru", "packed both ways", "projected"])
 def test_gradgradcheck_through_the_operator(kind, monkeypatch):
-    monkeypatch.setattr(short, "_IS_SHORT", False)
+    monkeypatch.setattr(fast_path, "_IS_OPEN", False)
     sample = draw(**SAMPLES[kind], dtype=torch.float64).training()
 
     def function(*leaves):
@@ -333,7 +333,7 @@ def test_only_what_projects_is_projected():
     for cell, record in RECORDS.items():
         rows = record.gates * 4
         weights = *(torch.randn(rows, n) for n in (3, 2)), *torch.randn(2, rows), torch.randn(2, 4)
-        found = short.run(
+        found = fast_path.run(
             cell, (3, 4, 2, 1), torch.randn(5, 2, 3), None, None, None, weights, has_biases=True
         )
         assert (found is not None) == record.projects, cell

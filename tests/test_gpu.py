@@ -11,9 +11,9 @@ import torch
 
 from ostinato import cuda, nn
 from ostinato.cuda import choice, layer
-from ostinato.gradients import reference_results
+from ostinato.reference_backend import results
 from support import emulation
-from support.cells import CELLS, FIRST_CELLS, TORCH_LAYERS, has_c
+from support.cells import CELLS, FIRST_CELLS, TORCH_LAYERS
 from support.emulation import EPS, KINDS, errors, widened
 from support.samples import SAMPLES, draw, gradients
 
@@ -42,10 +42,8 @@ def on_gpu(call):
     def move(tensor):
         return None if tensor is None else tensor.cuda().requires_grad_()
 
-    names = ("input", "h_0", "c_0", "reset_h", "reset_c")
-    states = {name: move(getattr(call, name)) for name in names}
     resets = None if call.resets is None else call.resets.cuda()
-    return call._replace(weights=[move(w) for w in call.weights], resets=resets, **states)
+    return call.with_tensors([move(t) for t in call.tensors()])._replace(resets=resets)
 
 
 def compare(call, math):
@@ -53,18 +51,18 @@ def compare(call, math):
     eps = EPS[math]
     mine = on_gpu(call)
     assert layer.decide(mine, is_training=True).is_ours
-    results = emulation.cut_layer(mine)
+    mine_results = emulation.cut_layer(mine)
     wide = widened(call)
-    expected = [r for r in reference_results(wide, has_c(call.cell)) if r is not None]
+    expected = results(wide._replace(all_states=True)).flat()
     seeds = [torch.randn(r.shape).to(call.input.dtype) for r in expected]
     leaves = [t for t in mine.tensors() if t is not None]
     wide_leaves = [t for t in wide.tensors() if t is not None]
-    found = gradients(results, leaves, [s.cuda() for s in seeds], allow_unused=True)
+    found = gradients(mine_results, leaves, [s.cuda() for s in seeds], allow_unused=True)
     options = {"allow_unused": True}
     other = gradients(expected, wide_leaves, [s.double() for s in seeds], **options)
     steps = call.input.shape[0] if call.batch_sizes is None else len(call.batch_sizes)
     bound = 8 * eps * max(1.0, steps / 16)
-    for a, b in zip(results, expected, strict=True):
+    for a, b in zip(mine_results, expected, strict=True):
         assert errors(a.cpu(), b) <= bound
     for a, b in zip(found, other, strict=True):
         assert errors(a.cpu(), b) <= 2 * bound
@@ -225,7 +223,7 @@ def test_compiled(cell, mode):
 
 def test_what_the_operator_checks():
     call = on_gpu(emulation.draw("gru", 16, math="bf16"))
-    arguments = (*call, False, False)
+    arguments = (*call.parameters(), False, False)
     torch.library.opcheck(torch.ops.ostinato.layer, arguments)
 
 

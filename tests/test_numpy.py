@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 import ostinato
 from ostinato import _core, reference
 from ostinato.numpy import gru, layer
-from support.cells import KINDS, cell_of, has_c
-from support.faces import call, draw_parameters, output_size
+from support.cells import cell_of, has_c
+from support.faces import KINDS, call, draw_parameters, output_size
 from support.tolerances import assert_close, assert_same_bits
 
 BOTH = (False, True)

@@ -119,7 +119,7 @@ def test_a_program_of_torch_export_and_another_opset():
     converted = export(program, opset_version=22)
     assert kinds(converted) == ["GRU", "Squeeze"]
     assert converted.model.opset_imports[""] == 22
-    compare(converted, layer, torch.randn(7, 3, 3))
+    compare(converted.model_proto, layer, torch.randn(7, 3, 3))
 
 
 def test_a_translation_of_the_caller_s_is_used():

@@ -10,8 +10,9 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_leaves
 
-from ostinato import fallback, nn
+from ostinato import cudnn, nn
 from support.cells import FIRST_CELLS, has_c, record_of
+from support.devices import OnGpu
 from support.pairs import cell_module
 from support.tolerances import tolerance
 
@@ -314,16 +315,13 @@ def test_the_strict_mode_of_torch_export_writes_nodes_too():
 
 def test_a_stack_on_a_gpu_is_written_layer_by_layer(monkeypatch):
     """Where cuDNN would run it as one."""
-    layer = nn.GRU(3, 4, 2)
-    arguments = "gru", _X, None, None, None, list(layer.parameters())
-    options = {"layers": 2, "has_biases": True, "bidirectional": False, "dropout": 0.0}
-    monkeypatch.setattr(fallback, "serves", lambda call: True)
-    monkeypatch.setattr(fallback, "run", lambda *call: ("one call",) * 4)
-    assert fallback.stack(*arguments, **options) == ("one call",) * 3
+    call = nn.GRU(3, 4, 2).call_of(_X, None, None, None)
+    call = call._replace(input=OnGpu(call.input))
+    assert cudnn.why_not(call) is None
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert fallback.stack(*arguments, **options) == ("one call",) * 3
+    assert cudnn.why_not(call) is None
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
-    assert fallback.stack(*arguments, **options) is None
+    assert "by itself" in cudnn.why_not(call)
 
 
 def test_nothing_changes_outside_an_export_to_onnx():

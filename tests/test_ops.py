@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
-from ostinato import ops
+from ostinato import cpu, route
 from support.cells import CELLS, has_c
 from support.devices import device_type, engine_dtype, on_cpu, same
 from support.samples import SAMPLES, Sample, close, draw, forward_mode, gradients
@@ -407,9 +407,9 @@ def test_meta_tensors_go_through_the_layer_and_back():
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
 def test_other_dtypes_run_the_reference_and_say_so_once(dtype, monkeypatch, caplog):
-    monkeypatch.setattr(ops, "_told", set())
-    monkeypatch.setattr(ops._core, "forward", None)
-    monkeypatch.setattr(ops._core, "tensors_forward", lambda *_: None)
+    monkeypatch.setattr(route, "_told", set())
+    monkeypatch.setattr(cpu._core, "forward", None)
+    monkeypatch.setattr(cpu._core, "tensors_forward", lambda *_: None)
     sample = draw("lstm", lengths=(4, 2, 2), bidirectional=True, dtype=dtype).training()
     with caplog.at_level(logging.WARNING, logger="ostinato"):
         results = sample.run()

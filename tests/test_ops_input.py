@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ostinato import ops, reference
+import ostinato.numpy
+from ostinato import cpu, fast_path, reference
 from support.samples import draw
 
 operators = torch.ops.ostinato
@@ -16,8 +17,8 @@ def no_kernel(monkeypatch):
     def ran(*_, **__):
         pytest.fail("a kernel ran on arguments that had to be refused")
 
-    monkeypatch.setattr(ops._core, "forward", ran)
-    monkeypatch.setattr(ops._core, "backward", ran)
+    monkeypatch.setattr(cpu._core, "forward", ran)
+    monkeypatch.setattr(cpu._core, "backward", ran)
     monkeypatch.setattr(reference, "states", ran)
 
 
@@ -153,6 +154,44 @@ def test_bad_arguments_are_refused_by_name(case, training, no_kernel):
         change(sample).run()
 
 
+@pytest.mark.skipif(not fast_path._IS_OPEN, reason="this torch has no table of C functions")
+@pytest.mark.parametrize("case", BAD)
+def test_the_fast_path_declines_what_the_check_refuses(case, no_kernel):
+    """C++ asks what the check asks: one table of cases holds both."""
+    change, _, _ = BAD[case]
+    sample, shape = draw("lstm", bidirectional=True), (2, 3, 0, 2)
+    cell, *tensors, weights = change(sample)[:6]
+    assert fast_path.run(cell, shape, *tensors, tuple(weights), True) is None
+
+
+# Whole numbers of any kind are batch_sizes there.
+NUMPYS = ("batch_sizes list", "batch_sizes int32")
+
+
+def as_array(value):
+    """What NumPy takes for a tensor, or None where it knows no such thing."""
+    if isinstance(value, torch.Tensor):
+        is_plain = value.device.type == "cpu" and value.layout is torch.strided
+        return value.numpy() if is_plain else None
+    return value
+
+
+@pytest.mark.parametrize("case", [case for case in BAD if case not in NUMPYS])
+def test_numpys_face_refuses_what_the_check_refuses(case, no_kernel):
+    change, exception, _ = BAD[case]
+    cell, *tensors, weights = change(draw("lstm", bidirectional=True))[:6]
+    given = [*tensors, *weights]
+    arrays = [as_array(value) for value in given]
+    if any(a is None and v is not None for a, v in zip(arrays, given, strict=True)):
+        pytest.skip("NumPy has no such array")
+    input, batch_sizes, h_0, c_0, *weights = arrays
+    # Types are NumPy's to name, and so is the kind of error for them.
+    with pytest.raises((exception, TypeError, ValueError)):
+        ostinato.numpy.layer(
+            *(cell, input, batch_sizes, h_0, c_0, weights), has_biases=True, bidirectional=True
+        )
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -266,7 +305,7 @@ BAD_BACKWARD = {
 def test_backward_refuses_by_name(name, index, monkeypatch):
     arguments, call = backward_arguments()
     monkeypatch.setattr(
-        ops._core, "backward", lambda *_: pytest.fail("the kernel ran on bad arguments")
+        cpu._core, "backward", lambda *_: pytest.fail("the kernel ran on bad arguments")
     )
     arguments[name] = BAD_BACKWARD[name][index](arguments[name])
     with pytest.raises((RuntimeError, ValueError), match=f"{name}: "):

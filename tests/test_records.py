@@ -2,7 +2,8 @@
 
 import pytest
 
-from ostinato import _core, reference
+from ostinato import _core, arrays, reference
+from ostinato.call import Call
 from ostinato.cells import CELLS
 
 
@@ -57,6 +58,21 @@ def test_the_table_of_arrays_counts_what_a_call_takes(backward):
             run(0, 0, sizes, 0, 1, [0] * (count + 1), [], 1)
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_tables_of_arrays_in_python_and_in_cpp_are_one(backward):
+    states = len(arrays.STATES)
+    if backward:
+        of_call = arrays.arguments(states, 1)
+        grads = [arrays.gradient_of(array) for array in of_call if array.is_differentiable]
+        table = [*arrays.backward_arguments(states, 1), *grads]
+    else:
+        table = [*arrays.arguments(states, 1), *arrays.RESULTS]
+    table = {array.name: (array.rows, array.width) for array in table}
+    # The sizes of a call, not an array of it.
+    del table[arrays.BATCH_SIZES.name]
+    assert table == {name: (rows, width) for name, rows, width, *_ in _core.arrays(backward)}
+
+
 def test_the_table_of_arrays_says_what_is_written():
     forward, backward = map(_core.arrays, (False, True))
     assert [name for name, *_, is_written in forward if is_written] == [
@@ -71,3 +87,16 @@ def test_the_table_of_arrays_says_what_is_written():
     shapes = {name: tuple(shape) for name, *shape, _ in forward}
     for name, *shape, _ in backward:
         assert shapes[name.removeprefix("grad_")] == tuple(shape)
+
+
+def test_a_call_lists_the_operators_arguments_in_the_order_of_the_table():
+    names = [parameter.name for parameter in arrays.PARAMETERS]
+    # An LSTM has every array that a call can have.
+    given = [["weights"] if n == "weights" else "lstm" if n == "cell" else n for n in names]
+    call = Call.of(*given)
+    assert call.parameters() == given
+    assert [array.name for array in call.table()] == call.arrays()
+    # A cell with fewer states leaves out the others, and lists them as None.
+    few = [None if n in ("c_0", "reset_c") else "gru" if n == "lstm" else n for n in given]
+    assert Call.of(*few).parameters() == few
+    assert Call.of(*few).initial == ("h_0",)

@@ -8,7 +8,7 @@ import torch
 from torch.nn.utils.rnn import pack_sequence
 
 from ostinato import nn, ops
-from support.cells import CELL_MODULES, LAYERS, MODULES, SIX, TORCH_LAYERS, has_c
+from support.cells import CELL_MODULES, LAYERS, MODULES, SIX, TORCH_LAYERS
 from support.pairs import TORCH_WARNS, each, flat, pair, shapes
 
 pytestmark = pytest.mark.filterwarnings(TORCH_WARNS)
@@ -79,7 +79,7 @@ def test_fx_makes_a_node_of_each_call(name, with_state, way):
     given = (x, hx) if with_state else (x,)
     traced = torch.fx.symbolic_trace(model)
     calls = [n for n in traced.graph.nodes if n.op == "call_module" and n.target == "inner"]
-    assert len(calls) == {"twice": 2, "unpacked": 3 if has_c(name) else 2}.get(way, 1)
+    assert len(calls) == {"twice": 2, "unpacked": 3 if name == "LSTMCell" else 2}.get(way, 1)
     expected = flat(model(*given))
     again = torch.fx.symbolic_trace(traced)
     for module in traced, again, copy.deepcopy(traced):

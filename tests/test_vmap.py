@@ -21,7 +21,7 @@ from torch.func import (
     vmap,
 )
 
-from ostinato import nn, ops, reference, stacks, transforms
+from ostinato import cpu, nn, ops, reference, transforms
 from support.cells import CELL_MODULES, CELLS, LAYERS, RECORDS
 from support.devices import on_cpu, same
 from support.samples import SAMPLES, close, draw, forward_mode
@@ -265,13 +265,13 @@ def test_gradients_of_each_with_cuts(cell, engine_alone):
 @cells
 def test_jacobian_of_the_input_alone_is_one_run(cell, monkeypatch, engine_alone):
     sample = draw(cell, bidirectional=True)
-    backward = stacks._core.backward
+    backward = cpu._core.backward
 
     def one(*arguments):
         assert arguments[4] == 1, "a stack ran"
         return backward(*arguments)
 
-    monkeypatch.setattr(stacks._core, "backward", one)
+    monkeypatch.setattr(cpu._core, "backward", one)
     results, pull = vjp(lambda x: tuple(sample._replace(input=x).run()), sample.input)
     seeds = [mapped(result, 0) for result in results]
     (actual,) = vmap(lambda *seeds: pull(seeds))(*seeds)
@@ -317,11 +317,9 @@ def test_many_gradients_at_once(cell):
 @pytest.mark.cpu("the compiled engine")
 def test_what_needs_no_gradient_keeps_nothing(monkeypatch):
     kept = []
-    run_one = transforms.run_one
+    run = transforms.run
     monkeypatch.setattr(
-        transforms,
-        "run_one",
-        lambda plan, tensors: kept.append(plan.keep) or run_one(plan, tensors),
+        transforms, "run", lambda plan, values: kept.append(plan.keep) or run(plan, values)
     )
     sample = draw("gru")
     training = sample.training()

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pythons
 
-# The short way in, the operators and the modules.
+# The fast path, the operators and the modules.
 TORCH_TESTS = ["tests/test_fast_path.py", "tests/test_ops.py", "tests/test_nn.py"]
 
 

@@ -1,4 +1,4 @@
-// Scratch memory of one call, handed out piece by piece.
+// Scratch memory of one call, handed out in parts.
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,7 @@
-// The backward walk.
+// The time loop backward.
 //
-// Steps are visited in the opposite of walk order. A step first gathers dL/dh_t: the gradient of y_t plus what step t+1 sends
-// back through weight_hh (a product with the gate gradients of t+1), then turns it into its own gate gradients. The steps
+// Steps are visited from forward's last to its first. A step first gathers dL/dh_t: the gradient of y_t plus what step t+1
+// sends back through weight_hh (a product with the gate gradients of t+1), then turns it into its own gate gradients. The steps
 // of a chunk are followed by the products that need no order: dx, the weight gradients (one product over all rows of the
 // chunk, continuing one chain in memory) and the bias sums. Gate gradients live in two alternating chunk buffers, because the first
 // step of a chunk still reads the last one of the chunk before.
@@ -16,12 +16,12 @@ namespace ostinato {
 namespace {
 
 template <class T, class C>
-class BackwardWalk {
+class BackwardLoop {
     static constexpr int L = Vec<T>::kLanes, G = C::kGates, R = C::kGrads;
     using RowProduct = Product<T>;
 
 public:
-    BackwardWalk(const Backward& call, int members, void* scratch)
+    BackwardLoop(const Backward& call, int members, void* scratch)
         : f_(call),
           size_(call.sizes),
           arena_(scratch),
@@ -40,7 +40,7 @@ public:
         pointers_ = arena_.take<const T*>(members * B);
         table_ = arena_.take<const T*>(chunk_rows_);
         if (C::kUsesPrevious) direct_ = arena_.take<T>(D * B * op_);
-        if (C::kHasCell) dc_ = arena_.take<T>(D * B * hp_);
+        if (C::kHasC) dc_ = arena_.take<T>(D * B * hp_);
         if (size_.projection) {
             panels_hr_ = arena_.take<T>(D * ceil_div(H, L) * O * L);
             dh_ = arena_.take<T>(D * chunk_rows_ * op_);
@@ -50,9 +50,9 @@ public:
         if (recomputes()) {
             again_.gates = arena_.take<T>(D * chunk_rows_ * C::kSaved * hp_);
             again_.h_0 = arena_.take<T>(chunk_rows_ * O), again_.y = arena_.take<T>(chunk_rows_ * O);
-            if (C::kHasCell) again_.c_0 = arena_.take<T>(chunk_rows_ * H), again_.c_n = arena_.take<T>(chunk_rows_ * H);
+            if (C::kHasC) again_.c_0 = arena_.take<T>(chunk_rows_ * H), again_.c_n = arena_.take<T>(chunk_rows_ * H);
             const Forward forward = forward_again(0, chunk_rows_);
-            again_.scratch = arena_.take<char>(ForwardWalk<T, C>(forward, members, nullptr).scratch_bytes());
+            again_.scratch = arena_.take<char>(ForwardLoop<T, C>(forward, members, nullptr).scratch_bytes());
         }
         product_scratch_ = arena_.take<T>(members * RowProduct::scratch());
     }
@@ -82,7 +82,7 @@ public:
             }
             if (recomputes())
                 for (int64_t d = 0; d < size_.directions; d++) recompute(d, team);
-            walk(team);
+            run_chunk(team);
             for (int64_t d = 0; d < size_.directions; d++) {
                 reduce(d, first, team);
                 s1[d] = chunk_[d].s0;
@@ -101,7 +101,7 @@ private:
 
     struct Chunk {
         int64_t s0 = 0, s1 = 0;  // steps [s0, s1)
-        int64_t first_row = 0, next_first_row = 0;  // first packed row of this chunk and of the one walked before it
+        int64_t first_row = 0, next_first_row = 0;  // first packed row of this chunk and of the one run before it
         int parity = 0;
     };
 
@@ -132,7 +132,7 @@ private:
             });
         }
         if constexpr (C::kUsesPrevious) fill_zero(direct_ + d * B * op_, B * op_);
-        if constexpr (C::kHasCell)
+        if constexpr (C::kHasC)
             for (int64_t b = 0; b < B; b++)
                 for (int64_t j = 0; j < hp_; j++)
                     dc_[(d * B + b) * hp_ + j] = f_.dc_n && j < H ? in(f_.dc_n)[(d * B + b) * H + j] : T(0);
@@ -169,7 +169,7 @@ private:
             const CutRows cut = steps_.cut(d, s);
             for (int64_t b = 0; b < steps_.rows(d, s); b++) {
                 copy(previous_row(d, s, b, cut.has(b)), O, again_.h_0 + (first - row0 + b) * O);
-                if constexpr (C::kHasCell) {
+                if constexpr (C::kHasC) {
                     T* c_0 = again_.c_0 + (first - row0 + b) * H;
                     if (const T* c = previous_cell(d, s, b, cut.has(b)))
                         copy(c, H, c_0);
@@ -180,10 +180,10 @@ private:
         });
         Forward call = forward_again(d, n);
         call.x = in(f_.x) + row0 * size_.input;
-        ForwardWalk<T, C>(call, team.members(), again_.scratch).run(team);
+        ForwardLoop<T, C>(call, team.members(), again_.scratch).run(team);
     }
 
-    void walk(Team& team) {
+    void run_chunk(Team& team) {
         if (shares_.together) {
             relay_.reset();
             const auto share = [&](int64_t, int member) {
@@ -229,7 +229,7 @@ private:
 
     // One step of one direction; s == -1 stands before the first.
     struct Step {
-        const BackwardWalk& w;
+        const BackwardLoop& w;  // the whole time loop
         const Sizes& z;
         int64_t d, s, n, n_next;  // rows active at this step and at the next
         int64_t row0;  // first packed row
@@ -237,8 +237,8 @@ private:
         T *grads, *grads_next, *dh, *unprojected;
         const T** rows;
 
-        Step(const BackwardWalk& walk, int64_t direction, int64_t step, int member)
-            : w(walk), z(walk.size_), d(direction), s(step), n(w.steps_.rows(d, s)), n_next(w.steps_.rows(d, s + 1)) {
+        Step(const BackwardLoop& loop, int64_t direction, int64_t step, int member)
+            : w(loop), z(loop.size_), d(direction), s(step), n(w.steps_.rows(d, s)), n_next(w.steps_.rows(d, s + 1)) {
             row0 = n ? w.steps_.first_row(d, s) : 0;
             cut = w.steps_.cut(d, s), cut_next = w.steps_.cut(d, s + 1);
             grads = n ? w.grads_of(d, s) : nullptr;
@@ -266,8 +266,8 @@ private:
                 for (int64_t b = b0; b < min(b1, n); b++) rows[b] = dh + b * w.op_;
                 const int64_t O = z.output(), panel = O * L;
                 const T* panels_hr = w.panels_hr_ + d * ceil_div(z.hidden, L) * panel;
-                walk_tiles<1>(RowPanels<T>{rows, O, panels_hr, panel, L, take_unprojected, this}, b0, min(b1, n), 0,
-                              ceil_div(z.hidden, L));
+                multiply_tiles<1>(RowPanels<T>{rows, O, panels_hr, panel, L, take_unprojected, this}, b0, min(b1, n), 0,
+                                  ceil_div(z.hidden, L));
             }
         }
 
@@ -279,9 +279,9 @@ private:
             if (unpacked > u0) {
                 RowPanels<T> in_place = p;
                 in_place.panels = in(w.f_.weights[d].hh), in_place.panel_stride = L, in_place.k_stride = O;
-                walk_tiles<1>(in_place, b0, b1, u0, unpacked);
+                multiply_tiles<1>(in_place, b0, b1, u0, unpacked);
             }
-            if (unpacked < u1) walk_tiles<1>(p, b0, b1, unpacked, u1);
+            if (unpacked < u1) multiply_tiles<1>(p, b0, b1, unpacked, u1);
         }
 
         // Adds the direct part, and ends it in the rows that were cut before step s + 1.
@@ -337,7 +337,7 @@ private:
             if constexpr (C::kUsesOutput)
                 h = load_n(in(w.f_.y) + (row0 + b) * z.directions * z.hidden + d * z.hidden + unit, lanes);
             T* dc_row = nullptr;
-            if constexpr (C::kHasCell) {
+            if constexpr (C::kHasC) {
                 dc_row = w.dc_ + (d * z.batch + b) * hp + unit;
                 dc = Vec<T>::load(dc_row);
                 if (w.f_.dcells) dc = dc + load_n(in(w.f_.dcells) + ((row0 + b) * z.directions + d) * z.hidden + unit, lanes);
@@ -349,7 +349,7 @@ private:
             const Vec<T> direct = C::backward(dh_t, dc, saved, h_previous, c_previous, h, da);
             for (int i = 0; i < R; i++) da[i].store(grads + b * w.row_ + i * hp + unit);
             if constexpr (C::kUsesPrevious) direct.store(w.direct_ + (d * z.batch + b) * w.op_ + unit);
-            if constexpr (C::kHasCell) {
+            if constexpr (C::kHasC) {
                 if (is_cut) dc = end_at_cut(dc, w.f_.dreset_c, b, unit, z.hidden);
                 dc.store(dc_row);
             }
@@ -470,7 +470,7 @@ private:
                     const int64_t i = (d * B + b) * O + j;
                     static_cast<T*>(f_.dh_0)[i] = f_.dh_n ? in(f_.dh_n)[i] : T(0);
                 }
-        if (C::kHasCell && f_.dc_0)
+        if (C::kHasC && f_.dc_0)
             for (int64_t b = 0; b < B; b++)
                 for (int64_t j = 0; j < H; j++) static_cast<T*>(f_.dc_0)[(d * B + b) * H + j] = dc_[(d * B + b) * hp_ + j];
     }

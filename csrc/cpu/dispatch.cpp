@@ -158,28 +158,28 @@ namespace {
 // Runs a call that has no lengths.
 template <class Call>
 void run_whole(Cell cell, Dtype dtype, const Call& call, int threads) {
-    const Walk<Call>& walk = (*active().tables[static_cast<int>(dtype)])[cell];
+    const Loop<Call>& loop = (*active().tables[static_cast<int>(dtype)])[cell];
     const bool is_long = std::is_same_v<Call, Forward> && has_long_tasks(cell, call.sizes, threads);
     Team team(members_for(cell, call.sizes, threads), is_long);
-    Scratch<0> scratch(walk.scratch_bytes(call, team.members()));
-    walk.run(call, team, scratch.get());
+    Scratch<0> scratch(loop.scratch_bytes(call, team.members()));
+    loop.run(call, team, scratch.get());
 }
 
-// ---- one step of many rows with small weights, in pieces ----
+// ---- one step of many rows with small weights, in parts ----
 //
-// In one step rows know nothing of each other, so a piece of them is a call of its own, with the same bits. As one call, a
+// In one step rows know nothing of each other, so a part of them is a call of its own, with the same bits. As one call, a
 // hundred thousand rows would take scratch that no cache holds and whose pages are fresh in each call; and a forward of few
 // units has no more than one task.
 
-// Weights that are cheap to pack for each piece, in bytes.
+// Weights that are cheap to pack for each part, in bytes.
 constexpr int64_t kSmallWeights = 256 << 10;
-// Scratch of a piece: forward's is of the second-level cache of the thread that runs it; backward's is shared by all threads.
-constexpr int64_t kForwardPiece = 512 << 10, kBackwardPiece = 2 << 20;
-// Backward's sums over rows are cut into chains of 128 rows: so are its pieces, for the same bits.
+// Scratch of a part: forward's is of the second-level cache of the thread that runs it; backward's is shared by all threads.
+constexpr int64_t kForwardPart = 512 << 10, kBackwardPart = 2 << 20;
+// Backward's sums over rows are cut into chains of 128 rows: so are its parts, for the same bits.
 constexpr int64_t kChain = 128;
 
-// Rows of a piece that takes so much scratch; 0 where a call is not to be cut.
-int64_t piece_rows(Cell cell, Dtype dtype, const Arguments& call, int64_t scratch) {
+// Rows of a part that takes so much scratch; 0 where a call is not to be cut.
+int64_t part_rows(Cell cell, Dtype dtype, const Arguments& call, int64_t scratch) {
     const Sizes& z = call.sizes;
     const int64_t G = gates_of(cell), bytes = computed_bytes(dtype);
     if (z.steps != 1 || z.directions != 1 || z.batch_sizes || call.resets) return 0;
@@ -189,45 +189,45 @@ int64_t piece_rows(Cell cell, Dtype dtype, const Arguments& call, int64_t scratc
 
 // The call on `rows` rows from `first` on.
 template <class Call>
-Call piece_of(Cell cell, Dtype dtype, const Call& call, int64_t first, int64_t rows) {
+Call part_of(Cell cell, Dtype dtype, const Call& call, int64_t first, int64_t rows) {
     Sizes before = call.sizes;
     before.rows = before.batch = first;
     const int64_t kept = reserve_bytes(cell, dtype, before);
-    Call piece = call;
-    piece.sizes.rows = piece.sizes.batch = rows;
-    call.visit(piece, [&](const Array& array, auto, auto& p) {
+    Call part = call;
+    part.sizes.rows = part.sizes.batch = rows;
+    call.visit(part, [&](const Array& array, auto, auto& p) {
         if (array.type == Type::kOpaque)
             p = moved(p, kept);
         else if (array.has_rows_of_batch())
             p = moved(p, first * array.row_bytes(call.sizes, dtype));
     });
-    if constexpr (std::is_same_v<Call, Backward>) piece.resume = call.resume || first > 0;
-    return piece;
+    if constexpr (std::is_same_v<Call, Backward>) part.resume = call.resume || first > 0;
+    return part;
 }
 
-// Pieces side by side, at least one for each thread.
+// Parts side by side, at least one for each thread.
 void run_rows(Cell cell, Dtype dtype, const Forward& call, int threads) {
-    const int64_t batch = call.sizes.batch, most = piece_rows(cell, dtype, call, kForwardPiece);
+    const int64_t batch = call.sizes.batch, most = part_rows(cell, dtype, call, kForwardPart);
     const int64_t members = std::min<int64_t>(members_for(cell, call.sizes, threads), batch / kChain);
     if (most == 0 || (batch <= most && members <= 1)) return run_whole(cell, dtype, call, threads);
     int64_t count = (batch + most - 1) / most;
     if (members > 1) count = (count + members - 1) / members * members;
-    std::vector<Forward> pieces;
+    std::vector<Forward> parts;
     for (int64_t i = 0, first = 0; i < count; i++) {
         const int64_t rows = batch / count + (i < batch % count);
-        pieces.push_back(piece_of(cell, dtype, call, first, rows));
+        parts.push_back(part_of(cell, dtype, call, first, rows));
         first += rows;
     }
-    run_all(cell, dtype, pieces.data(), count, static_cast<int>(std::max<int64_t>(1, members)));
+    run_all(cell, dtype, parts.data(), count, static_cast<int>(std::max<int64_t>(1, members)));
 }
 
-// Pieces one after another: each goes on with the sums of the one before it.
+// Parts one after another: each goes on with the sums of the one before it.
 void run_rows(Cell cell, Dtype dtype, const Backward& call, int threads) {
-    const int64_t batch = call.sizes.batch, most = piece_rows(cell, dtype, call, kBackwardPiece);
+    const int64_t batch = call.sizes.batch, most = part_rows(cell, dtype, call, kBackwardPart);
     if (most == 0 || batch <= most || stored_bytes(dtype) != computed_bytes(dtype))
         return run_whole(cell, dtype, call, threads);
     for (int64_t first = 0; first < batch; first += most)
-        run_whole(cell, dtype, piece_of(cell, dtype, call, first, std::min(most, batch - first)), threads);
+        run_whole(cell, dtype, part_of(cell, dtype, call, first, std::min(most, batch - first)), threads);
 }
 
 }  // namespace

@@ -119,9 +119,9 @@ struct Weights {
 // Arrays belong to the caller; null where absent: a state is zero then, a row has T steps and is never cut. Nothing may overlap
 // what is written.
 
-// What forward and backward both read. lengths and resets cut rows into segments, each a sequence of its own in both
-// directions. Where a direction's walk enters a segment over a cut, it starts from reset_h and reset_c, otherwise from h_0 and
-// c_0; h_n and c_n are the states at the end of its last segment. A row of no steps passes its states on.
+// What forward and backward both read. lengths and resets cut rows into pieces, each a sequence of its own in both
+// directions. Where a direction's time loop enters a piece over a cut, it starts from reset_h and reset_c, otherwise from h_0
+// and c_0; h_n and c_n are the states at the end of its last piece. A row of no steps passes its states on.
 struct Arguments {
     Sizes sizes;
     const void *x = nullptr, *h_0 = nullptr, *c_0 = nullptr;
@@ -161,7 +161,7 @@ struct Forward : Arguments {
 };
 
 // The gradients of y, h_n, c_n and cells come in (null: zero); the wanted ones go out, those of reset_h and reset_c as sums over
-// all segments of a row.
+// all pieces of a row.
 struct Backward : Arguments {
     const void *y = nullptr, *reserve = nullptr;  // y may be null where one step of a GRU or an LSTM was run
     const void *dy = nullptr, *dh_n = nullptr, *dc_n = nullptr, *dcells = nullptr;
@@ -202,14 +202,14 @@ constexpr int count_arrays(int64_t directions) {
 
 class Team;
 
-// Entry points of one instruction set for one cell and type. scratch holds at least as many bytes as were asked for, aligned
-// to 64, its contents arbitrary.
+// Entry points of a time loop for one instruction set, cell and type. scratch holds at least as many bytes as were asked for,
+// aligned to 64, its contents arbitrary.
 template <class Call>
-struct Walk {
+struct Loop {
     int64_t (*scratch_bytes)(const Call&, int members);
     void (*run)(const Call&, Team&, void* scratch);
 };
-struct Kernel : Walk<Forward>, Walk<Backward> {};
+struct Kernel : Loop<Forward>, Loop<Backward> {};
 using Kernels = OfEachCell<Kernel>;
 
 // Units are stored in multiples of this many in reserve and scratch, so that both are the same on every instruction set.

@@ -1,10 +1,10 @@
-// The forward walk.
+// The time loop forward.
 //
 // Traffic per row tile and chunk of steps: the input projection gx = x * W_ih^T + biases is one product over all rows of the
 // chunk and lands in scratch small enough for the second cache level; each step then reads its gx once, streams the packed
 // W_hh panels (from the first or second level, shared by the rows of a tile) and writes y, and in training what backward
-// needs. A tile does both by itself, so nobody waits for anybody until all steps are done. Only where the members walk
-// together, or where there is one step, is the projection a phase of its own (project_input).
+// needs. A tile does both by itself, so nobody waits for anybody until all steps are done. Only where the members
+// share each step, or where there is one step, is the projection a phase of its own (project_input).
 #pragma once
 
 #include "sequence.h"
@@ -13,12 +13,12 @@ namespace ostinato {
 namespace {
 
 template <class T, class C>
-class ForwardWalk {
+class ForwardLoop {
     static constexpr int L = Vec<T>::kLanes, G = C::kGates;
     using Projection = Product<T>;
 
 public:
-    ForwardWalk(const Forward& call, int members, void* scratch)
+    ForwardLoop(const Forward& call, int members, void* scratch)
         : f_(call),
           size_(call.sizes),
           arena_(scratch),
@@ -50,7 +50,7 @@ public:
         gx_ = arena_.take<T>(chunk_rows_ * G * hp_);
         zeros_ = arena_.take<T>(padded(O));
         previous_ = arena_.take<const T*>(members * B);
-        if (C::kHasCell) c_ = arena_.take<T>(D * B * hp_);
+        if (C::kHasC) c_ = arena_.take<T>(D * B * hp_);
         if (size_.projection) {
             panels_hr_ = arena_.take<T>(D * ceil_div(O, L) * H * L);
             unprojected_ = arena_.take<T>(D * B * hp_);
@@ -65,16 +65,16 @@ public:
         for (int64_t i = 0; i < padded(size_.output()); i++) zeros_[i] = 0;
         for (int64_t d = 0; d < size_.directions; d++) prepare(d, team);
         if (is_tiled_)
-            walk_apart(team);
+            run_apart(team);
         else if (size_.steps == 1)
-            walk_once(team);
+            run_one_step(team);
         else
-            walk_together(team);
+            run_together(team);
         for (int64_t d = 0; d < size_.directions; d++) finish(d);
     }
 
 private:
-    static constexpr int64_t kGroup = 4;  // unit blocks that a member claims at once when all walk together
+    static constexpr int64_t kGroup = 4;  // unit blocks that a member claims at once when all share a step
     static constexpr int64_t kTileBytes = 512 << 10;  // of gx, for the steps that a tile projects at once
     // Where W_ih is so large that it comes from memory, it is worth more rows at once, though gx then leaves the second level.
     static constexpr int64_t kNear = 4 << 20, kFarRows = 128;
@@ -143,7 +143,7 @@ private:
                 start_[(d * G + g) * hp_ + j] = g < C::kJoint ? in + hid : in;
                 if (g >= C::kJoint) apart_[d * hp_ + j] = hid;
             }
-        if constexpr (C::kHasCell)
+        if constexpr (C::kHasC)
             for (int64_t b = 0; b < B; b++)
                 for (int64_t j = 0; j < hp_; j++)
                     c_[(d * B + b) * hp_ + j] = f_.c_0 && j < H ? weight(f_.c_0)[(d * B + b) * H + j] : T(0);
@@ -212,7 +212,7 @@ private:
     }
 
     // Each member takes tiles of rows through all steps, the directions alternating: the longest tiles are claimed first.
-    void walk_apart(Team& team) {
+    void run_apart(Team& team) {
         team.run(shares_.tiles * size_.directions, [&](int64_t task, int member) {
             const int64_t d = task % size_.directions, tile = task / size_.directions;
             const int64_t b0 = shares_.begin(tile), end = shares_.begin(tile + 1);
@@ -234,7 +234,7 @@ private:
     }
 
     // All members share the unit blocks of each step. One direction.
-    void walk_together(Team& team) {
+    void run_together(Team& team) {
         for (int64_t s0 = 0, s1; s0 < size_.steps; s0 = s1) {
             for (s1 = s0; s1 < size_.steps && steps_.rows_between(0, s0, s1 + 1) <= chunk_rows_;) s1++;
             project_input(0, s0, s1, gx_, team);
@@ -255,7 +255,7 @@ private:
 
     // With one step nothing is gained by packing ahead: a group of blocks is packed, used for all rows while it is in
     // the cache, and forgotten; for a few rows it is not even packed. A cell is this.
-    void walk_once(Team& team) {
+    void run_one_step(Team& team) {
         const auto gx = [&](int64_t d) { return gx_ + d * (chunk_rows_ / size_.directions) * G * hp_; };
         if (!is_few_rows())
             for (int64_t d = 0; d < size_.directions; d++) project_input(d, 0, 1, gx(d), team);
@@ -281,7 +281,7 @@ private:
 
     // One time step of one direction.
     struct Step {
-        const ForwardWalk& w;
+        const ForwardLoop& w;  // the whole time loop
         int64_t d, s, row0;
         CutRows cut;
         T* gx;               // [rows, G * Hp] of this step, from row gx_first on
@@ -294,19 +294,19 @@ private:
         const T* panels;     // packed W_hh from first_block on
         int64_t first_block = 0;
 
-        Step(const ForwardWalk& walk, int64_t direction, int64_t step, T* gates_x, int64_t first, int member)
-            : w(walk),
+        Step(const ForwardLoop& loop, int64_t direction, int64_t step, T* gates_x, int64_t first, int member)
+            : w(loop),
               d(direction),
               s(step),
-              row0(walk.steps_.first_row(d, s)),
-              cut(walk.steps_.cut(d, s)),
+              row0(loop.steps_.first_row(d, s)),
+              cut(loop.steps_.cut(d, s)),
               gx(gates_x),
               gx_first(first) {
             const Sizes& z = w.size_;
             ld_y = z.directions * z.output();
             y = static_cast<T*>(w.f_.y) + row0 * ld_y + d * z.output();
-            c = C::kHasCell ? w.c_ + d * z.batch * w.hp_ : nullptr;
-            values = w.size_.recompute ? C::kHasCell : C::kSaved;
+            c = C::kHasC ? w.c_ + d * z.batch * w.hp_ : nullptr;
+            values = w.size_.recompute ? C::kHasC : C::kSaved;
             reserve = w.f_.reserve && values ? static_cast<T*>(w.f_.reserve) + (d * z.rows + row0) * values * w.hp_ : nullptr;
             unprojected = z.projection ? w.unprojected_ + d * z.batch * w.hp_ : nullptr;
             previous = w.previous_ + member * z.batch;
@@ -332,7 +332,7 @@ private:
         void units(int64_t b0, int64_t b1, int64_t u0, int64_t u1) const {
             RowPanels<T> p{previous, w.size_.output(), panels - first_block * w.panel_, w.panel_, G * L, take_cells, this};
             p.is_paired = w.is_paired_;
-            walk_tiles<G>(p, b0, b1, u0, u1);
+            multiply_tiles<G>(p, b0, b1, u0, u1);
         }
 
         static void take_cells(const void* step, Vec<T>* sums, int rows, int64_t b, int64_t unit) {
@@ -392,9 +392,9 @@ private:
                 for (int g = 0; g < G; g++) gates[g] = sums[g] + Vec<T>::load(g < C::kJoint ? in + g * hp : apart);
                 if constexpr (C::kJoint < G) x = Vec<T>::load(in + C::kJoint * hp);
                 if constexpr (C::kUsesPrevious) h = load_n(previous[b + r] + unit, n);
-                if constexpr (C::kHasCell) cell = previous_cell(b + r, unit, n);
+                if constexpr (C::kHasC) cell = previous_cell(b + r, unit, n);
                 h = C::forward(gates, x, h, cell, gates_too ? saved : nullptr);
-                if constexpr (C::kHasCell) {
+                if constexpr (C::kHasC) {
                     cell.store(c + (b + r) * hp + unit);
                     if (cells_out) store_n(cell, cells_out + (b + r) * w.size_.directions * w.size_.hidden + unit, n);
                 }
@@ -423,7 +423,7 @@ private:
             const int64_t O = w.size_.output(), H = w.size_.hidden;
             for (int64_t b = b0; b < b1; b++) previous[b] = unprojected + b * w.hp_;
             const T* panels_hr = w.panels_hr_ + d * ceil_div(O, L) * H * L;
-            walk_tiles<1>(RowPanels<T>{previous, H, panels_hr, H * L, L, take_projected, this}, b0, b1, 0, ceil_div(O, L));
+            multiply_tiles<1>(RowPanels<T>{previous, H, panels_hr, H * L, L, take_projected, this}, b0, b1, 0, ceil_div(O, L));
         }
 
         static void take_projected(const void* taker, Vec<T>* sums, int rows, int64_t b, int64_t unit) {
@@ -437,7 +437,7 @@ private:
     void finish(int64_t d) {
         const int64_t B = size_.batch, H = size_.hidden;
         if (f_.h_n) last_states(d);
-        if constexpr (C::kHasCell) {
+        if constexpr (C::kHasC) {
             T* c_n = static_cast<T*>(f_.c_n) + d * B * H;
             for (int64_t b = 0; b < B; b++)
                 for (int64_t j = 0; j < H; j++) c_n[b * H + j] = c_[(d * B + b) * hp_ + j];

@@ -77,7 +77,7 @@ OSTINATO_INLINE void accumulate_half(Vec<float> (&acc)[NJ][MR][NV], const A& a, 
 }
 
 // The same for panels of bfloat16, two k to a word: [ceil(depth / 2)][NV][L] words, the even k in the lower half. Half the
-// bytes, for walks that wait for their weights; widening is exact, so the bits are those of a float32 panel.
+// bytes, for time loops that wait for their weights; widening is exact, so the bits are those of a float32 panel.
 template <int MR, int NJ, int NV, class A>
 OSTINATO_INLINE void accumulate_pairs(Vec<float> (&acc)[NJ][MR][NV], const A& a, const float* panel, int64_t panel_stride,
                                       int64_t depth) {

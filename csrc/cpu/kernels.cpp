@@ -1,4 +1,4 @@
-// The engine for one instruction set and one type that is computed with: this file is compiled once for each of both, with
+// The engine for one instruction set and one computed type. This file is compiled once for each pair, with
 // OSTINATO_ISA_NAME, OSTINATO_COMPUTED (float or double) and the flags of the set. Everything but the tables' names, which
 // tell both, has internal linkage (tools/check_symbols.py holds that).
 //
@@ -11,29 +11,29 @@
 namespace ostinato {
 namespace {
 
-// The entry points of a class that walks one call.
-template <class Call, class Walker>
-constexpr Walk<Call> kWalk = {
-    [](const Call& call, int members) { return Walker(call, members, nullptr).scratch_bytes(); },
-    [](const Call& call, Team& team, void* scratch) { Walker(call, team.members(), scratch).run(team); },
+// The entry points of a class that runs the time loop of one call.
+template <class Call, class TimeLoop>
+constexpr Loop<Call> kLoop = {
+    [](const Call& call, int members) { return TimeLoop(call, members, nullptr).scratch_bytes(); },
+    [](const Call& call, Team& team, void* scratch) { TimeLoop(call, team.members(), scratch).run(team); },
 };
 
 template <class T, class... C>
 constexpr Kernels kernels(List<C...>) {
-    return {{{kWalk<Forward, ForwardWalk<T, C>>, kWalk<Backward, BackwardWalk<T, C>>}...}};
+    return {{{kLoop<Forward, ForwardLoop<T, C>>, kLoop<Backward, BackwardLoop<T, C>>}...}};
 }
 
-// S: how the arrays are stored. Walker: the walk in float32.
-template <class S, class C, class Call, class Walker>
-struct NarrowWalk : Narrow<S, Call> {
-    NarrowWalk(const Call& call, int members, void* scratch)
-        : Narrow<S, Call>(C::kGates, kWalk<Call, Walker>, call, members, scratch) {}
+// S: how the arrays are stored. TimeLoop: the time loop in float32.
+template <class S, class C, class Call, class TimeLoop>
+struct NarrowLoop : Narrow<S, Call> {
+    NarrowLoop(const Call& call, int members, void* scratch)
+        : Narrow<S, Call>(C::kGates, kLoop<Call, TimeLoop>, call, members, scratch) {}
 };
 
 template <class S, class... C>
 constexpr Kernels narrow_kernels(List<C...>) {
-    return {{{kWalk<Forward, NarrowWalk<S, C, Forward, ForwardWalk<float, C>>>,
-              kWalk<Backward, NarrowWalk<S, C, Backward, BackwardWalk<float, C>>>}...}};
+    return {{{kLoop<Forward, NarrowLoop<S, C, Forward, ForwardLoop<float, C>>>,
+              kLoop<Backward, NarrowLoop<S, C, Backward, BackwardLoop<float, C>>>}...}};
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Rows that end early (`lengths`): a padded batch becomes a packed one, its longest row first, and the walk knows nothing
+// Rows that end early (`lengths`): a padded batch becomes a packed one, its longest row first. The time loop knows nothing
 // of it.
 //
 // So no step costs more than its rows. The price is a copy of x and y, and of their gradients. Compiled for the baseline.

@@ -1,6 +1,6 @@
 // Layers stored in 16 bits: bfloat16 and float16 arrays, computed in float32.
 //
-// Storage alone is narrow. All arrays of a call are widened (exactly), the float32 walk runs on them, and what it wrote is
+// Storage alone is narrow. All arrays of a call are widened (exactly), the float32 time loop runs on them, and what it wrote is
 // rounded once, to nearest even. So the state between two steps, the sums and the activations are float32, and so is what
 // forward keeps for backward. An output has the bits of the float32 engine's, rounded: what decision 7 promises holds here
 // too, but for a sequence that the caller cuts into pieces, since the state that goes from one to the next is rounded.
@@ -18,12 +18,12 @@
 namespace ostinato {
 namespace {
 
-// A call on wide copies of its arrays: widen, walk by the float32 kernel of the cell, narrow.
+// A call on wide copies of its arrays: widen, run the float32 kernel of the cell, narrow.
 template <class S, class Call>
 class Narrow {
 public:
-    Narrow(int64_t gates, const Walk<Call>& walk, const Call& call, int members, void* scratch)
-        : walk_(walk), wide_(call), arena_(scratch) {
+    Narrow(int64_t gates, const Loop<Call>& loop, const Call& call, int members, void* scratch)
+        : loop_(loop), wide_(call), arena_(scratch) {
         call.visit(wide_, [&](const Array& array, auto narrow, auto& wide) {
             if (!narrow || array.type != Type::kValue) return;
             constexpr bool is_read = std::is_same_v<decltype(narrow), const void*>;
@@ -34,7 +34,7 @@ public:
             if (copy.wide) point(wide, copy.wide);
         });
         if constexpr (std::is_same_v<Call, Forward>) wide_.has_bfloat16_weights = S::kIsUpperHalf;
-        inner_ = arena_.take<char>(walk.scratch_bytes(wide_, members));
+        inner_ = arena_.take<char>(loop.scratch_bytes(wide_, members));
     }
 
     int64_t scratch_bytes() const { return arena_.used(); }
@@ -46,7 +46,7 @@ public:
             const Floats f = S::widen(h);
             std::memcpy(copy.wide + i, &f, static_cast<size_t>(4 * n));
         });
-        walk_.run(wide_, team, inner_);
+        loop_.run(wide_, team, inner_);
         convert(team, false, [](const Copy& copy, int64_t i, int64_t n) {
             Floats f = {};
             std::memcpy(&f, copy.wide + i, static_cast<size_t>(4 * n));
@@ -78,7 +78,7 @@ private:
         }
     }
 
-    const Walk<Call>& walk_;
+    const Loop<Call>& loop_;
     Call wide_;
     Arena arena_;
     Copy copies_[count_arrays<Call>(2)];

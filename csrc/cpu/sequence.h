@@ -1,14 +1,14 @@
-// How a sequence is walked: what the forward and the backward walk share. Nothing here knows a gate.
+// What the time loops forward and backward share: the order of steps, row tiles, relay, scratch. Nothing here knows a gate.
 //
-// A direction visits its steps in walk order s = 0..T-1; step s is time t(s), T-1-s for the reverse direction. At time t
+// A direction visits its steps as s = 0..T-1; step s is time t(s), T-1-s for the reverse direction. At time t
 // the first rows_at(t) rows of the batch are active. Of these, the rows that were active at step s-1 continue from there;
 // the others begin at h_0. That one rule covers both directions of a packed batch: forward, rows only ever end; reverse,
 // rows only ever begin, each at its own last step. A row that is cut before step s (`resets`) begins there at reset_h and
 // reset_c, whether it was active or not.
 //
-// Who computes what. Rows are independent, so a batch is cut into row tiles and each member walks its tile through all
-// steps without a barrier. Where there are fewer rows than that is worth, the members walk together and share the unit
-// blocks of each step through a Relay. Either way an element is the same chain of operations.
+// Who computes what. Rows are independent, so a batch is cut into row tiles and each member takes its tile through all
+// steps without a barrier. Where rows are too few for that, the members take each step together: they share
+// its unit blocks through a Relay. Either way an element is the same chain of operations.
 #pragma once
 
 #include "../cells.h"
@@ -19,7 +19,7 @@
 namespace ostinato {
 namespace {
 
-// Rows that one chunk of steps may hold, so that what a walk keeps per row (bytes_per_row) stays near the processor.
+// Rows that one chunk of steps may hold, so that what a time loop keeps per row (bytes_per_row) stays near the processor.
 inline int64_t chunk_rows(const Sizes& sizes, int64_t bytes_per_row) {
     constexpr int64_t kChunkBytes = 2 << 20;
     return max(sizes.batch, min(sizes.rows, kChunkBytes / bytes_per_row));
@@ -75,8 +75,8 @@ constexpr int blocks_side_by_side() {
     return fit >= 4 ? 4 : fit >= 3 ? 3 : fit >= 2 ? 2 : 1;
 }
 
-// Products of rows with packed panels, tile by tile, each tile's sums handed to who asked for them. Cells, both walks and the
-// projection ask alike, so this is compiled once for each number of vectors, not once for each cell.
+// Products of rows with packed panels, tile by tile, each tile's sums handed to who asked for them. Cells, both time loops and
+// the projection ask alike, so this is compiled once for each number of vectors, not once for each cell.
 template <class T>
 struct RowPanels {
     // sums: [n_rows][NV] of rows b, b + 1, ... and the unit block that begins at `unit`; they may be overwritten.
@@ -99,7 +99,7 @@ constexpr int64_t kPairedRows = 2;
 // Covers every (row, unit block) of [b0, b1) x [u0, u1) once, the rows innermost: a panel is read for all of them while it
 // is near. NV: vectors of a panel's row.
 template <class T, int NV>
-struct TileWalk {
+struct TileProduct {
     static constexpr int L = Vec<T>::kLanes;
     const RowPanels<T>& p;
 
@@ -157,11 +157,11 @@ struct TileWalk {
 };
 
 template <int NV, class T>
-__attribute__((noinline)) void walk_tiles(const RowPanels<T>& panels, int64_t b0, int64_t b1, int64_t u0, int64_t u1) {
-    if (b0 < b1) TileWalk<T, NV>{panels}.run(b0, b1, u0, u1);
+__attribute__((noinline)) void multiply_tiles(const RowPanels<T>& panels, int64_t b0, int64_t b1, int64_t u0, int64_t u1) {
+    if (b0 < b1) TileProduct<T, NV>{panels}.run(b0, b1, u0, u1);
 }
 
-// Members that walk the same steps together. Each step is cut into groups; a group is claimed by one compare-and-swap, a
+// Members that take each step together. A step is cut into groups; a group is claimed by one compare-and-swap, a
 // member's own groups first and then any that is left, and a step is over when all its groups are done. So a member that
 // never came costs nothing, and one that the kernel has put to sleep costs the group it holds, once: whoever has waited too
 // long closes the relay, and the caller (member 0) goes on alone.
@@ -207,7 +207,7 @@ struct Relay {
     }
 };
 
-// How a walk is shared: row tiles, or all rows together by unit blocks.
+// How a time loop is shared: row tiles, or all rows together by unit blocks.
 struct Shares {
     static constexpr int64_t kSecondLevel = 1 << 20;
     int64_t batch, tiles;

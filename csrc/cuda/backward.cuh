@@ -1,4 +1,4 @@
-// The walk backward, from the last step of forward's walk to its first. Each step of a group of eight rows:
+// The time loop backward, from the last step that forward took to the first. Each step of a group of eight rows:
 //
 //   await dL/dh  ->  cell: gate gradients of the own units, kept in memory  ->  barrier  ->  their product with weight_hh  ->
 //   send every block the part of dL/dh that its units get from here
@@ -25,7 +25,7 @@ struct Backward {
     void* dgates;  // [D, N, kGrads * H], slots as position_of has them
     void *dh_0, *dc_0;  // [D, B, H]; where rows begin anew, a row may have no part in them: zeros beforehand
     float *dreset_h, *dreset_c;  // [D, B, H], zeros beforehand; what belongs to the states of resets is added
-    void* exchange;  // with Exchange::kGrid words [walks of a launch, groups, 2, kBlocks, sources, 8, kUnits], zeros
+    void* exchange;  // with Exchange::kGrid words [loops of a launch, groups, 2, kBlocks, sources, 8, kUnits], zeros
 };
 
 // ---- gate gradients times weight_hh ----
@@ -155,15 +155,15 @@ struct BackwardShared {
     float sums[kSums][kSources][kGroupRows][kUnits + 4];
     Fragment weights[largest(Product::Held::kShared, 0) * kThreads + 1];
     // What goes to the step before without weight_hh.
-    float dh[kRows][kUnits], dc[Cell::kHasCell ? kRows : 1][kUnits];
+    float dh[kRows][kUnits], dc[Cell::kHasC ? kRows : 1][kUnits];
     Row rows[kRows];
     u64 arrived[kBuffers][kGroups];
 };
 
-// ---- the walk. n counts the steps as they come: step s = steps - 1 - n of forward's walk ----
+// ---- the time loop. n counts its steps from 0: the n-th is forward's step s = steps - 1 - n ----
 
 template <class Cell, class Math>
-struct BackwardWalk {
+struct BackwardLoop {
     using Element = typename Math::Element;
     using Operand = typename Math::Operand;
     using Value = Real<Math::kIsFast>;
@@ -175,7 +175,7 @@ struct BackwardWalk {
 
     const Backward& call;
     Shared& shared;
-    Walk walk;
+    Loop loop;
     int rank;
     Task task;
 
@@ -228,7 +228,7 @@ struct BackwardWalk {
             // read the gate gradients that come next.
             if (kGroups == 1 && n) block_barrier();
             if (n) transaction_wait(&shared.arrived[n % 2][group], (n - 1) / 2 % 2);
-            if (thread_index() == 0 && n < walk.steps) expect(n + 1, group);
+            if (thread_index() == 0 && n < loop.steps) expect(n + 1, group);
         } else if (n) {
             gather(words_of(n, group, rank), mark_of(n));
             block_barrier();  // orders the sums of all threads
@@ -277,20 +277,20 @@ struct BackwardWalk {
     OSTINATO_DEVICE void leave(const Row& row, bool by_reset, int unit, Pair grad, void* to_first, float* to_reset) {
         const int global = rank * kUnits + unit;
         if (!by_reset) {
-            if (to_first) store_units(state_row(static_cast<Element*>(to_first), walk, row.index), global, grad);
+            if (to_first) store_units(state_row(static_cast<Element*>(to_first), loop, row.index), global, grad);
         } else if (to_reset) {
-            float* const sums = state_row(to_reset, walk, row.index) + global;
+            float* const sums = state_row(to_reset, loop, row.index) + global;
             if (global < kHidden) sums[0] += grad.a;
             if (global + 1 < kHidden) sums[1] += grad.b;
         }
     }
 
     OSTINATO_DEVICE Raw<Element> load_row(const void* rows, i64 place, int unit) const {
-        const i64 at = (place * walk.batch.directions + walk.direction) * kHidden;
+        const i64 at = (place * loop.batch.directions + loop.direction) * kHidden;
         return load_units(static_cast<const Element*>(rows) + at, rank * kUnits + unit);
     }
     OSTINATO_DEVICE Raw<Element> load_saved(i64 place, int slot, int unit) const {
-        const i64 at = ((place * walk.batch.directions + walk.direction) * Cell::kSaved + slot) * kHidden;
+        const i64 at = ((place * loop.batch.directions + loop.direction) * Cell::kSaved + slot) * kHidden;
         return load_units(static_cast<const Element*>(call.reserve) + at, rank * kUnits + unit);
     }
     // forward saves c last.
@@ -299,11 +299,11 @@ struct BackwardWalk {
     OSTINATO_DEVICE Raw<Element> load_initial(const void* states, const void* resets, const Row& row, bool by_reset,
                                               int unit) const {
         const auto* from = static_cast<const Element*>(by_reset ? resets : states);
-        return from ? load_units(state_row(from, walk, row.index), rank * kUnits + unit) : Raw<Element>{};
+        return from ? load_units(state_row(from, loop, row.index), rank * kUnits + unit) : Raw<Element>{};
     }
 
     OSTINATO_DEVICE void load_inputs(int n, int group, Inputs (&inputs)[kPairs]) const {
-        const int s = walk.steps - 1 - n, t = walk.time(s), next = walk.time(s + 1), previous = walk.time(s - 1);
+        const int s = loop.steps - 1 - n, t = loop.time(s), next = loop.time(s + 1), previous = loop.time(s - 1);
         OSTINATO_UNROLL
         for (int e = 0; e < kPairs; e++) {
             const int pair = pair_of(e);
@@ -311,15 +311,15 @@ struct BackwardWalk {
             const Row row = shared.rows[group * kGroupRows + pair / (kUnits / 2)];
             const int unit = pair % (kUnits / 2) * 2;
             Inputs& in = inputs[e];
-            in.is_active = walk.is_active(row, t);
+            in.is_active = loop.is_active(row, t);
             if (!in.is_active) continue;
-            in.place = walk.place(row, t);
-            in.here = walk.start(row, t);
+            in.place = loop.place(row, t);
+            in.here = loop.start(row, t);
             in.next = {false, false};
-            if (walk.batch.flags && walk.is_active(row, next)) in.next = walk.start(row, next);
+            if (loop.batch.flags && loop.is_active(row, next)) in.next = loop.start(row, next);
             const Raw<Element> none{};
             in.dy = call.dy ? load_row(call.dy, in.place, unit) : none;
-            in.dcells = Cell::kHasCell && call.dcells ? load_row(call.dcells, in.place, unit) : none;
+            in.dcells = Cell::kHasC && call.dcells ? load_row(call.dcells, in.place, unit) : none;
             OSTINATO_UNROLL
             for (int k = 0; k < Cell::kSaved; k++) in.saved[k] = load_saved(in.place, k, unit);
             in.previous_h = in.previous_c = in.h = none;
@@ -327,12 +327,12 @@ struct BackwardWalk {
             if (in.here.is_start) {
                 if constexpr (Cell::kUsesPrevious)
                     in.previous_h = load_initial(call.h_0, call.reset_h, row, in.here.by_reset, unit);
-                if constexpr (Cell::kHasCell) in.previous_c = load_initial(call.c_0, call.reset_c, row, in.here.by_reset, unit);
+                if constexpr (Cell::kHasC) in.previous_c = load_initial(call.c_0, call.reset_c, row, in.here.by_reset, unit);
                 continue;
             }
-            const i64 before = walk.place(row, previous);
+            const i64 before = loop.place(row, previous);
             if constexpr (Cell::kUsesPrevious) in.previous_h = load_row(call.y, before, unit);
-            if constexpr (Cell::kHasCell) in.previous_c = load_c(before, unit);
+            if constexpr (Cell::kHasC) in.previous_c = load_c(before, unit);
             prefetch_step(before, rank * kUnits + unit);
         }
     }
@@ -340,7 +340,7 @@ struct BackwardWalk {
     // Once for every 32 bytes.
     OSTINATO_DEVICE void prefetch_step(i64 place, int global) const {
         if (global >= kHidden || global % (32 / static_cast<int>(sizeof(Element)))) return;
-        const i64 at = place * walk.batch.directions + walk.direction;
+        const i64 at = place * loop.batch.directions + loop.direction;
         if (call.dy) prefetch(static_cast<const Element*>(call.dy) + at * kHidden + global);
         OSTINATO_UNROLL
         for (int k = 0; k < Cell::kSaved; k++)
@@ -356,11 +356,11 @@ struct BackwardWalk {
         OSTINATO_UNROLL
         for (int k = 0; k < Cell::kGrads; k++) da[0][k] = da[1][k] = 0.0f;
         if (in.is_active) {
-            const int c_row = Cell::kHasCell ? r : 0;
+            const int c_row = Cell::kHasC ? r : 0;
             if (in.next.is_start) {
                 leave(row, in.next.by_reset, unit, dh, call.dh_0, call.dreset_h);
                 dh = {0, 0};
-                if constexpr (Cell::kHasCell) {
+                if constexpr (Cell::kHasC) {
                     leave(row, in.next.by_reset, unit, {shared.dc[r][unit], shared.dc[r][unit + 1]}, call.dc_0, call.dreset_c);
                     keep(shared.dc[r], unit, {0, 0});
                 }
@@ -376,16 +376,16 @@ struct BackwardWalk {
                     const Pair both = widen(in.saved[k]);
                     saved[k] = i ? both.b : both.a;
                 }
-                Value dc = Cell::kHasCell ? shared.dc[c_row][unit + i] + (i ? dcells.b : dcells.a) : 0.0f;
+                Value dc = Cell::kHasC ? shared.dc[c_row][unit + i] + (i ? dcells.b : dcells.a) : 0.0f;
                 direct[i] =
                     Cell::backward(Value(i ? dh.b + dy.b : dh.a + dy.a), dc, saved, Value(i ? previous_h.b : previous_h.a),
                                    Value(i ? previous_c.b : previous_c.a), Value(i ? h.b : h.a), da[i])
                         .value;
-                if constexpr (Cell::kHasCell) shared.dc[r][unit + i] = dc.value;
+                if constexpr (Cell::kHasC) shared.dc[r][unit + i] = dc.value;
             }
             dh = {direct[0], direct[1]};
             Element* const to =
-                static_cast<Element*>(call.dgates) + (walk.direction * walk.batch.rows + in.place) * Cell::kGrads * kHidden;
+                static_cast<Element*>(call.dgates) + (loop.direction * loop.batch.rows + in.place) * Cell::kGrads * kHidden;
             OSTINATO_UNROLL
             for (int k = 0; k < Cell::kGrads; k++)
                 store_units(to + position_of<Cell>(k) * kHidden, rank * kUnits + unit, Pair{da[0][k].value, da[1][k].value});
@@ -406,24 +406,24 @@ struct BackwardWalk {
             const Row row = shared.rows[r];
             const auto read = [&](const void* states) {
                 const auto* from = static_cast<const Element*>(row.index < 0 ? nullptr : states);
-                return load_pair(state_row(from, walk, row.index), rank * kUnits + unit);
+                return load_pair(state_row(from, loop, row.index), rank * kUnits + unit);
             };
             keep(shared.dh[r], unit, read(call.dh_n));
-            if constexpr (Cell::kHasCell) keep(shared.dc[r], unit, read(call.dc_n));
+            if constexpr (Cell::kHasC) keep(shared.dc[r], unit, read(call.dc_n));
         }
     }
 
     OSTINATO_DEVICE void end() {
         for (int group = 0; group < kGroups; group++) {
-            await(walk.steps, group);
+            await(loop.steps, group);
             OSTINATO_ROLLED
             for (int pair = thread_index(); pair < kGroupPairs; pair += kThreads) {
                 const int place = pair / (kUnits / 2), unit = pair % (kUnits / 2) * 2, r = group * kGroupRows + place;
                 const Row row = shared.rows[r];
                 if (row.index < 0) continue;
-                const bool by_reset = walk.begins_by_reset(row);
-                leave(row, by_reset, unit, arrived(walk.steps, group, place, unit), call.dh_0, call.dreset_h);
-                if constexpr (Cell::kHasCell)
+                const bool by_reset = loop.begins_by_reset(row);
+                leave(row, by_reset, unit, arrived(loop.steps, group, place, unit), call.dh_0, call.dreset_h);
+                if constexpr (Cell::kHasC)
                     leave(row, by_reset, unit, {shared.dc[r][unit], shared.dc[r][unit + 1]}, call.dc_0, call.dreset_c);
             }
             if constexpr (kExchange == Exchange::kGrid) block_barrier();  // before the next group's sums overwrite these
@@ -431,7 +431,7 @@ struct BackwardWalk {
     }
 
     OSTINATO_DEVICE void run() {
-        open(shared, walk, task.tile);
+        open(shared, loop, task.tile);
         Product product;
         begin();
         product.load(shared.weights, static_cast<const Element*>(call.weight_hh), rank);
@@ -439,7 +439,7 @@ struct BackwardWalk {
         // Every block's barriers stand before anybody pushes.
         if constexpr (kExchange == Exchange::kCluster) cluster_barrier();
         OSTINATO_ROLLED
-        for (int n = 0; n < walk.steps; n++) OSTINATO_ROLLED
+        for (int n = 0; n < loop.steps; n++) OSTINATO_ROLLED
         for (int group = 0; group < kGroups; group++) {
             Inputs inputs[kPairs];
             load_inputs(n, group, inputs);
@@ -464,7 +464,7 @@ template <class Cell, class Math>
 OSTINATO_DEVICE void backward(const Backward& call, Task task) {
     auto& shared = shared_memory<BackwardShared<Cell, Math>>();
     static_assert(sizeof(shared) == OSTINATO_SHARED_BYTES, "shared memory as config.py has it");
-    BackwardWalk<Cell, Math>{call, shared, Walk{call.batch, task.direction, 0}, block_index() % kBlocks, task}.run();
+    BackwardLoop<Cell, Math>{call, shared, Loop{call.batch, task.direction, 0}, block_index() % kBlocks, task}.run();
 }
 
 }  // namespace

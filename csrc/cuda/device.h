@@ -1,4 +1,4 @@
-// What the GPU engine asks of the device, each thing by one name: built-in variables, barriers, remote stores, matrix products on
+// What the GPU engine asks of the device, each thing by one name. These are built-in variables, barriers, remote stores, matrix products on
 // tensor cores, conversions, loads and stores of global memory, and the value type of the cells. emulation.h has the same names on
 // host fibers, so that one source runs under NVRTC and, in tests, without a GPU.
 //

@@ -1,4 +1,4 @@
-// The names of device.h on the host, for tests without a GPU: each CUDA thread is a fiber, and the fibers of a gang (the blocks
+// The names of device.h on the host, for tests without a GPU. Each CUDA thread is a fiber, and the fibers of a gang (the blocks
 // that share a batch tile) take turns in a chosen order. Gangs run one after another.
 //
 // It finds wrong indices, wrong phases of barriers, deadlocks, and values that are read before they must have come: at random, what

@@ -1,4 +1,4 @@
-// Words in global memory, by which blocks that share no memory hand each other a step (Exchange::kGrid): each carries the mark of
+// Words in global memory, by which blocks that share no memory hand each other a step (Exchange::kGrid). Each carries the mark of
 // the step it belongs to, so that whoever finds the mark has the value, and nothing else needs to be in order.
 #pragma once
 

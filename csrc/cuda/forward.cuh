@@ -1,4 +1,4 @@
-// The walk forward. Each step of a group of eight rows:
+// The time loop forward. Each step of a group of eight rows:
 //
 //   await the state of all units  ->  weight_hh times state, each warp a part  ->  barrier  ->  cell  ->  send the own units on
 //
@@ -22,7 +22,7 @@ struct Forward {
     void *h_n, *c_n;  // [D, B, H]
     void* reserve;  // [N, D, kSaved, H] for backward, or null
     void* cells;  // [N, D * H], c after every step, or null
-    void* exchange;  // with Exchange::kGrid words [walks of a launch, groups, 2, 8, kPadded], zeros
+    void* exchange;  // with Exchange::kGrid words [loops of a launch, groups, 2, 8, kPadded], zeros
 };
 
 // ---- weight_hh times state ----
@@ -125,15 +125,15 @@ struct ForwardShared {
     float sums[kSums][Product::kSlices][Cell::kGates][kGroupRows][kUnits + 4];
     Fragment weights[largest(Product::Held::kShared, 0) * kThreads + 1];
     float bias[Cell::kGates + 1][kUnits];  // of the joint gates their sum; last that of the input product that stays apart
-    float h[kRows][kUnits], c[Cell::kHasCell ? kRows : 1][kUnits];
+    float h[kRows][kUnits], c[Cell::kHasC ? kRows : 1][kUnits];
     Row rows[kRows];
     u64 arrived[kBuffers][kGroups];
 };
 
-// ---- the walk ----
+// ---- the time loop ----
 
 template <class Cell, class Math>
-struct ForwardWalk {
+struct ForwardLoop {
     using Element = typename Math::Element;
     using Operand = typename Math::Operand;
     using Value = Real<Math::kIsFast>;
@@ -144,7 +144,7 @@ struct ForwardWalk {
 
     const Forward& call;
     Shared& shared;
-    Walk walk;
+    Loop loop;
     int rank;
     Task task;
 
@@ -196,7 +196,7 @@ struct ForwardWalk {
             if (kGroups == 1) block_barrier();
         } else if constexpr (kExchange == Exchange::kCluster) {
             transaction_wait(&shared.arrived[s % 2][group], s / 2 % 2);
-            if (thread_index() == 0 && s + 1 < walk.steps) expect(s + 1, group);
+            if (thread_index() == 0 && s + 1 < loop.steps) expect(s + 1, group);
         } else {
             gather(words_of(s, group), mark_of(s));
             block_barrier();  // orders the state that all threads gathered
@@ -224,7 +224,7 @@ struct ForwardWalk {
     OSTINATO_DEVICE Pair initial(const void* states, const void* resets, const Row& row, bool by_reset, int unit) const {
         if (row.index < 0) return {0, 0};
         const auto* from = static_cast<const Element*>(by_reset ? resets : states);
-        return load_pair(state_row(from, walk, row.index), rank * kUnits + unit);
+        return load_pair(state_row(from, loop, row.index), rank * kUnits + unit);
     }
 
     // States and biases; the own part of the first state goes to every block.
@@ -246,20 +246,20 @@ struct ForwardWalk {
         for (int pair = thread_index(); pair < kGroupPairs; pair += kThreads) {
             const int place = pair / (kUnits / 2), unit = pair % (kUnits / 2) * 2, r = group * kGroupRows + place;
             const Row row = shared.rows[r];
-            const bool by_reset = walk.begins_by_reset(row);
+            const bool by_reset = loop.begins_by_reset(row);
             const Pair h = initial(call.h_0, call.reset_h, row, by_reset, unit);
             keep(shared.h[r], unit, h);
-            if constexpr (Cell::kHasCell) keep(shared.c[r], unit, initial(call.c_0, call.reset_c, row, by_reset, unit));
-            if (walk.steps) send(0, group, place, unit, h);
+            if constexpr (Cell::kHasC) keep(shared.c[r], unit, initial(call.c_0, call.reset_c, row, by_reset, unit));
+            if (loop.steps) send(0, group, place, unit, h);
         }
     }
 
     OSTINATO_DEVICE const Element* gates_at(i64 place) const {
-        return static_cast<const Element*>(call.gates_x) + (walk.direction * walk.batch.rows + place) * kGates * kHidden;
+        return static_cast<const Element*>(call.gates_x) + (loop.direction * loop.batch.rows + place) * kGates * kHidden;
     }
 
     OSTINATO_DEVICE void load_inputs(int s, int group, Inputs (&inputs)[kPairs]) const {
-        const int t = walk.time(s), next = walk.time(s + 1);
+        const int t = loop.time(s), next = loop.time(s + 1);
         OSTINATO_UNROLL
         for (int e = 0; e < kPairs; e++) {
             const int pair = pair_of(e);
@@ -267,18 +267,18 @@ struct ForwardWalk {
             const Row row = shared.rows[group * kGroupRows + pair / (kUnits / 2)];
             const int unit = rank * kUnits + pair % (kUnits / 2) * 2;
             Inputs& in = inputs[e];
-            in.is_active = walk.is_active(row, t);
+            in.is_active = loop.is_active(row, t);
             in.next = {false, false};
             if (!in.is_active) continue;
-            in.place = walk.place(row, t);
+            in.place = loop.place(row, t);
             OSTINATO_UNROLL
             for (int g = 0; g < kGates; g++) in.gates[g] = load_units(gates_at(in.place) + g * kHidden, unit);
-            if (!walk.is_active(row, next)) continue;
-            if (walk.batch.flags) in.next = walk.start(row, next);
+            if (!loop.is_active(row, next)) continue;
+            if (loop.batch.flags) in.next = loop.start(row, next);
             // Once for every 32 bytes.
             if (unit < kHidden && unit % (32 / static_cast<int>(sizeof(Element))) == 0) {
                 OSTINATO_UNROLL
-                for (int g = 0; g < kGates; g++) prefetch(gates_at(walk.place(row, next)) + g * kHidden + unit);
+                for (int g = 0; g < kGates; g++) prefetch(gates_at(loop.place(row, next)) + g * kHidden + unit);
             }
         }
     }
@@ -289,13 +289,13 @@ struct ForwardWalk {
         const Row row = shared.rows[r];
         Pair h{shared.h[r][unit], shared.h[r][unit + 1]};
         if (in.is_active) {
-            const i64 saved_at = (in.place * walk.batch.directions + walk.direction) * Cell::kSaved * kHidden;
+            const i64 saved_at = (in.place * loop.batch.directions + loop.direction) * Cell::kSaved * kHidden;
             Element* const saved_row = static_cast<Element*>(call.reserve) + saved_at;
             float next_h[2], next_c[2] = {0, 0};
             Value saved[2][largest(Cell::kSaved, 1)];
             OSTINATO_UNROLL
             for (int i = 0; i < 2; i++) {
-                Value a[kGates], x = 0.0f, c = Cell::kHasCell ? shared.c[Cell::kHasCell ? r : 0][unit + i] : 0.0f;
+                Value a[kGates], x = 0.0f, c = Cell::kHasC ? shared.c[Cell::kHasC ? r : 0][unit + i] : 0.0f;
                 OSTINATO_UNROLL
                 for (int g = 0; g < kGates; g++) {
                     float sum = shared.bias[g][unit + i];
@@ -315,7 +315,7 @@ struct ForwardWalk {
             h = {next_h[0], next_h[1]};
             Pair c{next_c[0], next_c[1]};
             const int global = rank * kUnits + unit;
-            const i64 at = (in.place * walk.batch.directions + walk.direction) * kHidden;
+            const i64 at = (in.place * loop.batch.directions + loop.direction) * kHidden;
             store_units(static_cast<Element*>(call.y) + at, global, h);
             if (call.reserve) {
                 OSTINATO_UNROLL
@@ -324,13 +324,13 @@ struct ForwardWalk {
             }
             if (in.next.is_start) h = initial(call.h_0, call.reset_h, row, in.next.by_reset, unit);
             keep(shared.h[r], unit, h);
-            if constexpr (Cell::kHasCell) {
+            if constexpr (Cell::kHasC) {
                 if (call.cells) store_units(static_cast<Element*>(call.cells) + at, global, c);
                 if (in.next.is_start) c = initial(call.c_0, call.reset_c, row, in.next.by_reset, unit);
                 keep(shared.c[r], unit, c);
             }
         }
-        if (s + 1 < walk.steps) send(s + 1, group, place, unit, h);
+        if (s + 1 < loop.steps) send(s + 1, group, place, unit, h);
     }
 
     OSTINATO_DEVICE void end() const {
@@ -341,16 +341,16 @@ struct ForwardWalk {
             const Row row = shared.rows[r];
             if (row.index < 0) continue;
             const auto write = [&](void* states, const float (&values)[kUnits]) {
-                store_units(state_row(static_cast<Element*>(states), walk, row.index), rank * kUnits + unit,
+                store_units(state_row(static_cast<Element*>(states), loop, row.index), rank * kUnits + unit,
                             Pair{values[unit], values[unit + 1]});
             };
             write(call.h_n, shared.h[r]);
-            if constexpr (Cell::kHasCell) write(call.c_n, shared.c[r]);
+            if constexpr (Cell::kHasC) write(call.c_n, shared.c[r]);
         }
     }
 
     OSTINATO_DEVICE void run() {
-        open(shared, walk, task.tile);
+        open(shared, loop, task.tile);
         if constexpr (kExchange == Exchange::kCluster) {
             if (thread_index() == 0)
                 for (int group = 0; group < kGroups; group++) expect(0, group);
@@ -361,7 +361,7 @@ struct ForwardWalk {
         product.load(shared.weights, static_cast<const Element*>(call.weight_hh), rank);
         block_barrier();  // orders biases, states and, of one block alone, what it sent itself
         OSTINATO_ROLLED
-        for (int s = 0; s < walk.steps; s++) OSTINATO_ROLLED
+        for (int s = 0; s < loop.steps; s++) OSTINATO_ROLLED
         for (int group = 0; group < kGroups; group++) {
             Inputs inputs[kPairs];
             load_inputs(s, group, inputs);
@@ -383,7 +383,7 @@ template <class Cell, class Math>
 OSTINATO_DEVICE void forward(const Forward& call, Task task) {
     auto& shared = shared_memory<ForwardShared<Cell, Math>>();
     static_assert(sizeof(shared) == OSTINATO_SHARED_BYTES, "shared memory as config.py has it");
-    ForwardWalk<Cell, Math>{call, shared, Walk{call.batch, task.direction, 0}, block_index() % kBlocks, task}.run();
+    ForwardLoop<Cell, Math>{call, shared, Loop{call.batch, task.direction, 0}, block_index() % kBlocks, task}.run();
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // In which precision a product with weight_hh is computed, and the two shapes of that product.
 //
-// Weights stay on the chip for the whole walk: kResident fragments of each warp in registers, the others in shared memory, in
-// the order in which a thread reads them (16 bytes to a thread, no conflicts). Only the state is read anew in each step.
+// Weights stay on the chip for the whole time loop: kResident fragments of each warp in registers, the others in shared memory,
+// in the order in which a thread reads them (16 bytes to a thread, no conflicts). Only the state is read anew in each step.
 #pragma once
 
 #include "plan.cuh"
@@ -156,7 +156,7 @@ struct Fragments {
         OSTINATO_UNROLL
         for (int i = 0; i < kHeld; i++) {
             fill(i, held[i]);
-            // All loads at once would take more registers than the whole walk.
+            // All loads at once would take more registers than the whole time loop.
             if (i % 4 == 3) schedule_barrier();
         }
         OSTINATO_ROLLED

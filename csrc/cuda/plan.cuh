@@ -1,6 +1,6 @@
-// The constants of one instantiation, from macros that src/ostinato/cuda/config.py sets, and what follows from them.
+// The constants of one kernel, from macros that src/ostinato/cuda/config.py sets.
 //
-// A batch tile is kRows rows in kGroups groups of eight. kBlocks blocks walk it together, each owning kUnits units of the padded
+// A batch tile is kRows rows in kGroups groups of eight. kBlocks blocks share its loop, each owning kUnits units of the padded
 // hidden size and, of weight_hh, what these units need. Groups take turns in a step, so that the exchange of one passes while
 // another is computed.
 #pragma once

@@ -1,4 +1,4 @@
-// The entry of one instantiation. Its arguments are addresses and 64-bit numbers, in the order of src/ostinato/cuda/sequence.py.
+// The entry of one kernel. Its arguments are addresses and 64-bit numbers, in the order of src/ostinato/cuda/sequence.py.
 #if OSTINATO_BACKWARD
 #include "backward.cuh"
 #else
@@ -55,9 +55,9 @@ void call_entry(void (*entry)(Parameters...), const i64* arguments) {
 }  // namespace
 
 // Runs the kernel on host fibers; 0, or 1 where it cannot go on.
-extern "C" int ostinato_emulate(const i64* arguments, int walks, int schedule) {
-    for (int walk = 0; walk < walks; walk++)
-        if (!run_gang([&] { call_entry(OSTINATO_ENTRY, arguments); }, kThreads, kBlocks, walk, static_cast<Schedule>(schedule)))
+extern "C" int ostinato_emulate(const i64* arguments, int loops, int schedule) {
+    for (int loop = 0; loop < loops; loop++)
+        if (!run_gang([&] { call_entry(OSTINATO_ENTRY, arguments); }, kThreads, kBlocks, loop, static_cast<Schedule>(schedule)))
             return 1;
     return 0;
 }

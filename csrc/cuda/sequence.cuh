@@ -1,6 +1,6 @@
-// What both walks share: the rows of a tile, which time a step is, where a row begins anew.
+// What both time loops share: the rows of a tile, which time a step is, where a row begins anew.
 //
-// A direction visits its steps in walk order s = 0..S-1; step s is time s, or S-1-s in the reverse direction, where S is the length
+// A direction visits its steps as s = 0..S-1; step s is time s, or S-1-s in the reverse direction, where S is the length
 // of the tile's longest row. A row is active at times t < length; outside of these its state stays what it is. That one rule
 // covers padded and packed batches in both directions: forward, rows only ever end; reverse, they only ever begin.
 #pragma once
@@ -21,15 +21,15 @@ struct Batch {
     const u8* flags;  // [N] whether a row begins anew before this step
 };
 
-// Which rows a block walks, in which direction: blocks walk every tile of one direction, then of the other. Where not all of them
-// fit a device at once, a launch begins at walk `first`, and `launched` counts the walks of a launch.
+// The loop that a block belongs to: a tile of rows in one direction. All tiles of one direction come before those of the other.
+// Where a device cannot run all loops at once, a launch begins at loop `first`; `launched` is a loop's place in its launch.
 struct Task {
     int tile, direction, launched;
 };
 OSTINATO_DEVICE Task task_of(i64 first, i64 batch) {
     const int tiles = static_cast<int>((batch + kRows - 1) / kRows), launched = block_index() / kBlocks;
-    const int walk = static_cast<int>(first) + launched;
-    return {walk % tiles, walk / tiles, launched};
+    const int loop = static_cast<int>(first) + launched;
+    return {loop % tiles, loop / tiles, launched};
 }
 
 struct Row {
@@ -41,7 +41,7 @@ struct Start {
     bool is_start, by_reset;
 };
 
-struct Walk {
+struct Loop {
     Batch batch;
     int direction, steps;
 
@@ -69,7 +69,7 @@ struct Walk {
     }
     OSTINATO_DEVICE bool is_active(const Row& row, int t) const { return t >= 0 && t < row.length; }
 
-    // Whether an active row begins at time t, as this direction walks.
+    // Whether in this direction an active row begins at time t.
     OSTINATO_DEVICE Start start(const Row& row, int t) const {
         const bool is_end = direction ? t == row.length - 1 : t == 0;
         // Forward a row is cut before this step, in reverse before the one it comes from; where it ends, it comes from nowhere.
@@ -82,10 +82,10 @@ struct Walk {
     }
 };
 
-// Opens a walk: the rows of the tile, its steps, and barriers that nobody has used.
+// Opens a loop: the rows of the tile, its steps, and barriers that nobody has used.
 template <class Shared>
-OSTINATO_DEVICE void open(Shared& shared, Walk& walk, int tile) {
-    walk.fill(shared.rows, tile);
+OSTINATO_DEVICE void open(Shared& shared, Loop& loop, int tile) {
+    loop.fill(shared.rows, tile);
     if constexpr (kExchange == Exchange::kCluster) {
         if (thread_index() == 0) {
             for (int i = 0; i < kBuffers * kGroups; i++) transaction_init(&shared.arrived[i / kGroups][i % kGroups]);
@@ -93,7 +93,7 @@ OSTINATO_DEVICE void open(Shared& shared, Walk& walk, int tile) {
         }
     }
     block_barrier();  // orders the rows
-    walk.count_steps(shared.rows);
+    loop.count_steps(shared.rows);
 }
 
 // Which pairs of units of a group a thread's epilogue works on.
@@ -104,8 +104,8 @@ OSTINATO_DEVICE void keep(float (&values)[kUnits], int unit, Pair pair) { values
 
 // Row `index` of [D, B, H], or null.
 template <class T>
-OSTINATO_DEVICE T* state_row(T* states, const Walk& walk, int index) {
-    return states ? states + (walk.direction * walk.batch.batch + index) * kHidden : nullptr;
+OSTINATO_DEVICE T* state_row(T* states, const Loop& loop, int index) {
+    return states ? states + (loop.direction * loop.batch.batch + index) * kHidden : nullptr;
 }
 
 // The gate whose input product stays apart (cells.h, kJoint), if there is one, is the last.

@@ -3,6 +3,7 @@
 - `ostinato.nn`: RNNCell, GRUCell, LSTMCell, RNN, GRU and LSTM for torch.
 - `ostinato.replace(model)`: torch.nn's recurrent layers in a model become these;
   `ostinato.restore(model)`: and back.
+- `ostinato.explain(layer, x)`: who would run a call, and why nobody before.
 - `ostinato.numpy`: inference and streaming on NumPy arrays, without torch.
 - `ostinato.ops`: the operators under the modules. `ostinato.cuda`: what runs on a GPU.
 - `ostinato.decompositions()`: a program of torch.export in operators of ATen alone.
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from ostinato import bench, cuda, nn, numpy, onnx, opacus, ops, reference
     from ostinato.aten import decompositions
+    from ostinato.explained import explain
     from ostinato.names import from_r
     from ostinato.switch import replace, restore
 
@@ -35,6 +37,7 @@ __all__ = [
     "bench",
     "cuda",
     "decompositions",
+    "explain",
     "from_r",
     "nn",
     "numpy",
@@ -49,6 +52,7 @@ __all__ = [
 # Functions, and the module that each stands in.
 _FUNCTIONS = {
     "decompositions": "aten",
+    "explain": "explained",
     "from_r": "names",
     "replace": "switch",
     "restore": "switch",

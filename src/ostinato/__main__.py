@@ -17,14 +17,11 @@ from ostinato.cells import LAYERS
 
 
 def info() -> dict[str, str]:
-    """Describe this installation.
+    """Describe this installation, one line per entry.
 
-    Returns:
-        One line per entry: versions, instruction sets of this processor with the one in use, and
-        the threads that a call from torch and from NumPy may take.
-
-    Raises:
-        ImportError: torch is installed but cannot be imported.
+    These are versions, instruction sets of this processor with the one in use, and the threads that
+    a call from torch and from NumPy may take. Raises ImportError where torch is installed but
+    cannot be imported.
 
     Example:
         >>> from ostinato.__main__ import info
@@ -55,16 +52,9 @@ def info() -> dict[str, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command.
+    """Run one command, by the arguments after the program's name; None: those of this process.
 
-    Args:
-        argv: arguments after the program's name; None: those of this process.
-
-    Returns:
-        The exit status.
-
-    Raises:
-        SystemExit: the arguments are wrong, or ask for help.
+    Returns the exit status. Raises SystemExit where the arguments are wrong, or ask for help.
     """
     parser = argparse.ArgumentParser(prog="python -m ostinato", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
@@ -112,7 +102,7 @@ def _add_shape(bench: argparse.ArgumentParser) -> None:
         default=100,
         help="steps of a sequence; 0: one step of the cell; %(default)s",
     )
-    bench.add_argument("--bidirectional", action="store_true", help="walk from both ends")
+    bench.add_argument("--bidirectional", action="store_true", help="run from both ends")
     bench.add_argument(
         "--train", action="store_true", help="forward and backward; without: inference"
     )

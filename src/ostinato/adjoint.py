@@ -13,7 +13,7 @@ recurrence is the derivative of the other, so all of it can be differentiated an
 Equation numbers refer to docs/math.md.
 
 Legend: T steps, B batch, N packed rows, I input, H hidden, O output of a step (proj_size, or H),
-D directions, G gates. "Walk order": steps in the order in which a direction takes them, each row
+D directions, G gates. "Loop order": steps in the order in which a direction takes them, each row
 from its own first step on.
 """
 
@@ -28,7 +28,8 @@ from torch import Tensor
 from torch._C._functorch import TransformType
 
 from ostinato import reference
-from ostinato.call import Call
+from ostinato.batches import over_batches
+from ostinato.call import Call, Parts, Results, States
 from ostinato.cells import CELLS
 
 _peek_transform = torch._C._functorch.peek_interpreter_stack
@@ -37,7 +38,7 @@ _Maybe = Sequence[Tensor | None]
 
 
 class _Jacobian(NamedTuple):
-    """How each step of a walk moves with the state before it.
+    """How each step of a time loop moves with the state before it.
 
     Each new state, h before its projection and c, depends on the hidden product of its own unit and
     on one state of that unit: the last one, h of a GRU or c of an LSTM.
@@ -80,18 +81,17 @@ class _Jacobian(NamedTuple):
     def pull(self, states: Sequence[Tensor], onto: Sequence[Tensor]) -> list[Tensor]:
         """Return `onto` + A^T states (39)."""
         units = self.units(states)
-        found = list(onto)
+        pulled = list(onto)
         for factor, unit in zip(self.carry, units, strict=bool(self.carry)):
-            found[-1] = torch.addcmul(found[-1], factor, unit)
-        found[0] = torch.addmm(found[0], self.weighted(units), self.weight_hh)
-        return found
+            pulled[-1] = torch.addcmul(pulled[-1], factor, unit)
+        pulled[0] = torch.addmm(pulled[0], self.weighted(units), self.weight_hh)
+        return pulled
 
     def moved(self, product: Tensor, last: Tensor) -> list[Tensor]:
-        """Return how new states move, before the projection.
+        """Return how new states move before the projection.
 
-        Args:
-            product: how the hidden products move, (B, G * H).
-            last: how the last state moves, (B, H).
+        `product`, (B, G * H), says how the hidden products move, and `last`, (B, H), how the last
+        state does.
         """
         if not self.carry:
             return [self.gates[0] * product]
@@ -132,13 +132,6 @@ def autograd_alone(*tensors: Tensor) -> bool:
 
     So it is without transforms, and where the innermost is a gradient of which all are variables.
     It saves a transform around all that is differentiated.
-
-    Args:
-        tensors: by which something is to be differentiated.
-
-    Example:
-        >>> autograd_alone(torch.ones(2))
-        True
     """
     if torch.autograd.forward_ad._current_level >= 0:
         return False
@@ -152,26 +145,26 @@ def autograd_alone(*tensors: Tensor) -> bool:
 # ---- the recurrence ----
 
 
-def _walk(jacobian: _Jacobian, right: Sequence[Tensor], is_adjoint: bool) -> list[Tensor]:
+def _recur(jacobian: _Jacobian, right: Sequence[Tensor], is_adjoint: bool) -> list[Tensor]:
     """Solve the recurrence step by step; `right` has a row more than there are steps, h_0's."""
     rows = list(zip(*(r.unbind(0) for r in right), strict=True))
     steps = jacobian.at()
     if is_adjoint:
-        found = [list(rows[-1])]
+        solved = [list(rows[-1])]
         for step, onto in zip(reversed(steps), reversed(rows[:-1]), strict=True):
-            found.append(step.pull(found[-1], onto))
-        found.reverse()
+            solved.append(step.pull(solved[-1], onto))
+        solved.reverse()
     else:
-        found = [list(rows[0])]
+        solved = [list(rows[0])]
         for step, onto in zip(steps, rows[1:], strict=True):
-            found.append(step.push(found[-1], onto))
-    return [torch.stack(each) for each in zip(*found, strict=True)]
+            solved.append(step.push(solved[-1], onto))
+    return [torch.stack(each) for each in zip(*solved, strict=True)]
 
 
 def _solve(jacobian: _Jacobian, right: Sequence[Tensor], is_adjoint: bool) -> list[Tensor]:
     """Solve the recurrence so that it can be differentiated."""
     if _peek_transform() is not None or torch.autograd.forward_ad._current_level >= 0:
-        return _walk(jacobian, right, is_adjoint)  # transforms see through it
+        return _recur(jacobian, right, is_adjoint)  # transforms see through it
     counts = len(jacobian.gates), len(jacobian.carry), is_adjoint
     tensors = *jacobian.gates, *jacobian.carry, *jacobian[2:], *right
     return list(_Solve.apply(counts, *tensors))  # type: ignore[no-untyped-call]
@@ -183,7 +176,7 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, counts: tuple[int, int, bool], *tensors: Any) -> tuple[Tensor, ...]:
         jacobian, right = _taken(counts, tensors)
-        found = _walk(jacobian, right, counts[2])
+        found = _recur(jacobian, right, counts[2])
         ctx.save_for_backward(*tensors[: -len(right)], *found)
         ctx.counts = counts
         return tuple(found)
@@ -214,68 +207,12 @@ def _taken(
     return jacobian, tensors[end + 2 :]
 
 
-def over_batches(function: Any, tensors: _Maybe) -> Any:
-    """Call a function of tensors, of which some may be batches that torch.autograd.grad made.
-
-    Args:
-        function: takes these tensors and returns tensors, or None in place of some.
-        tensors: of any kind, or None.
-
-    Returns:
-        A tuple of what the function returns, batches if any of the tensors is one.
-
-    Example:
-        >>> over_batches(lambda x, y: (x, y), [torch.ones(2), None])
-        (tensor([1., 1.]), None)
-    """
-    batched = [is_batch(t) for t in tensors]
-    if not any(batched):
-        return tuple(function(*tensors))
-    # The operators' own vmap, of today, instead of the one that torch.autograd.grad still has: that
-    # runs most operators in a loop.
-    level = current_level()
-    plain = unbatched(tensors, level)
-    absent: list[int] = []
-
-    def present(*tensors: Any) -> tuple[Tensor, ...]:
-        found = list(function(*tensors))
-        absent[:] = [k for k, t in enumerate(found) if t is None]
-        return tuple(t for t in found if t is not None)
-
-    dims = tuple(0 if is_batch else None for is_batch in batched)
-    found: list[Any] = [
-        torch._add_batch_dim(t, 0, level) for t in torch.func.vmap(present, in_dims=dims)(*plain)
-    ]
-    for place in absent:
-        found.insert(place, None)
-    return tuple(found)
-
-
-def is_batch(tensor: Tensor | None) -> bool:
-    """Whether a tensor is a batch that torch.autograd.grad made (is_grads_batched)."""
-    return tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor)
-
-
-def current_level() -> int:
-    """Return how deep torch.autograd.grad's vmap is nested."""
-    torch._C._vmapmode_increment_nesting()
-    return torch._C._vmapmode_decrement_nesting()
-
-
-def unbatched(tensors: _Maybe, level: int) -> list[Tensor | None]:
-    """Return batches as plain tensors with a first dimension more; others as they are."""
-    return [
-        torch._remove_batch_dim(t, level, 0, 0) if t is not None and is_batch(t) else t
-        for t in tensors
-    ]
-
-
 # ---- one direction ----
 
 
 @dataclass(frozen=True)
 class _Order:
-    """How the rows of a call lie in walk order."""
+    """How the rows of a call lie in loop order."""
 
     steps: int
     batch: int
@@ -286,19 +223,19 @@ class _Order:
     places: Tensor | None = None
     ends: Tensor | None = None
 
-    def walked(self, tensor: Tensor) -> Tensor:
-        """Bring rows, (T, B, ...) or (N, ...), to (T, B, ...) in walk order."""
+    def in_order(self, tensor: Tensor) -> Tensor:
+        """Bring rows, (T, B, ...) or (N, ...), to (T, B, ...) in loop order."""
         if self.rows is None:
             return tensor.flip(0) if self.is_reverse else tensor
         padded = torch.cat([tensor, tensor.new_zeros((1, *tensor.shape[1:]))])
         return self.steps_of(padded.index_select(0, self.rows))
 
     def steps_of(self, rows: Tensor) -> Tensor:
-        """Bring rows in walk order, (T * B, ...), to (T, B, ...)."""
+        """Bring rows in loop order, (T * B, ...), to (T, B, ...)."""
         return rows.view(self.steps, self.batch, *rows.shape[1:])
 
     def given(self, tensor: Tensor) -> Tensor:
-        """Bring (T, B, ...) in walk order to the layout of the call."""
+        """Bring (T, B, ...) in loop order to the layout of the call."""
         if self.places is None:
             return tensor.flip(0) if self.is_reverse else tensor
         return tensor.flatten(0, 1).index_select(0, self.places)
@@ -306,10 +243,7 @@ class _Order:
     def right(self, first: Tensor | None, rest: Tensor | None, end: Tensor | None) -> Tensor:
         """Return (T + 1, B, ...): of the initial state, of each step, and more at each row's end.
 
-        Args:
-            first: (B, ...) or None.
-            rest: in walk order, (T, B, ...), or None.
-            end: (B, ...) or None.
+        `first` and `end` are (B, ...), `rest` is (T, B, ...) in loop order; each may be None.
         """
         some = next(t for t in (rest, first, end) if t is not None)
         feature = some.shape[-1]
@@ -317,12 +251,12 @@ class _Order:
             first = some.new_zeros((self.batch, feature))
         if rest is None:
             rest = some.new_zeros((self.steps, self.batch, feature))
-        found = torch.cat([first.unsqueeze(0), rest])
+        states = torch.cat([first.unsqueeze(0), rest])
         if end is None:
-            return found
+            return states
         if self.ends is None:
-            return torch.cat([found[:-1], (found[-1] + end).unsqueeze(0)])
-        return found.flatten(0, 1).index_add(0, self.ends, end).view_as(found)
+            return torch.cat([states[:-1], (states[-1] + end).unsqueeze(0)])
+        return states.flatten(0, 1).index_add(0, self.ends, end).view_as(states)
 
     def last(self, states: Tensor) -> Tensor:
         """Return each row's last state of (T + 1, B, ...)."""
@@ -351,7 +285,7 @@ def _order(call: Call, is_reverse: bool) -> _Order:
 
 
 class _Direction(NamedTuple):
-    """All steps of one direction, in walk order."""
+    """All steps of one direction, in loop order."""
 
     order: _Order
     x: Tensor  # (T * B, I)
@@ -361,28 +295,22 @@ class _Direction(NamedTuple):
     new: Tensor  # h before the projection, (T * B, H)
 
 
-def _directions(call: Call, output: Tensor, cells: Tensor | None) -> list[_Direction]:
-    """Look at all steps of a layer at once.
+def _directions(call: Call, output: Tensor, every: States) -> list[_Direction]:
+    """Look at all steps of a layer without cuts at once.
 
-    Args:
-        call: without cuts.
-        output: of the layer.
-        cells: c at every step, of an LSTM.
+    `output` is the layer's, `every` the states behind h after every step.
     """
     count = 2 if call.bidirectional else 1
     found = []
     named = reference.directions(call.cell, call.weights, call.has_biases, call.bidirectional)
     for d, weight in enumerate(named):
         order = _order(call, d == 1)
-        x = order.walked(call.input).flatten(0, 1)
-        states = [(output, call.h_0)]
-        if cells is not None:
-            states.append((cells, call.c_0))
+        x = order.in_order(call.input).flatten(0, 1)
         before = []
-        for state, first in states:
-            walked = order.walked(state.chunk(count, -1)[d])
+        for state, first in zip((output, *every), call.initial, strict=True):
+            looped = order.in_order(state.chunk(count, -1)[d])
             start = None if first is None else first[d]
-            before.append(order.right(start, walked[:-1], None)[: order.steps].flatten(0, 1))
+            before.append(order.right(start, looped[:-1], None)[: order.steps].flatten(0, 1))
         gates_x = reference.linear(x, weight.ih, weight.bias_ih)
         gates_h = reference.linear(before[0], weight.hh, weight.bias_hh)
         new, inputs, gates, carry = _slopes(call.cell, gates_x, gates_h, before[-1])
@@ -402,9 +330,9 @@ def _slopes(
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     """Return h before its projection, and derivatives of the new states, unit by unit.
 
-    Returns:
-        h; then for each new state derivatives by gates_x, by gates_h and by the last state, shaped
-        as these; the last are none where a step reads neither its last h alone nor c.
+    For each new state these are the derivatives by gates_x, by gates_h and by the last state,
+    shaped as what they are by; there are none by the last state where a step reads neither its last
+    h alone nor c.
     """
     kind = CELLS[cell]
     has_carry = kind.reads_previous or kind.has_c
@@ -444,44 +372,38 @@ def _slopes(
 
 
 def gradients(
-    call: Call, output: Tensor, cells: Tensor | None, grads: _Maybe, wanted: Sequence[bool]
+    call: Call, output: Tensor, every: States, arrived: Results, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Differentiate a layer whose states are known; the result is differentiable, too.
+    """Differentiate a layer without cuts whose states are known; the result is differentiable, too.
 
-    Equation (41), then the gradients of (4), (6) and (24).
-
-    Args:
-        call: without cuts.
-        output: of the layer.
-        cells: c at every step, of an LSTM.
-        grads: of output, h_n, c_n and c at every step; at least one.
-        wanted: whether each of `call.tensors()` needs a gradient.
-
-    Returns:
-        The gradients, None where not wanted.
+    Equation (41), then the gradients of (4), (6) and (24). `every` holds the states behind h after
+    every step. At least one gradient of a result has arrived; `wanted` has a flag for each of
+    `call.tensors()`, and the result is None where it is False.
     """
     count = 2 if call.bidirectional else 1
-    width = len(call.weights) // count
+    width, asked = len(call.weights) // count, call.parts(wanted)
     dx: Tensor | None = None
     first: list[list[Tensor]] = []
     dw: list[Tensor | None] = []
-    for d, one in enumerate(_directions(call, output, cells)):
-        dy, dh_n, dc_n, dcells = _of_direction(grads, count, d)
-        right = [_right(one.order, one.before, dy, dh_n)]
-        if cells is not None:
-            right.append(_right(one.order, one.new, dcells, dc_n))
+    for d, one in enumerate(_directions(call, output, every)):
+        own, of_direction = slice(d * width, (d + 1) * width), _of_direction(arrived, count, d)
+        steps = of_direction.output, *of_direction.every
+        right = [
+            # h is as wide as an output, all others as the layer.
+            _right(one.order, one.new if k else one.before, dy, d_last)
+            for k, (dy, d_last) in enumerate(zip(steps, of_direction.last, strict=True))
+        ]
         total = _solve(one.jacobian, right, is_adjoint=True)
         first.append([t[0] for t in total])
-        flags = wanted[5 + d * width : 5 + (d + 1) * width]
-        dgates_x, found = _of_weights(one, [t[1:].flatten(0, 1) for t in total], flags)
+        dgates_x, found = _of_weights(one, [t[1:].flatten(0, 1) for t in total], asked.weights[own])
         dw += found
-        if wanted[0]:
-            rows = dgates_x @ call.weights[d * width]
-            part = one.order.given(one.order.steps_of(rows))
+        if asked.input:
+            weight_ih, *_ = call.weights[own]
+            part = one.order.given(one.order.steps_of(dgates_x @ weight_ih))
             dx = part if dx is None else dx + part
-    initial = [torch.stack(each) for each in zip(*first, strict=True)]
-    dh_0, dc_0 = initial[0] if wanted[1] else None, initial[-1] if wanted[2] else None
-    return [dx, dh_0, dc_0, None, None, *dw]
+    initial = (torch.stack(each) for each in zip(*first, strict=True))
+    found_initial = (g if want else None for g, want in zip(initial, asked.initial, strict=True))
+    return Parts(dx, tuple(found_initial), (None,) * len(call.initial), dw).flat()
 
 
 def _of_weights(
@@ -489,10 +411,8 @@ def _of_weights(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Return gradients of the input's products, and those of the weights that are wanted.
 
-    Args:
-        one: the direction.
-        states: what reaches the new states of all steps in all, (T * B, ...).
-        wanted: whether each weight of this direction needs a gradient.
+    `states`, (T * B, ...), is all that reaches the new states of all steps; `wanted` has a flag for
+    each weight of this direction.
     """
     rows = one.jacobian.rows()
     units = rows.units(states)
@@ -512,66 +432,55 @@ def _of_weights(
     ]
 
 
-def _of_direction(grads: _Maybe, count: int, d: int) -> list[Tensor | None]:
-    """Cut what belongs to output, h_n, c_n and c at every step down to one direction."""
-    dy, dh_n, dc_n, dcells = grads
-    dy, dcells = (None if g is None else g.chunk(count, -1)[d] for g in (dy, dcells))
-    dh_n, dc_n = (None if g is None else g[d] for g in (dh_n, dc_n))
-    return [dy, dh_n, dc_n, dcells]
+def _of_direction(arrived: Results, count: int, d: int) -> Results:
+    """Cut what belongs to results of all directions down to one."""
+
+    def own(grad: Tensor | None) -> Tensor | None:
+        return None if grad is None else grad.chunk(count, -1)[d]
+
+    last = (None if grad is None else grad[d] for grad in arrived.last)
+    return Results(own(arrived.output), tuple(last), tuple(map(own, arrived.every)))
 
 
 def _right(order: _Order, like: Tensor, rest: Tensor | None, end: Tensor | None) -> Tensor:
     if rest is None and end is None:
         return like.new_zeros((order.steps + 1, order.batch, like.shape[-1]))
-    return order.right(None, None if rest is None else order.walked(rest), end)
+    return order.right(None, None if rest is None else order.in_order(rest), end)
 
 
-def tangents(
-    call: Call, output: Tensor, cells: Tensor | None, moves: _Maybe
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return how the results of a layer move whose states are known.
+def tangents(call: Call, output: Tensor, every: States, moves: _Maybe) -> Results:
+    """Return how the results of a layer without cuts move whose states are known.
 
-    Equation (42), where b_t is how a step moves by its input and weights alone.
-
-    Args:
-        call: without cuts.
-        output: of the layer.
-        cells: c at every step, of an LSTM.
-        moves: how each of `call.tensors()` moves, or None.
-
-    Returns:
-        For output, h_n, and of an LSTM c_n and c at every step.
+    Equation (42), where b_t is how a step moves by its input and weights alone. `every` holds the
+    states behind h after every step; `moves` says how each of `call.tensors()` moves, None for one
+    that does not.
     """
     count = 2 if call.bidirectional else 1
-    width = len(call.weights) // count
-    dx, dh_0, dc_0, _, _, *dw = moves
+    width, moved = len(call.weights) // count, call.parts(moves)
     each: list[list[Tensor]] = []
     ends: list[list[Tensor]] = []
-    for d, one in enumerate(_directions(call, output, cells)):
-        order, weights = one.order, slice(d * width, (d + 1) * width)
-        rows = None if dx is None else order.walked(dx).flatten(0, 1)
-        right = _moved(one, rows, call.weights[d * width], dw[weights])
-        starts = [None if s is None else s[d] for s in (dh_0, dc_0)]
+    for d, one in enumerate(_directions(call, output, every)):
+        order, own = one.order, slice(d * width, (d + 1) * width)
+        rows = None if moved.input is None else order.in_order(moved.input).flatten(0, 1)
+        weight_ih, *_ = call.weights[own]
+        right = _moved(one, rows, weight_ih, moved.weights[own])
         ordered = [
-            order.right(start, order.steps_of(b), None)
-            for start, b in zip(starts, right, strict=False)
+            order.right(None if start is None else start[d], order.steps_of(b), None)
+            for start, b in zip(moved.initial, right, strict=True)
         ]
         found = _solve(one.jacobian, ordered, is_adjoint=False)
         each.append([order.given(s[1:]) for s in found])
         ends.append([order.last(s) for s in found])
-    dy, *dcells = (torch.cat(s, -1) for s in zip(*each, strict=True))
-    dh_n, *dc_n = (torch.stack(s) for s in zip(*ends, strict=True))
-    return (dy, dh_n, dc_n[0], dcells[0]) if dc_n else (dy, dh_n, None, None)
+    dy, *d_every = (torch.cat(s, -1) for s in zip(*each, strict=True))
+    last = tuple(torch.stack(s) for s in zip(*ends, strict=True))
+    return Results(dy, last, tuple(d_every))
 
 
 def _moved(one: _Direction, dx: Tensor | None, weight_ih: Tensor, moves: _Maybe) -> list[Tensor]:
     """Return how all steps move by their inputs and weights, (T * B, ...) of each state.
 
-    Args:
-        one: the direction.
-        dx: how its inputs move, (T * B, I), or None.
-        weight_ih: of the direction.
-        moves: how each of its weights moves, or None.
+    `dx`, (T * B, I), says how the inputs of this direction move, `moves` how each of its weights
+    does; None where one does not.
     """
     jacobian = one.jacobian.rows()
     like = jacobian.gates[0]
@@ -584,7 +493,7 @@ def _moved(one: _Direction, dx: Tensor | None, weight_ih: Tensor, moves: _Maybe)
         (jacobian.gates, [one.before if dhh is not None else None], [dhh], db_hh),
     )
     nothing = torch.zeros_like(one.new)
-    found = [nothing] * len(jacobian.gates)
+    new = [nothing] * len(jacobian.gates)
     for factors, values, weights, bias in sides:
         parts = [
             v @ w.T for v, w in zip(values, weights, strict=True) if v is not None and w is not None
@@ -593,9 +502,9 @@ def _moved(one: _Direction, dx: Tensor | None, weight_ih: Tensor, moves: _Maybe)
         if parts:
             product = sum(parts[1:], parts[0])
             moved = jacobian._replace(gates=factors).moved(product, nothing)
-            found = [f + m for f, m in zip(found, moved, strict=True)]
+            new = [n + m for n, m in zip(new, moved, strict=True)]
     if jacobian.weight_hr is not None:
-        found[0] = found[0] @ jacobian.weight_hr.T
+        new[0] = new[0] @ jacobian.weight_hr.T
         if dhr is not None:
-            found[0] = torch.addmm(found[0], one.new, dhr.T)
-    return found
+            new[0] = torch.addmm(new[0], one.new, dhr.T)
+    return new

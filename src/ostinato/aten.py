@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ostinato import ops  # noqa: F401  registers the operators
+from ostinato import operators  # noqa: F401  registers them
 from ostinato.call import Call
-from ostinato.gradients import reference_results
+from ostinato.reference_backend import results
 
 # Stored in 16 bits, computed in float32, as the engine does.
 _NARROW = (torch.bfloat16, torch.float16)
@@ -51,10 +51,10 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     return {torch.ops.ostinato.layer.default: _layer}
 
 
-def _layer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _layer(*arguments: Any) -> tuple[Tensor, ...]:
     """Compute what `ostinato::layer` returns by operators of ATen."""
-    *fields, all_c, _ = arguments
-    call = Call(*fields)
+    *parameters, all_c, _ = arguments
+    call = Call.of(*parameters, all_states=all_c)
     input = call.input
     if call.batch_sizes is not None:
         raise NotImplementedError(
@@ -68,23 +68,14 @@ def _layer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         )
     if input.dtype in _NARROW:
         call = _widened(call)
-    found = reference_results(call, all_c)
     # An absent result has no elements, and what backward reads is not computed.
-    output, h_n, c_n, cells = (
-        input.new_empty((0,)) if result is None else result.to(input.dtype) for result in found
+    found = (
+        input.new_empty((0,)) if result is None else result.to(input.dtype)
+        for result in results(call).padded()
     )
-    return output, h_n, c_n, cells, input.new_empty((0,), dtype=torch.uint8)
+    return *found, input.new_empty((0,), dtype=torch.uint8)
 
 
 def _widened(call: Call) -> Call:
     """Return the call in float32."""
-    states = (None if t is None else t.float() for t in call.tensors()[1:5])
-    h_0, c_0, reset_h, reset_c = states
-    return call._replace(
-        input=call.input.float(),
-        h_0=h_0,
-        c_0=c_0,
-        reset_h=reset_h,
-        reset_c=reset_c,
-        weights=[weight.float() for weight in call.weights],
-    )
+    return call.with_tensors([None if t is None else t.float() for t in call.tensors()])

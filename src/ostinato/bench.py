@@ -212,6 +212,8 @@ def gain(
         raise ValueError("layers and bidirectional: expected steps >= 1 with them, got a cell")
     else:
         name += "Cell"
+    if not hasattr(torch.nn, name):
+        raise ValueError(f"cell: expected one that torch.nn has, got {shape.cell!r}")
     theirs = getattr(torch.nn, name)(shape.input_size, shape.hidden_size, **options)
     ours = getattr(nn, name)(shape.input_size, shape.hidden_size, **options)
     ours.load_state_dict(theirs.state_dict())

@@ -10,17 +10,12 @@ from dataclasses import dataclass, field, replace
 
 @dataclass(frozen=True)
 class Onnx:
-    """What ONNX's operator for a cell's layer is told.
+    """What ONNX's operator for a cell's layer is told."""
 
-    Args:
-        gates: our gates in ONNX's order.
-        attributes: what makes it compute our equations.
-        activation: the function that the operator is told for each direction, or nothing.
-    """
-
-    gates: tuple[int, ...]
+    gates: tuple[int, ...]  # ours, in ONNX's order
+    # what makes it compute our equations
     attributes: dict[str, int] = field(default_factory=dict)
-    activation: str = ""
+    activation: str = ""  # the function that it is told for each direction, or nothing
 
 
 @dataclass(frozen=True)
@@ -29,42 +24,27 @@ class Cell:
 
     csrc/cells.h states the same of each type there, and a test holds both equal.
 
-    Args:
-        name: in operators and messages, and in `ostinato.reference.STEPS`.
-        number: the engine's (csrc/cpu/engine.h).
-        kernel: the type's name in csrc/cells.h.
-        layer: the name of the layer in torch.nn, and of its operator in ONNX.
-        gates: G, rows of weight_hh for each unit.
-        grads: gradients of the gates' products for each unit; more than G where a gate takes the
-            two products apart.
-        saved: values for each unit and row that forward keeps for backward.
-        states: what a step hands on; the first is h, the output.
-        projects: whether h may be projected by weight_hr.
-        reads_output: whether backward of a step reads its output.
-        reads_previous: whether a step reads the last h beside its product with weight_hh.
-        onnx: how ONNX's operator is told to compute this.
-        dim_word: a word that torch's layer adds when it refuses an input's dimensions.
-        timed_as: the cell whose measured times stand for this one's, or nothing.
-
     Example:
         >>> CELLS["lstm"].states, CELLS["gru"].has_c
         (('h', 'c'), False)
     """
 
-    name: str
-    number: int
-    kernel: str
-    layer: str
-    gates: int
+    name: str  # in operators and messages, and in `ostinato.reference.STEPS`
+    number: int  # the engine's: its place in the list of csrc/cells.h
+    kernel: str  # the type's name in csrc/cells.h
+    layer: str  # the name of the layer in torch.nn, and of its operator in ONNX
+    gates: int  # G, rows of weight_hh for each unit
+    # Gradients of the gates' products for each unit; more than G where a gate takes the two
+    # products apart.
     grads: int
-    saved: int
-    states: tuple[str, ...]
-    projects: bool
-    reads_output: bool
-    reads_previous: bool
-    onnx: Onnx
-    dim_word: str = ""
-    timed_as: str = ""
+    saved: int  # values for each unit and row that forward keeps for backward
+    states: tuple[str, ...]  # what a step hands on; the first is h, the output
+    projects: bool  # whether h may be projected by weight_hr
+    reads_output: bool  # whether backward of a step reads its output
+    reads_previous: bool  # whether a step reads the last h beside its product with weight_hh
+    onnx: Onnx | None = None  # how ONNX's operator is told to compute this, if it has one
+    dim_word: str = ""  # a word that torch's layer adds when it refuses an input's dimensions
+    timed_as: str = ""  # the cell whose measured times stand for this one's, or nothing
 
     @property
     def has_c(self) -> bool:

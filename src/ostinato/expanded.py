@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ostinato import ops
+from ostinato import route
 from ostinato.later import when_imported
 
 _NAME = "torch.nn.utils._expanded_weights.expanded_weights_impl"
@@ -27,7 +27,7 @@ def register() -> None:
 
 
 def _register(module: ModuleType) -> None:
-    module.implements_per_sample_grads(ops.layer)(_OfSamples)
+    module.implements_per_sample_grads(route.layer)(_OfSamples)
 
 
 class _OfSamples:
@@ -35,12 +35,9 @@ class _OfSamples:
 
     @staticmethod
     def apply(names: tuple[str, ...], function: Any, *values: Any) -> Any:
-        """Run a layer some of whose weights are wrapped.
+        """Run `ostinato.ops.layer` on its arguments, of which some weights are wrapped.
 
-        Args:
-            names: of the keyword arguments, whose values come last.
-            function: `ostinato.ops.layer`.
-            values: its arguments.
+        `names` are those of the keyword arguments, whose values come last.
         """
         first = len(values) - len(names)
         cell, input, batch_sizes, h_0, c_0, weights = values[:first]
@@ -66,7 +63,7 @@ class _Layer(torch.autograd.Function):
         ctx: Any, cell: str, options: Any, batch_sizes: Any, input: Any, h_0: Any, c_0: Any, *w: Any
     ) -> Any:
         plain = [getattr(weight, "orig_weight", weight).detach() for weight in w]
-        found = ops.layer(cell, input, batch_sizes, h_0, c_0, plain, **options)
+        found = route.layer(cell, input, batch_sizes, h_0, c_0, plain, **options)
         ctx.save_for_backward(batch_sizes, input, h_0, c_0, *plain)
         ctx.cell, ctx.options, ctx.wrapped = cell, options, w
         return tuple(result for result in found if result is not None)
@@ -116,17 +113,14 @@ def _gradients(
 ) -> list[Tensor | None]:
     """Return gradients of input, h_0, c_0, and for each sample of the weights.
 
-    Args:
-        cell: of `ostinato.ops.layer`.
-        options: likewise.
-        weights: likewise.
-        tensors: input, h_0, c_0, and the gradients of output, h_n and, for an LSTM, c_n, all with
-            samples second.
-        lengths: of each sample, (B,), or None.
+    `cell`, `options` and `weights` are those of `ostinato.ops.layer`. `tensors` are input, h_0,
+    c_0, and the gradients of output, h_n and, for an LSTM, c_n, all with samples second. `lengths`
+    are those of each sample, (B,), or None.
     """
 
     def of_one(tensors: Any, length: Tensor | None) -> Any:
-        leaves, grads = tensors[:3], tensors[3:]
+        input, h_0, c_0, *grads = tensors
+        leaves = input, h_0, c_0
         places = [k for k, leaf in enumerate(leaves) if leaf is not None]
 
         def run(weights: list[Tensor], *given: Tensor) -> Any:
@@ -136,17 +130,18 @@ def _gradients(
             input, h_0, c_0 = rows
             arguments: Any = cell, input, None, h_0, c_0, weights
             if length is None:
-                found = ops.layer(*arguments, **options)
+                found = route.layer(*arguments, **options)
             else:
-                found = ops.cut_layer(*arguments, **options, lengths=length.unsqueeze(0))[:3]
+                found = route.cut_layer(*arguments, **options, lengths=length.unsqueeze(0))[:3]
             return tuple(result.squeeze(1) for result in found if result is not None)
 
         pull = torch.func.vjp(run, weights, *[leaves[k] for k in places])[1]
         return pull(tuple(grads))
 
     dims = tuple(None if tensor is None else 1 for tensor in tensors)
-    out_dims = 0, *(dim for dim in dims[:3] if dim is not None)
+    dim_x, dim_h, dim_c, *_ = dims
+    out_dims = 0, *(dim for dim in (dim_x, dim_h, dim_c) if dim is not None)
     in_dims = dims, None if lengths is None else 0
     dw, *rest = torch.func.vmap(of_one, in_dims=in_dims, out_dims=out_dims)(tensors, lengths)
     given = iter(rest)
-    return [*(None if dim is None else next(given) for dim in dims[:3]), *dw]
+    return [*(None if dim is None else next(given) for dim in (dim_x, dim_h, dim_c)), *dw]

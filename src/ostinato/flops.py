@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ostinato.call import Call, check
-from ostinato.engine import Sizes
+from ostinato import arrays
+from ostinato.call import Call
 from ostinato.later import when_imported
+from ostinato.sizes import Sizes
+from ostinato.tensors import check_call
 
 
 def register() -> None:
@@ -33,7 +35,7 @@ def _register(module: ModuleType) -> None:
 def _forward(*arguments: Any, out_val: Any = None, **named: Any) -> int:
     """Count forward: the products with weight_ih, weight_hh and weight_hr."""
     call, _ = _bind("layer", arguments, named)
-    sizes = check(call, values=False)
+    sizes = check_call(call, values=False)
     rows, _ = _rows(call)
     return sizes.directions * rows * sum(_per_row(call, sizes))
 
@@ -41,13 +43,14 @@ def _forward(*arguments: Any, out_val: Any = None, **named: Any) -> int:
 def _backward(*arguments: Any, out_val: Any = None, **named: Any) -> int:
     """Count backward: of each product of forward the two gradients, as far as they are wanted."""
     call, given = _bind("layer_backward", arguments, named)
-    sizes = check(call, values=False)
+    sizes = check_call(call, values=False)
     rows, starts = _rows(call)
     input, state, projection = _per_row(call, sizes)
-    dx, dh_0, _, dreset_h, _, *dw = given["wanted"]
+    wanted = call.padded_parts(given["wanted"])
+    (dh_0, *_), (dreset_h, *_), dw = wanted.initial, wanted.reset_to, wanted.weights
     # Nothing is sent back past the first step of a row, unless somebody asks for it.
     sent = rows if dh_0 or dreset_h else rows - starts
-    shared = rows * (input * dx + projection) + sent * state
+    shared = rows * (input * wanted.input + projection) + sent * state
     if call.recompute:
         shared += rows * (input + state)
     found: int = sizes.directions * shared
@@ -66,7 +69,7 @@ def _bind(operator: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> t
     given = {argument.name: argument.default_value for argument in schema.arguments}
     given.update(zip(given, arguments, strict=False))
     given.update(named)
-    return Call(**{name: given[name] for name in Call._fields}), given
+    return Call.of(*(given[each.name] for each in arrays.PARAMETERS)), given
 
 
 def _per_row(call: Call, sizes: Sizes) -> tuple[int, int, int]:

@@ -16,10 +16,6 @@ def when_imported(name: str, do: Callable[[ModuleType], None]) -> None:
     torch keeps tables in modules that it loads on demand, and to load them costs: the table of
     inductor brings a compiler. Whoever imports one finds our line in it, and nobody else pays.
 
-    Args:
-        name: of the module.
-        do: what to do with it.
-
     Example:
         >>> seen = []
         >>> when_imported("sys", seen.append)

@@ -27,15 +27,10 @@ class Info(NamedTuple):
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """Apply a Function that has `setup_context`.
+    """Apply a Function that has `setup_context` to tensors or anything else, not in containers.
 
-    Args:
-        function: its forward returns a tuple of new tensors; a rule for vmap may give such an
-            output no dimension. It has `backward`, and under vmap and forward mode their rules.
-        arguments: tensors or anything else, not in containers.
-
-    Returns:
-        What its forward returns.
+    Its forward returns a tuple of new tensors; a rule for vmap may give such an output no
+    dimension. It has `backward`, and under vmap and forward mode their rules.
 
     Example:
         >>> class Twice(torch.autograd.Function):

@@ -21,9 +21,10 @@ from typing import Any, NamedTuple, NoReturn, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ostinato import _core, reference
-from ostinato.cells import CELLS, Cell
-from ostinato.engine import Sizes, check_batch_sizes, five_per_direction
+from ostinato import _core, arrays, check, reference
+from ostinato.call import Call, States, padded
+from ostinato.cells import CELLS
+from ostinato.sizes import Sizes, five_per_direction
 
 __all__ = ["gru", "layer", "lstm", "rnn"]
 
@@ -226,7 +227,7 @@ def layer(
     """Run one recurrent layer over a padded or packed batch.
 
     state_t[:n_t] = step(input_t, state_(t-1)[:n_t]), n_t rows being active at step t; the other
-    rows keep their state (docs/math.md, equations 31-34). The reverse direction walks t downwards.
+    rows keep their state (docs/math.md, equations 31-34). The reverse direction takes t downwards.
 
     Args:
         cell: "rnn_tanh", "rnn_relu", "gru" or "lstm".
@@ -259,30 +260,18 @@ def layer(
     Source: torch.nn.RNN, GRU and LSTM; packed rows as in torch.nn.utils.rnn.PackedSequence.
     """
     names = [f"weights[{i}]" for i in range(len(weights))]
-    directions = 2 if bidirectional else 1
-    call = _Call("layer", cell, input, h_0, c_0, names, list(weights), 1, directions, has_biases)
-    return _run(call._replace(batch_sizes=batch_sizes))
+    options = cell, has_biases, bidirectional
+    call = Call(input, batch_sizes, 0, (h_0, c_0), list(weights), *options)
+    return _run(_Given("layer", names, call))
 
 
-class _Call(NamedTuple):
+class _Given(NamedTuple):
     """Arguments as they came, one name per weight; `_check` has not seen them yet."""
 
     kind: str
-    cell: str
-    input: Array
-    h_0: Array | None
-    c_0: Array | None
     names: list[str]
-    weights: list[Array]
-    layers: int
-    directions: int
-    has_biases: bool
+    call: Call
     batch_first: bool = False
-    batch_sizes: Sequence[int] | Array | None = None
-
-    @property
-    def record(self) -> Cell:
-        return CELLS[self.cell]
 
 
 def _named(
@@ -294,7 +283,7 @@ def _named(
     c_0: Array | None,
     batch_first: bool,
     prefix: str,
-) -> _Call:
+) -> _Given:
     """Read layers, directions, biases and projection from the names of the parameters."""
     if not isinstance(parameters, Mapping):
         _reject_type(kind, "parameters", "a mapping of names to NumPy arrays", parameters)
@@ -323,8 +312,9 @@ def _named(
         if name not in expected and name.startswith(prefix) and _NAME.fullmatch(name, len(prefix)):
             raise ValueError(f"{kind}: expected parameters {names}, got {name!r} as well")
     weights = [parameters[name] for name in names]
-    ends = (layers, len(ways), has_biases, batch_first)
-    return _Call(kind, cell, input, h_0, c_0, names, weights, *ends)
+    options = cell, has_biases, len(ways) > 1
+    call = Call(input, None, 0, (h_0, c_0), weights, *options, layers=layers)
+    return _Given(kind, names, call, batch_first)
 
 
 def _reject_prefix(kind: str, first: str, parameters: Mapping[str, Array]) -> NoReturn:
@@ -341,55 +331,72 @@ def _reject_type(kind: str, argument: str, expected: str, got: object) -> NoRetu
 # ---- checks ----
 
 
-def _check(call: _Call) -> tuple[Sizes, Array | None]:
-    """Check everything; return the sizes of the first layer, and batch_sizes as dense int64."""
+def _check(given: _Given) -> tuple[Call, Sizes]:
+    """Check everything; return the call on (T, B, I) or (N, I), and the first layer's sizes."""
+    kind, names, call, batch_first = given
     if call.cell not in CELLS:
         raise ValueError(f"cell: expected one of {', '.join(CELLS)}, got {call.cell!r}")
     input = call.input
-    _check_array(call.kind, "input", input)
-    _check_dims(call)
-    for name, weight in zip(call.names, call.weights, strict=True):
-        _check_array(call.kind, name, weight)
-    size, hidden, output = _check_weights(call)
-    dtype = call.weights[0].dtype
-    _check_dtype(call.kind, "input", input, dtype)
+    _check_array(kind, "input", input)
+    _check_dims(given)
+    for name, weight in zip(names, call.weights, strict=True):
+        _check_array(kind, name, weight)
+    if call.batch_sizes is None and input.ndim == 2:
+        input = input[:, None]  # one sequence is a batch of one
+        call = call.each_state(lambda state: state[:, None])
+    elif batch_first:
+        input = input.swapaxes(0, 1)
+    batch_sizes, batch = None, input.shape[1]
+    if call.batch_sizes is not None:
+        batch_sizes, batch = _check_batch_sizes(call)
+    call = call._replace(input=input, batch_sizes=batch_sizes, batch=batch)
+    states = tuple(state for state, _ in zip(call.initial, call.kind.states, strict=False))
+    # An input as the weights would have it: what is wrong with these is said of them. If the first
+    # is transposed, for example, its columns say nothing.
+    weight_ih, weight_hh, *_ = (*call.weights, input, input)
+    columns = weight_ih if weight_ih.shape[:1] == weight_hh.shape[:1] else input
+    size = columns.shape[-1]
+    is_one = all(weight.dtype == weight_ih.dtype for weight in call.weights)
+    dtype = weight_ih.dtype if is_one else input.dtype
+    like = np.broadcast_to(np.zeros((), dtype), (*input.shape[:-1], size))
+    sizes = check.check(call._replace(input=like, initial=()), _shared, names)
+    _check_words(given, call, states, weight_ih.dtype, size, sizes)
+    if 0 in (sizes.hidden, sizes.input, sizes.output):
+        raise RuntimeError(f"{kind}: expected weights that are not empty, got {sizes}")
+    return call._replace(initial=states), sizes
+
+
+def _shared(array: Array) -> tuple[np.dtype[Any]]:
+    return (array.dtype,)
+
+
+def _check_words(
+    given: _Given, call: Call, states: States, dtype: np.dtype[Any], size: int, sizes: Sizes
+) -> None:
+    """Check input and states against the weights, in torch's words."""
+    kind, input = given.kind, call.input
+    _check_dtype(kind, "input", input, dtype)
     if input.shape[-1] != size:
         raise RuntimeError(
             f"input.size(-1) must be equal to input_size. Expected {size}, got {input.shape[-1]}"
         )
-    batch_sizes = None
-    if call.batch_sizes is not None:
-        batch_sizes, batch = _check_batch_sizes(call)
-        steps, rows = len(batch_sizes), input.shape[0]
-    else:
-        steps, batch = input.shape[:2] if input.ndim == 3 else (input.shape[0], 1)
-        if call.batch_first and input.ndim == 3:
-            steps, batch = batch, steps
-        rows = steps * batch
-    for name, state, width in zip(_states(call), call[3:5], (output, hidden), strict=True):
+    rows = call.layers * sizes.directions
+    for name, state, array in zip(_state_names(given), states, arrays.INITIAL, strict=False):
         if state is None:
             continue
-        # One sequence is a batch of one, and torch's message counts it so.
-        shape = state.shape if state.ndim == 3 else (state.shape[0], 1, state.shape[1])
-        expected = (call.layers * call.directions, batch, width)
-        if shape != expected:
+        expected = (rows, sizes.batch, sizes.widths()[array.width])
+        if state.shape != expected:
             word = name.replace("hx[", "hidden[").replace("hx", "hidden")
-            raise RuntimeError(f"Expected {word} size {expected}, got {list(shape)}")
-        _check_dtype(call.kind, name, state, dtype)
-    projection = output if _projected(call) else 0
-    return Sizes(steps, rows, batch, size, hidden, projection, call.directions), batch_sizes
+            raise RuntimeError(f"Expected {word} size {expected}, got {list(state.shape)}")
+        _check_dtype(kind, name, state, dtype)
 
 
-def _states(call: _Call) -> tuple[str, str]:
-    """Return what the caller knows the two states as."""
-    if call.kind == "layer":
-        return "h_0", "c_0"
-    return ("hx[0]", "hx[1]") if call.record.has_c else ("hx", "hx")
-
-
-def _projected(call: _Call) -> bool:
-    per_direction = len(call.weights) // (call.layers * call.directions)
-    return call.record.projects and per_direction == (5 if call.has_biases else 3)
+def _state_names(given: _Given) -> list[str]:
+    """Return what the caller knows the states as."""
+    if given.kind == "layer":
+        return [array.name for array in arrays.INITIAL]
+    count = len(given.call.kind.states)
+    return ["hx"] if count == 1 else [f"hx[{k}]" for k in range(count)]
 
 
 def _check_array(kind: str, name: str, array: object) -> None:
@@ -409,71 +416,35 @@ def _check_dtype(kind: str, name: str, array: Array, dtype: np.dtype[Any]) -> No
         )
 
 
-def _check_dims(call: _Call) -> None:
-    kind, dim = call.kind, call.input.ndim
+def _check_dims(given: _Given) -> None:
+    kind, call = given.kind, given.call
+    dim = call.input.ndim
     if kind == "layer":
         expected, what = (3, "3D") if call.batch_sizes is None else (2, "2D (packed)")
         if dim != expected:
             raise ValueError(f"layer: Expected input to be {what}, got {dim}D instead")
         dim = 3
     elif dim not in (2, 3):
-        word = call.record.dim_word
+        word = call.kind.dim_word
         raise ValueError(f"{kind}: Expected input to be 2D or 3D, got {dim}D{word} instead")
-    given = [(n, s) for n, s in zip(_states(call), call[3:5], strict=True) if s is not None]
-    for name, state in given:
+    count = len(call.kind.states)
+    for array, state in zip(arrays.INITIAL[count:], call.initial[count:], strict=True):
+        if state is not None:
+            raise RuntimeError(f"{array.name}: expected None for {call.cell}")
+    pairs = zip(_state_names(given), call.initial, strict=False)
+    states = [(name, state) for name, state in pairs if state is not None]
+    for name, state in states:
         _check_array(kind, name, state)
-    if call.c_0 is not None and not call.record.has_c:
-        raise RuntimeError(f"c_0: expected None for {call.cell}")
-    if all(state.ndim == dim for _, state in given):
+    if all(state.ndim == dim for _, state in states):
         return
     batched = "unbatched 2-D" if dim == 2 else "batched 3-D"
-    what = "h_0 and c_0" if kind == "layer" else "hx and cx" if call.record.has_c else "hx"
-    got = ", ".join(f"{state.ndim}-D" for _, state in given)
+    what = "h_0 and c_0" if kind == "layer" else "hx and cx" if count > 1 else "hx"
+    got = ", ".join(f"{state.ndim}-D" for _, state in states)
     got = f"{got} tensor" if what == "hx" else f"({got}) tensors"
     raise RuntimeError(f"For {batched} input, {what} should also be {dim}-D but got {got}")
 
 
-def _check_weights(call: _Call) -> tuple[int, int, int]:
-    """Check all layers against the first two weights; return I, H and O."""
-    names, weights, gates = call.names, call.weights, call.record.gates
-    ways = call.layers * call.directions
-    plain = 4 if call.has_biases else 2
-    projected = _projected(call)
-    count = plain + projected
-    if len(weights) != ways * count:
-        extra = f" or {plain + 1}" if call.record.projects else ""
-        raise RuntimeError(
-            f"weights: expected {plain}{extra} per direction for {call.cell}, "
-            f"got {len(weights)} in all for {ways}"
-        )
-    for name, weight in zip(names[:2], weights[:2], strict=True):
-        if weight.ndim != 2 or not weight.size:
-            raise RuntimeError(f"{name}: expected 2D and not empty, got {weight.shape}")
-    size, output = weights[0].shape[1], weights[1].shape[1]
-    hidden, rest = divmod(weights[1].shape[0], gates)
-    if rest or (not projected and output != hidden):
-        width = "projection" if projected else "hidden"
-        raise RuntimeError(
-            f"{names[1]}: expected shape ({gates} * hidden, {width}), got {weights[1].shape}"
-        )
-    rows, dtype = gates * hidden, weights[0].dtype
-    per_direction: list[tuple[int, ...]] = [(rows, size), (rows, output)]
-    per_direction += [(rows,), (rows,)] * call.has_biases + [(output, hidden)] * projected
-    for index, (name, weight) in enumerate(zip(names, weights, strict=True)):
-        shape = per_direction[index % count]
-        if index % count == 0 and index >= call.directions * count:
-            shape = (rows, call.directions * output)
-        elif index == 0 and weight.shape[0] != rows:
-            # Its columns say nothing then, if it is transposed for example.
-            shape = (rows, call.input.shape[-1])
-        if weight.shape != shape:
-            raise RuntimeError(f"{name}: expected shape {shape}, got {weight.shape}")
-        if weight.dtype != dtype:
-            raise ValueError(f"{name}: expected {dtype} as in {names[0]}, got {weight.dtype}")
-    return size, hidden, output
-
-
-def _check_batch_sizes(call: _Call) -> tuple[Array, int]:
+def _check_batch_sizes(call: Call) -> tuple[Array, int]:
     """Return a dense copy, and B. A wrong entry would make the engine leave its arrays."""
     given = np.asarray(call.batch_sizes)
     if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
@@ -483,86 +454,73 @@ def _check_batch_sizes(call: _Call) -> tuple[Array, int]:
         )
     # As Python's numbers, which do not wrap.
     sizes, rows = given.tolist(), call.input.shape[0]
-    state = call.h_0 if call.h_0 is not None else call.c_0
+    state = next((state for state in call.initial if state is not None), None)
     batch = max(0, *sizes[:1], 0) if state is None else state.shape[1]
-    check_batch_sizes(sizes, batch, rows)
+    check.check_batch_sizes(sizes, batch, rows)
     return np.array(sizes, np.int64), batch
 
 
-# ---- the walk through layers ----
+# ---- the layers, one after the other ----
 
 _told: set[np.dtype[Any]] = set()
 
 
-def _run(call: _Call) -> tuple[Array, Array, Array | None]:
-    """Check, bring the arguments to (T, B, I) or packed, and run layer after layer."""
-    sizes, batch_sizes = _check(call)
-    rows, h_0, c_0 = call.input, call.h_0, call.c_0
-    unbatched = call.batch_sizes is None and rows.ndim == 2
-    if unbatched:
-        rows = rows[:, None]
-        h_0 = None if h_0 is None else h_0[:, None]
-        c_0 = None if c_0 is None else c_0[:, None]
-    elif call.batch_first:
-        rows = rows.swapaxes(0, 1)
-    if rows.dtype not in _DTYPES and rows.dtype not in _told:
-        _told.add(rows.dtype)
-        _log.warning("no engine for %s: the reference runs, correctly and slowly", rows.dtype)
-    per_layer = len(call.weights) // call.layers
-    h_out, c_out = [], []
+def _run(given: _Given) -> tuple[Array, Array, Array | None]:
+    """Check, and run layer after layer."""
+    call, sizes = _check(given)
+    dtype = call.input.dtype
+    if dtype not in _DTYPES and dtype not in _told:
+        _told.add(dtype)
+        _log.warning("no engine for %s: the reference runs, correctly and slowly", dtype)
+    output, last = call.input, []
     for k in range(call.layers):
-        own = slice(k * call.directions, (k + 1) * call.directions)
-        states = (None if h_0 is None else h_0[own], None if c_0 is None else c_0[own])
-        weights = call.weights[k * per_layer : (k + 1) * per_layer]
-        rows, h_n, c_n = _layer(call, sizes, rows, batch_sizes, states, weights)
-        h_out.append(h_n)
-        if c_n is not None:
-            c_out.append(c_n)
-        sizes = sizes._replace(input=call.directions * sizes.output)
-    h_n = np.concatenate(h_out)
-    c_n = np.concatenate(c_out) if c_out else None
-    if unbatched:
-        return rows[:, 0], h_n[:, 0], None if c_n is None else c_n[:, 0]
-    return rows.swapaxes(0, 1) if call.batch_first else rows, h_n, c_n
+        output, states = _layer(call.of_layer(k, output), sizes)
+        last.append(states)
+        sizes = sizes._replace(input=sizes.directions * sizes.output)
+    found = [np.concatenate(each) for each in zip(*last, strict=True)]
+    if given.call.batch_sizes is None and given.call.input.ndim == 2:
+        output, found = output[:, 0], [state[:, 0] for state in found]
+    elif given.batch_first:
+        output = output.swapaxes(0, 1)
+    h_n, c_n = padded(found)
+    return output, h_n, c_n
 
 
-def _layer(
-    call: _Call,
-    sizes: Sizes,
-    input: Array,
-    batch_sizes: Array | None,
-    states: tuple[Array | None, Array | None],
-    weights: list[Array],
-) -> tuple[Array, Array, Array | None]:
+def _layer(call: Call, sizes: Sizes) -> tuple[Array, States]:
     """Run one layer, on the engine where there is one for the dtype."""
+    input = call.input
     if input.dtype not in _DTYPES:
-        cell, has_biases, both = call.cell, call.has_biases, call.directions == 2
-        return reference.layer(
-            cell, input, batch_sizes, *states, weights, has_biases=has_biases, bidirectional=both
+        output, states, _ = reference.states(
+            *(call.cell, input, call.batch_sizes, call.initial, call.weights),
+            has_biases=call.has_biases,
+            bidirectional=call.bidirectional,
         )
-    # Named, so that dense copies outlive the call that reads their addresses.
-    x, h, c = map(_dense, (input, *states))
-    dense = [_dense(weight) for weight in weights]
-    output = np.empty((*input.shape[:-1], sizes.directions * sizes.output), input.dtype)
-    h_n = np.empty((sizes.directions, sizes.batch, sizes.output), input.dtype)
-    c_n = None
-    if call.record.has_c:
-        c_n = np.empty((sizes.directions, sizes.batch, sizes.hidden), input.dtype)
-    # In the order of `_core.arrays(False)`; neither rows that are cut, nor cells and reserve.
-    first = [*map(_address, (x, h, c)), 0, 0, 0, 0]
-    first += five_per_direction(list(map(_address, dense)), sizes, call.has_biases, 0)
-    first += [_address(output), _address(h_n), _address(c_n), 0, 0]
+        return output, states
+    shapes = check.shapes_of(call, sizes)
+    # By name, so that dense copies outlive the run that reads their addresses.
+    last = arrays.LAST[: len(call.initial)]
+    results = {a.name: np.empty(shapes[a.name], input.dtype) for a in (arrays.OUTPUT, *last)}
+    given = {"input": _dense(input), **results}
+    pairs = zip(arrays.INITIAL, call.initial, strict=False)
+    given.update((array.name, _dense(state)) for array, state in pairs)
+    dense = [_dense(weight) for weight in call.weights]
+    five = five_per_direction(dense, sizes, call.has_biases, None)
+    found = [a for n in _NAMES for a in (five if n == "weights" else [given.get(n)])]
     _core.forward(
-        call.record.number,
+        call.kind.number,
         _DTYPES[input.dtype],
         sizes,
-        _address(batch_sizes),
+        _address(call.batch_sizes),
         1,
-        first,
+        list(map(_address, found)),
         [],
         _core.forced_threads or len(os.sched_getaffinity(0)),
     )
-    return output, h_n, c_n
+    return results["output"], tuple(results[array.name] for array in last)
+
+
+# What the engine is given, in its order.
+_NAMES = [name for name, *_ in _core.arrays(False)]
 
 
 def _dense(array: Array | None) -> Array | None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ostinato import ops  # noqa: F401  registers the operators
+from ostinato import operators  # noqa: F401  registers them
 from ostinato.cells import CELLS
 from ostinato.onnx_node import NoCounterpartError, Values, node
 
@@ -156,8 +156,8 @@ def _fold_weights(model: Any) -> None:
         value.producer()
         for each in model.graph
         if each.op_type in {cell.layer for cell in CELLS.values()}
-        for value in each.inputs[1:4]
-        if value is not None
+        for name, value in zip(("X", "W", "R", "B"), each.inputs, strict=False)
+        if name != "X" and value is not None
     ]
     found = set()
     while pending:

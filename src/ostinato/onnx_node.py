@@ -23,18 +23,19 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ostinato.call import DTYPES, Call
+from ostinato import arrays
+from ostinato.call import Call, Results
 from ostinato.cells import CELLS
-from ostinato.gradients import Results
 from ostinato.later import when_imported
-from ostinato.traced import unrecorded
+from ostinato.reference_backend import results
+from ostinato.tensors import DTYPES, check_call, is_traced, unrecorded
 
 # TensorProto's numbers.
 _INT32, _BFLOAT16 = 6, 16
 # What a node says, or need not say since only backward asks.
 _TAKEN = {
-    *("input", "batch", "lengths", "h_0", "c_0", "weights", "cell", "has_biases", "bidirectional"),
-    *("recompute", "keep"),
+    *("input", "batch", "lengths", *(array.name for array in arrays.INITIAL), "weights", "cell"),
+    *("has_biases", "bidirectional", "recompute", "keep"),
 }
 _PACKED = "ONNX has no packed sequences; give the layer a padded batch and lengths="
 # Why no node takes the other arguments of the operator.
@@ -75,14 +76,10 @@ class Writer(Protocol):
         """Return lengths as int32."""
 
     def recur(self, form: Form, inputs: Sequence[Any]) -> tuple[Any, ...]:
-        """Write the node.
+        """Write the node; return output, (T, B, D * H), and the last states, (D, B, H).
 
-        Args:
-            form: kind, sizes and attributes.
-            inputs: X, W, R, B, sequence_lens, initial_h and, for an LSTM, initial_c; or None.
-
-        Returns:
-            output, (T, B, D * H), and the last states, (D, B, H).
+        The inputs are X, W, R, B, sequence_lens, initial_h and, for an LSTM, initial_c; some are
+        None.
         """
 
     def kept(self, lengths: Any, first: Any, last: Any) -> Any:
@@ -90,22 +87,17 @@ class Writer(Protocol):
 
 
 def node(write: Writer, call: dict[str, Any]) -> tuple[Any, ...]:
-    """Write one layer.
+    """Write one layer; return output, (T, B, D * H), and the last states, (D, B, H).
 
-    Args:
-        write: the way to the model.
-        call: the arguments of `ostinato::layer`, by the names of its schema.
-
-    Returns:
-        output, (T, B, D * H), h_n and, for an LSTM, c_n, (D, B, H).
-
-    Raises:
-        NoCounterpartError: ONNX has no node for such a layer.
+    `call` holds the arguments of `ostinato::layer`, by the names of its schema. Raises
+    NoCounterpartError where ONNX has no node for such a layer.
     """
     taken = _TAKEN | {"batch_sizes"} if write.takes_packed else _TAKEN
     kind = CELLS[call["cell"]]
     if not kind.has_c:
         taken = taken | {"all_c"}  # there is no c
+    if not kind.onnx:
+        raise NoCounterpartError(f"cell: ONNX has no {kind.layer}")
     for name, given in call.items():
         if name not in taken and given is not None and given is not False:
             raise NoCounterpartError(f"{name}: {_REFUSED.get(name, 'ONNX has nothing like it')}")
@@ -116,7 +108,9 @@ def node(write: Writer, call: dict[str, Any]) -> tuple[Any, ...]:
     count = len(weights) // directions
     if count > (4 if call["has_biases"] else 2):
         raise NoCounterpartError(f"proj_size: ONNX has no {kind.layer} with a projection")
-    rows, hidden = _sizes(weights[1])
+    _, weight_hh, *_ = weights
+    rows, hidden = _sizes(weight_hh)
+    initial = [call[array.name] for array in arrays.INITIAL[: len(kind.states)]]
     units = [gate * hidden + unit for gate in node.gates for unit in range(hidden)]
 
     def joined(names: slice, *shape: int) -> Any:
@@ -134,8 +128,7 @@ def node(write: Writer, call: dict[str, Any]) -> tuple[Any, ...]:
         joined(slice(1, 2), rows, hidden),
         joined(slice(2, 4), 2 * rows) if call["has_biases"] else None,
         call["batch_sizes"] if lengths is None else write.small(lengths),
-        call["h_0"],
-        *([call["c_0"]] if kind.has_c else []),
+        *initial,
     ]
     attributes: dict[str, Any] = {"hidden_size": hidden, **node.attributes}
     if node.activation:
@@ -149,7 +142,7 @@ def node(write: Writer, call: dict[str, Any]) -> tuple[Any, ...]:
         # A row of no steps keeps its state. ONNX does not say so, and ONNX Runtime gives zeros.
         states = [
             last if first is None else write.kept(lengths, first, last)
-            for first, last in zip((call["h_0"], call["c_0"]), states, strict=False)
+            for first, last in zip(initial, states, strict=True)
         ]
     return output, *states
 
@@ -235,7 +228,7 @@ def _symbols(
     *inputs: Tensor | None,
 ) -> list[Tensor]:
     """Put torch's symbols in the place of a node and of what brings its output to (T, B, D * H)."""
-    x = inputs[0]
+    x, *_ = inputs
     assert x is not None
     steps, batch = x.shape[0], x.shape[1]
     output, *states = torch.onnx.ops.symbolic_multi_out(
@@ -284,7 +277,8 @@ class _Node(torch.autograd.Function):
         ctx: Any, run: Callable[[], Results], form: Form, *inputs: Tensor | None
     ) -> tuple[Tensor, ...]:
         # What computes the values is no part of the model.
-        return tuple(found for found in unrecorded(run)()[:3] if found is not None)
+        found = unrecorded(run)()
+        return found.output, *found.last
 
     @staticmethod
     def symbolic(g: Any, run: Any, form: Form, *inputs: Any) -> tuple[Any, ...]:
@@ -292,8 +286,8 @@ class _Node(torch.autograd.Function):
             name + ("_s" if isinstance(value, (str, list)) else "_i"): value
             for name, value in form.attributes.items()
         }
-        steps = inputs[4]
-        if steps is not None and inputs[0].type().dim() == 2 and not _is_packed_here(steps):
+        x, _, _, _, steps, *_ = inputs
+        if steps is not None and x.type().dim() == 2 and not _is_packed_here(steps):
             raise NoCounterpartError(f"batch_sizes: {_PACKED}")
         absent = g.op("prim::Constant")
         absent.setType(torch._C.OptionalType.ofTensor())
@@ -323,38 +317,22 @@ when_imported("torch._dynamo", lambda compiler: compiler.assume_constant_result(
 when_imported("torch._dynamo", lambda compiler: compiler.allow_in_graph(_symbols))
 
 
-def is_wanted(call: Call) -> bool:
-    """Whether a layer that is being traced is to become a node.
+def why_not(call: Call) -> str | None:
+    """Say why no node is put in the place of a layer."""
+    if not is_traced():
+        return "nothing is traced"
+    if not _is_exporting():
+        return "it does not run"
+    return None if call.input.dtype in DTYPES else "ONNX has the engine's dtypes alone"
 
-    Args:
-        call: of the layer.
 
-    Returns:
-        True within torch.onnx.export, for the dtypes of the engine.
+def layer(call: Call) -> Results:
+    """Put a node in the place of a layer, without the c of every step.
 
-    Example:
-        >>> weights = list(torch.nn.GRUCell(3, 4).parameters())
-        >>> is_wanted(Call(torch.zeros(5, 2, 3), None, 2, None, None, weights, "gru", True, False))
-        False
+    Raises NoCounterpartError where ONNX has no node for such a layer.
     """
-    return call.input.dtype in DTYPES and _is_exporting()
-
-
-def trace(call: Call, all_c: bool, run: Callable[[], Results]) -> Results:
-    """Put a node in the place of a layer.
-
-    Args:
-        call: one that `is_wanted`, and that has been checked.
-        all_c: whether c is to be returned at every step.
-        run: computes the layer.
-
-    Returns:
-        output, h_n, c_n or None, and no c of every step.
-
-    Raises:
-        NoCounterpartError: ONNX has no node for such a layer.
-    """
+    unrecorded(check_call)(call, values=False)
     is_scripted = torch._C._get_tracing_state() is not None
-    write = _Scripted(run) if is_scripted else _Traced()
-    output, h_n, *c_n = node(write, {**call._asdict(), "all_c": all_c})
-    return output, h_n, c_n[0] if c_n else None, None
+    write = _Scripted(lambda: results(call)) if is_scripted else _Traced()
+    output, *last = node(write, {**call.named_parameters(), "all_c": call.all_states})
+    return Results(output, tuple(last))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ostinato.cells import LAYERS
+
 _DROPOUT = (
     "dropout: expected 0 between the layers, since gradients of each sample are those of a second "
     "run, which would draw other masks; put torch.nn.Dropout between layers of their own"
@@ -46,7 +48,7 @@ def register() -> None:
 
     from ostinato import nn
 
-    layers = [nn.RNN, nn.GRU, nn.LSTM]
+    layers = [getattr(nn, cell.layer) for cell in LAYERS.values()]
     register_grad_sampler(layers)(_gradients_of_samples)
     register_module_validator(layers)(_errors_of)
 
@@ -59,15 +61,10 @@ def _errors_of(module: Any) -> list[Exception]:
 
 
 def _gradients_of_samples(module: Any, activations: list[Any], backprops: Any) -> dict[Any, Any]:
-    """Return a gradient per sample for each parameter.
+    """Return a gradient per sample, (B, *its shape), for each parameter that requires one.
 
-    Args:
-        module: an RNN, GRU or LSTM.
-        activations: what forward was given: input, (B, T, I), and perhaps hx.
-        backprops: the gradient of output, (B, T, D * H).
-
-    Returns:
-        For each parameter that requires a gradient, (B, *its shape).
+    `activations` are what forward was given: input, (B, T, I), and perhaps hx; `backprops` is the
+    gradient of output, (B, T, D * H).
     """
     import torch
 

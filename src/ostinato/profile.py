@@ -17,12 +17,7 @@ def is_on() -> bool:
 
 
 def shown(cell: str, way: str) -> Any:
-    """Return a range that a profiler shows, for a with statement.
-
-    Args:
-        cell: as in `ostinato.ops.layer`.
-        way: "forward" or "backward".
-    """
+    """Return a range that a profiler shows; `way` is "forward" or "backward"."""
     # Half a microsecond; torch.profiler.record_function takes ten, twice as long as a small cell.
     return torch._C._profiler._RecordFunctionFast(f"ostinato::{cell}_{way}")
 
@@ -30,12 +25,8 @@ def shown(cell: str, way: str) -> Any:
 def named(operator: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
     """Show a kernel to the profiler by its cell and direction, within its operator.
 
-    Args:
-        operator: "layer" or "layer_backward".
-        kernel: what runs it; takes the arguments of the schema, "cell" among them.
-
-    Returns:
-        The kernel, with a range of its own while a profiler is on.
+    The kernel takes the arguments of the operator's schema, "cell" among them. What is returned
+    does the same, with a range of its own while a profiler is on.
     """
     schema = getattr(torch.ops.ostinato, operator).default._schema
     place = [argument.name for argument in schema.arguments].index("cell")

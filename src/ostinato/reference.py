@@ -18,6 +18,8 @@ from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
+from ostinato.cells import CELLS
+
 # One array of one library. There is no common base class to name, and a Protocol wide enough for
 # both libraries would say no more than this.
 Array = Any
@@ -218,7 +220,7 @@ def layer(
     """One recurrent layer over a padded or packed batch (docs/math.md, equations 31-34).
 
     state_t[:n_t] = step(input_t, state_{t-1}[:n_t]), n_t rows being active at step t; the other
-    rows keep their state. The reverse direction walks t downwards.
+    rows keep their state. The reverse direction takes t downwards.
 
     Args:
         cell: "rnn_tanh", "rnn_relu", "gru" or "lstm".
@@ -250,57 +252,48 @@ def layer(
 
     Source: torch.nn.RNN, GRU and LSTM; packed rows as in torch.nn.utils.rnn.PackedSequence.
     """
-    return states(
+    output, last, _ = states(
         cell,
         input,
         batch_sizes,
-        h_0,
-        c_0,
+        (h_0, c_0),
         weights,
         has_biases=has_biases,
         bidirectional=bidirectional,
-    )[:3]
+    )
+    return output, last[0], last[1] if len(last) > 1 else None
 
 
-def states(
+def states(  # noqa: D417
     cell: str,
     input: Array,
     batch_sizes: Iterable[int] | Array | None,
-    h_0: Array | None,
-    c_0: Array | None,
+    initial: Sequence[Array | None],
     weights: Sequence[Array],
     *,
     has_biases: bool,
     bidirectional: bool,
     lengths: Array | None = None,
     resets: Array | None = None,
-    reset_h: Array | None = None,
-    reset_c: Array | None = None,
-) -> tuple[Array, Array, Array | None, Array | None]:
-    """`layer` with rows that end early or begin anew, and with c at every step.
+    reset_to: Sequence[Array | None] = (),
+) -> tuple[Array, _State, _State]:
+    """`layer` by a cell's states, with rows that end early or begin anew.
 
     A row is cut before each step at which `resets` says so. Each piece is a sequence of its own in
-    both directions: where the walk of a direction enters a piece over a cut, the state is
-    reset_h and reset_c instead of what the walk brought. Past its length a row keeps its state,
-    and its output is zero.
+    both directions: where a direction enters a piece over a cut, the state is `reset_to` instead of
+    what the steps before brought. Past its length a row keeps its state, and its output is zero.
+    All other arguments are as in `layer`.
 
     Args:
-        cell: as in `layer`, like all others up to `bidirectional`.
-        input: likewise.
-        batch_sizes: likewise.
-        h_0: likewise.
-        c_0: likewise.
-        weights: likewise.
-        has_biases: likewise.
-        bidirectional: likewise.
+        initial: h_0 and the cell's other states, (D, B, O) and (D, B, H), each None for zeros; more
+            than the cell has are not looked at.
         lengths: (B,), steps of each row of a padded batch, or None.
         resets: (T, B) or packed (N,), bool, or None.
-        reset_h: (D, B, O), or None for zeros.
-        reset_c: (D, B, H), or None for zeros; LSTM only.
+        reset_to: shaped as `initial`.
 
     Returns:
-        output, h_n and c_n as in `layer`, and c at every step, (T, B, D * H) or (N, D * H), zero
-        past a row's end, or None where the cell is no LSTM.
+        output as in `layer`; the last states, shaped as `initial`; and all states behind h after
+        every step, (T, B, D * H) or (N, D * H), zero past a row's end.
 
     Raises:
         ValueError: as in `layer`.
@@ -308,8 +301,8 @@ def states(
     Example:
         >>> import numpy
         >>> weights = [numpy.ones((1, 1)), numpy.ones((1, 1))]
-        >>> output, h_n, _, _ = states(
-        ...     "rnn_relu", numpy.ones((4, 1, 1)), None, None, None, weights, has_biases=False,
+        >>> output, (h_n,), _ = states(
+        ...     "rnn_relu", numpy.ones((4, 1, 1)), None, (None,), weights, has_biases=False,
         ...     bidirectional=False, resets=numpy.array([[False], [False], [True], [False]]))
         >>> output.ravel().tolist()
         [1.0, 2.0, 1.0, 2.0]
@@ -317,34 +310,31 @@ def states(
     Source: torch.nn.RNN, GRU and LSTM.
     """
     xp = namespace(input)
-    rows, sizes, batch = _packed(input, batch_sizes, h_0 if h_0 is not None else c_0)
+    given = next((state for state in initial if state is not None), None)
+    rows, sizes, batch = _packed(input, batch_sizes, given)
     flags = None if resets is None else resets.reshape((rows.shape[0],))
-    outputs, cells, ends = [], [], []
+    visited, ends = [], []
     for d, weight in enumerate(directions(cell, weights, has_biases, bidirectional)):
-        first = (None if s is None else s[d] for s in (h_0, c_0, reset_h, reset_c))
-        h, c, anew_h, anew_c = first
-        state = _initial(cell, weight, batch, h, c)
-        anew = _initial(cell, weight, batch, anew_h, anew_c)
+        state, anew = (
+            _initial(cell, weight, batch, [None if s is None else s[d] for s in given])
+            for given in (initial, reset_to)
+        )
         cuts = _Cuts(lengths, flags, anew)
-        found, state = _walk(cell, weight, rows, sizes, state, cuts, reverse=d == 1)
-        outputs.append(found[0])
-        cells.append(found[-1])
+        found, state = _run(cell, weight, rows, sizes, state, cuts, reverse=d == 1)
+        visited.append(found)
         ends.append(state)
-    output = xp.concatenate(outputs, -1)  # (N, D * O)
-    all_c = xp.concatenate(cells, -1) if cell == "lstm" else None  # (N, D * H)
+    # (N, D * O) and (N, D * H)
+    every = [xp.concatenate(list(each), -1) for each in zip(*visited, strict=True)]
     if batch_sizes is None:
-        output = output.reshape((len(sizes), batch, output.shape[-1]))
-        all_c = None if all_c is None else all_c.reshape((len(sizes), batch, all_c.shape[-1]))
-    h_n = xp.stack([end[0] for end in ends])
-    c_n = xp.stack([end[1] for end in ends]) if cell == "lstm" else None
-    return output, h_n, c_n, all_c
+        every = [each.reshape((len(sizes), batch, each.shape[-1])) for each in every]
+    last = tuple(xp.stack(list(each)) for each in zip(*ends, strict=True))
+    return every[0], last, tuple(every[1:])
 
 
 def one_step(
     cell: str,
     input: Array,
-    h: Array | None,
-    c: Array | None,
+    state: Sequence[Array | None],
     weights: Sequence[Array],
     *,
     has_biases: bool,
@@ -354,25 +344,24 @@ def one_step(
     Args:
         cell: as in `layer`.
         input: (B, I).
-        h: (B, O), or None for zeros.
-        c: (B, H), or None for zeros; LSTM only.
+        state: h, (B, O), and the cell's other states, (B, H), each None for zeros.
         weights: of one direction, as in `layer`.
         has_biases: as in `layer`.
 
     Returns:
-        The next h, and for an LSTM the next c.
+        The next states.
 
     Example:
         >>> import numpy
         >>> weights = [numpy.ones((2, 3)), numpy.zeros((2, 2))]
-        >>> one_step("rnn_relu", numpy.ones((1, 3)), None, None, weights, has_biases=False)
+        >>> one_step("rnn_relu", numpy.ones((1, 3)), (None,), weights, has_biases=False)
         (array([[3., 3.]]),)
     """
     (weight,) = directions(cell, weights, has_biases, False)
-    state = _initial(cell, weight, input.shape[0], h, c)
+    before = _initial(cell, weight, input.shape[0], state)
     gates_x = linear(input, weight.ih, weight.bias_ih)
-    gates_h = linear(state[0], weight.hh, weight.bias_hh)
-    return STEPS[cell](gates_x, gates_h, state, weight.hr)
+    gates_h = linear(before[0], weight.hh, weight.bias_hh)
+    return STEPS[cell](gates_x, gates_h, before, weight.hr)
 
 
 class Weights(NamedTuple):
@@ -476,9 +465,10 @@ def directions(
     directions = 2 if bidirectional else 1
     count, rest = divmod(len(weights), directions)
     plain = 4 if has_biases else 2
-    projected = cell == "lstm" and count == plain + 1
+    projects = CELLS[cell].projects
+    projected = projects and count == plain + 1
     if rest or not (count == plain or projected):
-        extra = f" or {plain + 1}" if cell == "lstm" else ""
+        extra = f" or {plain + 1}" if projects else ""
         raise ValueError(
             f"weights: expected {plain}{extra} per direction for {directions} direction(s) of "
             f"{cell}, got {len(weights)}"
@@ -491,8 +481,8 @@ def directions(
     return named
 
 
-def _initial(cell: str, weight: Weights, batch: int, h: Array | None, c: Array | None) -> _State:
-    """Return the initial state of a direction, zeros where absent: (h,), or (h, c) for LSTM."""
+def _initial(cell: str, weight: Weights, batch: int, state: Sequence[Array | None]) -> _State:
+    """Return the initial state of a direction, zeros where absent."""
 
     def zeros(size: int) -> Array:
         # Made from a weight, so that dtype, device and subclass are right in every library; a sum,
@@ -500,11 +490,14 @@ def _initial(cell: str, weight: Weights, batch: int, h: Array | None, c: Array |
         xp = namespace(weight.hh)
         return xp.broadcast_to(xp.zeros_like(weight.hh[:1, :1]).sum(), (batch, size))
 
-    h = zeros(weight.hh.shape[1]) if h is None else h  # (B, O)
-    if cell != "lstm":
-        return (h,)
-    c = zeros(weight.hh.shape[0] // 4) if c is None else c  # (B, H)
-    return h, c
+    kind = CELLS[cell]
+    # h is as wide as an output, all others as the layer.
+    rest = [weight.hh.shape[0] // kind.gates] * (len(kind.states) - 1)
+    given = (*state, *[None] * len(kind.states))
+    return tuple(
+        zeros(size) if s is None else s
+        for size, s in zip((weight.hh.shape[1], *rest), given, strict=False)
+    )
 
 
 # The steps under the one signature that loops call: gates_x, gates_h, state, weight_hr.
@@ -516,7 +509,7 @@ STEPS: dict[str, _Step] = {
 }
 
 
-def _walk(
+def _run(
     cell: str,
     weight: Weights,
     rows: Array,
@@ -528,8 +521,7 @@ def _walk(
 ) -> tuple[_State, _State]:
     """Drive the cell along the packed rows (equations 31-33).
 
-    Returns:
-        The packed states of all steps, (N, O) and for LSTM (N, H), and the last ones.
+    Returns the packed states of all steps, (N, O) and for LSTM (N, H), and the last ones.
     """
     xp = namespace(rows)
     step = STEPS[cell]

@@ -5,64 +5,59 @@ Legend: B batch, I input, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ostinato import reference, transforms
+from ostinato.call import Call, States
 from ostinato.cells import CELLS
 
 
-def one_step(
-    cell: str, input: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor]
-) -> tuple[Tensor, Tensor | None] | None:
-    """Run one step of a cell by the reference, where transforms are at work that want operators.
+def one_step(call: Call) -> States | None:
+    """Run one step by the reference, where transforms are at work that want operators.
 
-    Args:
-        cell: as in `ostinato.ops.layer`.
-        input: (B, I). All is checked by the caller.
-        h: (B, H), or None for zeros.
-        c: likewise; LSTM only.
-        weights: weight_ih, weight_hh[, bias_ih, bias_hh].
-
-    Returns:
-        h', and c' or None; or None instead where the step is to run as a layer.
+    The call holds a cell's own arrays, checked: input (B, I), states (B, H) or None. Returns the
+    next states, or None instead where the step is to run as a layer.
     """
     if not transforms.is_active() or not transforms.sees_through_step():
         return None
-    found = reference.one_step(cell, input, h, c, weights, has_biases=len(weights) == 4)
-    return found[0], found[1] if CELLS[cell].has_c else None
+    return reference.one_step(
+        call.cell, call.input, call.initial, call.weights, has_biases=call.has_biases
+    )
 
 
 # torch's operator for one step. On a CPU it is composed of others.
 _TORCH_STEPS: dict[str, Callable[..., Any]] = {
-    name: getattr(torch._VF, f"{name}_cell") for name in CELLS
+    name: getattr(torch._VF, f"{name}_cell") for name in CELLS if hasattr(torch._VF, f"{name}_cell")
 }
 
 
-def torch_step(
-    cell: str, input: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor]
-) -> tuple[Tensor, Tensor | None] | None:
-    """Run one step of a cell by torch's operator, where one gradient of torch.func is at work.
+def torch_step(call: Call) -> States | None:
+    """Run one step by torch's operator, where one gradient of torch.func is at work.
 
-    It calls the operators of the reference with less time between them, and checks for itself.
-
-    Args:
-        cell: as in `ostinato.ops.layer`.
-        input: (B, I). Nothing is checked before.
-        h: (B, H), or None for zeros.
-        c: likewise; LSTM only.
-        weights: weight_ih, weight_hh[, bias_ih, bias_hh].
-
-    Returns:
-        h', and c' or None; or None instead where the step is to run in another way.
+    It calls the operators of the reference with less time between them, and checks for itself: the
+    call is as in `one_step`, but not checked. Returns the next states, or None instead where the
+    step is to run in another way.
     """
-    if not transforms.is_one_gradient() or not input.is_cpu:
+    if not transforms.is_one_gradient() or not call.input.is_cpu or call.cell not in _TORCH_STEPS:
         return None
+    h, *rest = call.initial
     if h is None:
-        h = input.new_zeros((input.shape[0], weights[1].shape[1]))
-    if CELLS[cell].has_c:
-        return _TORCH_STEPS[cell](input, (h, c if c is not None else h), *weights)  # type: ignore[no-any-return]
-    return _TORCH_STEPS[cell](input, h, *weights), None
+        _, weight_hh, *_ = call.weights
+        h = call.input.new_zeros((call.input.shape[0], weight_hh.shape[1]))
+    if not rest:
+        return (_TORCH_STEPS[call.cell](call.input, h, *call.weights),)
+    hx = h, *(h if state is None else state for state in rest)
+    found: States = _TORCH_STEPS[call.cell](call.input, hx, *call.weights)
+    return found
+
+
+def why(call: Call) -> str | None:
+    """Say which of both runs a cell's step, or None where it runs as a layer."""
+    if transforms.is_one_gradient() and call.input.is_cpu and call.cell in _TORCH_STEPS:
+        return "torch's operator for one step: runs it"
+    if transforms.is_active() and transforms.sees_through_step():
+        return "reference for one step: runs it"
+    return None

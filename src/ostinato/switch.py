@@ -22,7 +22,9 @@ from ostinato.versions import drop_compiled_graphs
 
 _Classes = Mapping[type[Module], type[Module]]
 
-_OURS: _Classes = {getattr(torch.nn, kind): getattr(nn, kind) for kind in nn.__all__}
+_OURS: _Classes = {
+    getattr(torch.nn, kind): getattr(nn, kind) for kind in nn.__all__ if hasattr(torch.nn, kind)
+}
 _TORCHS: _Classes = {ours: theirs for theirs, ours in _OURS.items()}
 
 

@@ -5,15 +5,15 @@ mapped dimension enters either in one of two ways:
 
 - as rows, where weights are not mapped and no element has a gradient of its own: each row becomes V
   neighbours, and the engine runs once;
-- as a stack, elsewhere: the engine runs once for each of V models, in one call that spreads them
-  over the threads. An array that all models share has no dimension for them.
+- as an ensemble, elsewhere: the engine runs once for each of V models, in one call that spreads
+  them over the threads. An array that all models share has no dimension for them.
 
-Both can be mapped again (`ostinato.stacks`). Forward mode, and a gradient that is differentiated
+Both can be mapped again (`ostinato.ensembles`). Forward mode, and a gradient that is differentiated
 once more, take the engine's states and look at all steps at once (`ostinato.adjoint`); where rows
 are cut, they are the reference's.
 
 Legend: T steps, B batch, N packed rows, I input, H hidden, O output of a step (proj_size, or H),
-D directions, V models of a stack, or elements of a mapped dimension.
+D directions, V models of an ensemble, or elements of a mapped dimension.
 """
 
 from __future__ import annotations
@@ -26,40 +26,25 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
 
-from ostinato.adjoint import (
-    autograd_alone,
-    current_level,
-    is_batch,
-    over_batches,
-    tangents,
-    unbatched,
-)
+from ostinato import arrays
+from ostinato.adjoint import autograd_alone, tangents
 from ostinato.adjoint import gradients as adjoint_gradients
-from ostinato.call import (
-    Call,
-    is_wrapped,
-    without_autocast,
-)
-from ostinato.gradients import Results, reference_results
-from ostinato.levels import apply
-from ostinato.stacks import (
-    FLAGS,
-    FRONT,
-    OUTPUT,
-    RESERVE,
-    WEIGHTS,
+from ostinato.batches import current_level, is_batch, over_batches, unbatched
+from ostinato.call import Call, Results
+from ostinato.ensembles import (
     Maybe,
     Plan,
+    by_rows,
+    ensemble,
     fold,
-    kept_shape,
     replaced,
-    run_one,
-    run_one_backward,
-    run_stack,
-    run_stack_backward,
-    stack,
+    run,
+    run_backward,
     unmapped,
 )
+from ostinato.levels import apply
+from ostinato.reference_backend import results as reference_results
+from ostinato.tensors import is_wrapped, without_autocast
 
 _functorch = torch._C._functorch
 _peek_transform = _functorch.peek_interpreter_stack
@@ -76,34 +61,25 @@ def is_active() -> bool:
     return _peek_transform() is not None or _forward_ad._current_level >= 0
 
 
-def serves(call: Call) -> bool:
-    """Whether the rules serve a call of an engine's dtype under the transforms at work.
-
-    Args:
-        call: whose tensors may be wrapped by transforms.
-
-    Returns:
-        True if plain CPU tensors are below the transforms; in forward mode, if no row is cut.
-
-    Example:
-        >>> weights = list(torch.nn.GRUCell(3, 4).parameters())
-        >>> def asked(x):
-        ...     return serves(Call(x, None, 2, None, None, weights, "gru", True, False)), x.sum()
-        >>> torch.func.vmap(lambda x: x * asked(x)[0])(torch.ones(1, 5, 2, 3)).any()
-        tensor(True)
-    """
-    return (
-        call.input.device.type == "cpu"
-        and torch._C._get_tracing_state() is None
-        and not torch._C._len_torch_dispatch_stack()
-        and not (call.is_cut and _is_forward_mode())
-        and all(kind in _KINDS for kind in _transforms())
-        and all(
-            type(_unwrapped(t)).__torch_dispatch__ is Tensor.__torch_dispatch__
-            for t in call.tensors()
-            if t is not None
-        )
-    )
+def why_not(call: Call) -> str | None:
+    """Say why the rules do not serve a call of an engine's dtype under the transforms at work."""
+    if not is_active():
+        return "no transform of torch.func is at work, and no forward mode"
+    if call.input.device.type != "cpu":
+        return "the engine under the rules is the CPU's"
+    if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack():
+        return "a tracer or mode looks on"
+    if call.is_cut and _is_forward_mode():
+        return "forward mode has no rule for rows that are cut"
+    if any(kind not in _KINDS for kind in _transforms()):
+        return "torch.func.functionalize, or another transform without a rule, is at work"
+    if any(
+        type(_unwrapped(t)).__torch_dispatch__ is not Tensor.__torch_dispatch__
+        for t in call.tensors()
+        if t is not None
+    ):
+        return "another class of tensors is below the transforms"
+    return None
 
 
 def sees_through_step() -> bool:
@@ -129,20 +105,14 @@ def is_one_gradient() -> bool:
     )
 
 
-def run(call: Call, all_c: bool) -> Results:
-    """Run a layer by the rules.
-
-    Args:
-        call: one that `serves` takes, and that has been checked.
-        all_c: whether c is to be returned at every step.
-
-    Returns:
-        output, h_n, c_n or None, c at every step or None, as `ostinato.ops.cut_layer`.
+def layer(call: Call) -> Results:
+    """Run by the rules a layer that was checked and that `why_not` does not refuse.
 
     Example:
         >>> weights = list(torch.nn.GRUCell(3, 4).parameters())
         >>> def output(x):
-        ...     return run(Call(x, None, 2, None, None, weights, "gru", True, False), False)[0]
+        ...     call = Call(x, None, 2, (None,), weights, "gru", True, False, reset_to=(None,))
+        ...     return layer(call).output
         >>> torch.func.vmap(output)(torch.zeros(6, 5, 2, 3)).shape
         torch.Size([6, 5, 2, 4])
     """
@@ -152,86 +122,34 @@ def run(call: Call, all_c: bool) -> Results:
         torch.is_grad_enabled()
         and any(t is not None and _unwrapped(t).requires_grad for t in call.tensors())
     )
-    has_c = call.kind.has_c and (all_c or _is_forward_mode())  # what tangents are made of
-    plan = Plan(call[2], call[6:10], has_c, keep, gradients)
-    tensors = call.batch_sizes, call.lengths, call.resets, *call.tensors()
-    *found, _ = apply(_Layer, plan, *tensors)
-    output, h_n, c_n, cells = (*found, None, None)[:4]
-    return output, h_n, c_n, cells if all_c else None
+    # What tangents are made of.
+    form = call.bare()._replace(all_states=call.all_states or _is_forward_mode())
+    *found, _ = apply(_Layer, Plan(form, keep, gradients), *call.arrays())
+    results = Results.of(found, len(form.initial))
+    return results if call.all_states else results._replace(every=())
 
 
 def gradients(
     call: Call,
-    arrived: Sequence[Tensor | None],
+    arrived: Results,
     output: Tensor,
     reserve: Tensor | None,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """Differentiate a call of the engine: gradients of any order, and of batches of gradients.
 
-    Args:
-        call: that the engine ran.
-        arrived: gradients of output, h_n, c_n and c at every step; at least one.
-        output: of the engine.
-        reserve: what it kept, or None where that is nothing.
-        wanted: whether each of `call.tensors()` needs a gradient.
-
-    Returns:
-        The gradients, None where not wanted.
+    At least one gradient has arrived. `output` and `reserve` are what the engine returned; reserve
+    may be None where it kept nothing. `wanted` has a flag for each of `call.tensors()`, and the
+    result is None where it is False.
     """
-    tensors = call.tensors()
-    flags = tuple(bool(w) and t is not None for w, t in zip(wanted, tensors, strict=True))
-    has_c = arrived[3] is not None
-    plan = Plan(call[2], call[6:10], has_c, True, (), wanted=(False,) * FLAGS + flags)
-    if reserve is None:
-        kept = output.new_empty((0,), dtype=torch.uint8)
-    else:
-        kept = reserve.view(torch.uint8)  # the short way has numbers of the input's dtype
+    flags = tuple(bool(w) and t is not None for w, t in zip(wanted, call.tensors(), strict=True))
+    is_asked = any(grad is not None for grad in arrived.every)
+    plan = Plan(call.bare()._replace(all_states=is_asked), True, (), wanted=flags)
+    kept = output.new_empty((0,), dtype=torch.uint8) if reserve is None else reserve
     if not call.is_cut:
-        kept = kept.view(kept_shape(output, 2 if call.bidirectional else 1, kept.numel()))
-    front = (*arrived, output, kept)
-    values = *front, call.batch_sizes, call.lengths, call.resets, *tensors
-    found = iter(_apply_backward(plan, values))
+        kept = by_rows(call, output, kept)
+    found = iter(_apply_backward(plan, [*arrived.flat(), output, kept, *call.arrays()]))
     return [next(found) if flag else None for flag in flags]
-
-
-def cell_gradients(
-    call: Call,
-    arrived: Sequence[Tensor | None],
-    output: Tensor | None,
-    reserve: Tensor | None,
-    wanted: Sequence[bool],
-) -> list[Tensor | None]:
-    """`gradients` of one step of a cell.
-
-    Args:
-        call: of a cell: input and states without dimensions for steps and directions.
-        arrived: as in `gradients`; no array has these dimensions.
-        output: of the engine, or None where it is not read.
-        reserve: as in `gradients`.
-        wanted: likewise.
-
-    Returns:
-        The gradients, None where not wanted.
-    """
-    missing = 3 - call.input.dim()
-
-    def lifted(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor[(None,) * missing]
-
-    input, h_0, c_0 = map(lifted, (call.input, call.h_0, call.c_0))
-    assert input is not None
-    step = call._replace(input=input, batch=input.shape[1], h_0=h_0, c_0=c_0)
-    if output is None:
-        size = call.weights[1].shape[1]
-        output = call.input.new_empty((*call.input.shape[:-1], size))  # only its shape is read
-    result = lifted(output)
-    assert result is not None
-    found = gradients(step, list(map(lifted, arrived)), result, reserve, wanted)
-    return [
-        None if g is None else g[(0,) * missing] if k < WEIGHTS - FLAGS else g
-        for k, g in enumerate(found)
-    ]
 
 
 def _transforms() -> list[Any]:
@@ -259,67 +177,76 @@ def _unwrapped(tensor: Tensor) -> Tensor:
 
 
 class _Layer(torch.autograd.Function):
-    """A layer. Returns output, h_n[, c_n[, c at every step]] and what is kept for backward."""
+    """A layer. Returns its results, and what is kept for backward."""
 
     @staticmethod
-    def forward(plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return run_stack(plan, tensors) if plan.models else run_one(plan, tensors)
+    def forward(plan: Plan, *values: Tensor | None) -> tuple[Tensor, ...]:
+        return run(plan, values)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.plan, *tensors = inputs
-        y, *_, reserve = output
+        ctx.plan, *values = inputs
+        *found, reserve = output
         ctx.mark_non_differentiable(reserve)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(y, reserve, *tensors)
-        if not ctx.plan.is_cut(tensors):
-            ctx.save_for_forward(y, output[3] if ctx.plan.all_c else None, *tensors)
+        results = Results.of(found, len(ctx.plan.form.initial))
+        ctx.save_for_backward(results.output, reserve, *values)
+        if not ctx.plan.call(values).is_cut:
+            ctx.save_for_forward(results.output, *results.every, *values)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, plan: Plan, *tensors: Tensor | None) -> tuple[Any, Any]:
-        size, dims = info.batch_size, in_dims[1:]
-        is_cut = plan.is_cut(tensors)
+    def vmap(info: Any, in_dims: Any, plan: Plan, *values: Tensor | None) -> tuple[Any, Any]:
+        (_, *dims), call = in_dims, plan.call(values)
         below = len(_transforms())
-        is_stack = (
-            any(dim is not None for dim in dims[WEIGHTS:])
+        is_ensemble = (
+            any(dim is not None for dim in plan.call(dims).weights)
             # What a call with lengths keeps is in the order of these; resets go the same way.
-            or (plan.keep and is_cut)
+            or (plan.keep and call.is_cut)
             # Each element is to have a gradient of its own, of weights as well.
             or any(plan.gradients[below + 1 :])
         )
-        mapped_plan, mapped = (stack if is_stack else fold)(size, dims, plan, tensors, 0)
+        mapped_plan, mapped = (ensemble if is_ensemble else fold)(
+            info.batch_size, dims, plan, values, call.table()
+        )
         found = apply(_Layer, mapped_plan, *mapped)
         if plan.keep:
-            return unmapped(found, size, plan, is_stack)
-        results, places = unmapped(found[:-1], size, plan, is_stack)
-        return (*results, found[-1]), (*places, None)
+            return unmapped(found, info.batch_size, plan, is_ensemble)
+        *results, reserve = found
+        results, places = unmapped(results, info.batch_size, plan, is_ensemble)
+        return (*results, reserve), (*places, None)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        y, reserve, *tensors = ctx.saved_tensors  # read once: a checkpoint recomputes each time
+        y, reserve, *values = ctx.saved_tensors  # read once: a checkpoint recomputes each time
+        plan: Plan = ctx.plan
+        call = plan.call(values)
+        _, *needs = ctx.needs_input_grad
         wanted = tuple(
             bool(want) and tensor is not None
-            for want, tensor in zip(ctx.needs_input_grad[1:], tensors, strict=True)
+            for want, tensor in zip(plan.call(needs).tensors(), call.tensors(), strict=True)
         )
-        arrived = (*grads[:-1], None, None)[:4]
+        *arrived, _ = grads
         if not any(wanted) or all(grad is None for grad in arrived):
-            return None, *[None] * len(tensors)
-        plan = ctx.plan
+            return None, *[None] * len(values)
         if not plan.keep:
             raise RuntimeError("backward: expected a forward call that kept what it needs")
-        shared = plan.stacked or (False,) * len(tensors)
-        plan = replace(plan, stacked=(bool(plan.models),) * FRONT + shared, wanted=wanted)
-        values = *arrived, y, reserve, *tensors
-        found = _apply_backward(plan, values)
-        rest = iter(found)
-        gradients = [next(rest) if want else None for want in wanted]
+        results = Results.of(arrived, len(plan.form.initial))
+        if not results.every:
+            results = results._replace(every=(None,) * (len(results.last) - 1))
+        front = [*results.flat(), y, reserve]
+        shared = plan.per_model or (False,) * len(values)
+        per_model = (bool(plan.models),) * len(front) + shared
+        found = iter(
+            _apply_backward(replace(plan, per_model=per_model, wanted=wanted), [*front, *values])
+        )
+        gradients = [next(found) if want else None for want in wanted]
         if plan.models:
-            # The models of a stack have each a gradient of what they share.
+            # The models of an ensemble have each a gradient of what they share.
             gradients = [
-                g.sum(0) if g is not None and not is_stacked else g
-                for g, is_stacked in zip(gradients, shared, strict=True)
+                g.sum(0) if g is not None and not is_per_model else g
+                for g, is_per_model in zip(gradients, plan.call(shared).tensors(), strict=True)
             ]
-        return None, *gradients
+        return None, *plan.form.with_tensors(gradients).arrays()
 
     @staticmethod
     def jvp(ctx: Any, _: None, *moves: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -337,7 +264,8 @@ def _apply_backward(plan: Plan, values: Maybe) -> Sequence[Tensor]:
     """Return the gradients that the plan names, so that they can be differentiated."""
     if _is_forward_mode():
         return _again(plan, values, ())()
-    if not torch.is_grad_enabled() and any(map(is_batch, values[:FRONT])) and not plan.models:
+    front = plan.taken(values).front()
+    if not torch.is_grad_enabled() and any(map(is_batch, front)) and not plan.models:
         return _engine_batch(plan, values)
     found: Sequence[Tensor] = over_batches(
         lambda *values: apply(_LayerBackward, plan, *values),
@@ -346,25 +274,26 @@ def _apply_backward(plan: Plan, values: Maybe) -> Sequence[Tensor]:
     return found
 
 
+def _table(plan: Plan) -> tuple[arrays.Array, ...]:
+    return arrays.backward_arguments(len(plan.form.initial), len(plan.form.weights))
+
+
 def _engine_batch(plan: Plan, values: Maybe) -> list[Tensor]:
-    """Run the engine on a batch of gradients that torch.autograd.grad made, as a stack."""
+    """Run the engine on a batch of gradients that torch.autograd.grad made, as an ensemble."""
     level = current_level()
     plain = unbatched(values, level)
     dims = [0 if is_batch(value) else None for value in values]
     size = next(len(p) for p, dim in zip(plain, dims, strict=True) if p is not None and dim == 0)
-    stacked_plan, stacked = stack(size, dims, plan, plain, FRONT)
-    return [
-        torch._add_batch_dim(grad, 0, level) for grad in run_stack_backward(stacked_plan, stacked)
-    ]
+    mapped_plan, per_model = ensemble(size, dims, plan, plain, _table(plan))
+    return [torch._add_batch_dim(grad, 0, level) for grad in run_backward(mapped_plan, per_model)]
 
 
 class _LayerBackward(torch.autograd.Function):
-    """Gradients of a layer: those that `plan.wanted` names, in a stack one of each model."""
+    """Gradients of a layer: those that `plan.wanted` names, in an ensemble one of each model."""
 
     @staticmethod
     def forward(plan: Plan, *values: Tensor | None) -> tuple[Tensor, ...]:
-        run = run_stack_backward if plan.models else run_one_backward
-        return run(plan, values)
+        return run_backward(plan, values)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -373,30 +302,32 @@ class _LayerBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, plan: Plan, *values: Tensor | None) -> tuple[Any, Any]:
-        size, dims = info.batch_size, in_dims[1:]
-        is_cut = plan.is_cut(values[FRONT:])
-        is_stack = (
-            is_cut
-            or any(plan.wanted[WEIGHTS:])
-            or any(dim is not None for dim in dims[FRONT + WEIGHTS :])
-            # Then forward was a stack.
-            or dims[FRONT - 1] is not None
+        _, *dims = in_dims
+        mapped_dims = plan.taken(dims)
+        is_ensemble = (
+            plan.call(plan.taken(values).arrays).is_cut
+            or any(plan.form.parts(plan.wanted).weights)
+            or any(dim is not None for dim in plan.call(mapped_dims.arrays).weights)
+            # Then forward was an ensemble.
+            or mapped_dims.reserve is not None
         )
-        mapped_plan, mapped = (stack if is_stack else fold)(size, dims, plan, values, FRONT)
+        mapped_plan, mapped = (ensemble if is_ensemble else fold)(
+            info.batch_size, dims, plan, values, _table(plan)
+        )
         found = apply(_LayerBackward, mapped_plan, *mapped)
-        return unmapped(found, size, plan, is_stack)
+        return unmapped(found, info.batch_size, plan, is_ensemble)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         plan, values = ctx.plan, ctx.saved_tensors
+        taken = plan.taken(range(len(values)))
+        call = plan.call(plan.taken(values).arrays)
         # What is kept is what the layer makes of the others. So is the output; but where it is all
         # states, it leads back to the layer, whose gradient is the engine's.
-        apart = (RESERVE,) if plan.knows_states(values) else (OUTPUT, RESERVE)
-        asked = [
-            index
-            for index, need in enumerate(ctx.needs_input_grad[1:])
-            if need and index not in apart
-        ]
+        knows_states = len(call.initial) == 1 and not call.is_cut
+        apart = (taken.reserve,) if knows_states else (taken.output, taken.reserve)
+        _, *needs = ctx.needs_input_grad
+        asked = [index for index, need in enumerate(needs) if need and index not in apart]
 
         def found(*grads: Tensor) -> tuple[Tensor, ...]:
             gradients = _again(plan, values, asked)
@@ -411,54 +342,56 @@ class _LayerBackward(torch.autograd.Function):
 def _tangents(plan: Plan, values: Maybe, moves: Maybe) -> tuple[Tensor, ...]:
     """Return how the results of `_Layer` move, but for what it keeps.
 
-    Args:
-        plan: of the layer.
-        values: output, c at every step of an LSTM, and what the layer takes.
-        moves: how that moves.
+    `values` are output, c at every step of an LSTM, and what the layer takes; `moves` says how what
+    the layer takes moves.
     """
 
     def of_one(*values: Any) -> tuple[Tensor, ...]:
-        values, moves = values[:count], values[count:]
-        y, cells, *tensors = values
-        found = tangents(plan.call(tensors), y, cells, moves[FLAGS:])
-        return tuple(t for t in found if t is not None)
+        y, *rest = values[:count]
+        every, given = tuple(rest[: -len(moves)]), rest[-len(moves) :]
+        moved = plan.call(values[count:]).tensors()
+        found = tangents(plan.call(given), y, every, moved)
+        return tuple(t for t in found.flat() if t is not None)
 
     count = len(values)
     if not plan.models:
         return of_one(*values, *moves)
-    is_stacked = True, True, *plan.stacked, *plan.stacked
+    per_model = *[True] * (count - len(moves)), *plan.per_model, *plan.per_model
+    return _of_models(of_one, (*values, *moves), per_model)
+
+
+def _of_models(
+    function: Callable[..., tuple[Tensor, ...]], values: Maybe, per_model: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """Call a function of one model's values on those of an ensemble."""
     dims = tuple(
-        0 if value is not None and stacked else None
-        for value, stacked in zip((*values, *moves), is_stacked, strict=True)
+        0 if value is not None and is_per_model else None
+        for value, is_per_model in zip(values, per_model, strict=True)
     )
-    return torch.func.vmap(of_one, in_dims=dims)(*values, *moves)
+    return torch.func.vmap(function, in_dims=dims)(*values)
 
 
 def _again(plan: Plan, values: Maybe, asked: Sequence[int]) -> Callable[..., tuple[Tensor, ...]]:
     """Return what `_LayerBackward` does as a function of some values that any transform sees."""
 
     def of_one(*values: Any) -> tuple[Tensor, ...]:
-        grads, tensors = values[: FRONT - 2], values[FRONT:]
-        call = plan.call(tensors)
-        output, cells = values[OUTPUT], None
-        if call.kind.has_c:
-            output, _, _, cells = run(call, all_c=True)
-        found = adjoint_gradients(call, output, cells, grads, plan.wanted[FLAGS:])
+        taken = plan.taken(values)
+        call, output, every = plan.call(taken.arrays), taken.output, ()
+        if len(call.initial) > 1:
+            output, _, every = layer(call._replace(all_states=True))
+        found = adjoint_gradients(call, output, every, taken.arrived, plan.wanted)
         return tuple(grad for grad in found if grad is not None)
 
     def function(*chosen: Any) -> tuple[Tensor, ...]:
         arguments = replaced(values, asked, chosen)
+        call = plan.call(plan.taken(arguments).arrays)
         # Backward may stand in a region of autocast that forward did not see.
-        with without_autocast(arguments[FRONT + FLAGS]):
-            if plan.is_cut(values[FRONT:]):
+        with without_autocast(call.input):
+            if call.is_cut:
                 return _reference_gradients(plan, arguments)
             if not plan.models:
                 return of_one(*arguments)
-            dims = tuple(
-                0 if value is not None and stacked else None
-                for value, stacked in zip(arguments, plan.stacked, strict=True)
-            )
-            return torch.func.vmap(of_one, in_dims=dims)(*arguments)
+            return _of_models(of_one, arguments, plan.per_model)
 
     return function
 
@@ -468,35 +401,34 @@ def _again(plan: Plan, values: Maybe, asked: Sequence[int]) -> Callable[..., tup
 
 def _reference_gradients(plan: Plan, values: Maybe) -> tuple[Tensor, ...]:
     """Return what `_LayerBackward` does, from the reference: any transform sees through it."""
-    grads, tensors = values[: FRONT - 2], values[FRONT:]
-    asked = [index for index, want in enumerate(plan.wanted) if want]
-    stacked = list(plan.stacked[FRONT:])
+    taken = plan.taken(values)
+    flags = plan.taken(plan.per_model or (False,) * len(values))
+    wanted = plan.form.with_tensors(plan.wanted).arrays()
+    asked = [index for index, want in enumerate(wanted) if want]
 
-    def of_each_model(index: int) -> Any:
-        value = values[index]
+    def of_each_model(value: Tensor | None, is_per_model: bool) -> Any:
         assert value is not None
-        if not plan.models or plan.stacked[index]:
+        if not plan.models or is_per_model:
             return value
         return value.expand(plan.models, *value.shape)
 
-    def results_of_one(*tensors: Any) -> tuple[Tensor, ...]:
-        found = reference_results(plan.call(tensors), plan.all_c)
-        pairs = zip(found, grads, strict=True)
-        return tuple(r for r, grad in pairs if r is not None and grad is not None)
+    def results_of_one(*values: Any) -> tuple[Tensor, ...]:
+        found = reference_results(plan.call(values))
+        pairs = zip(found.flat(), taken.arrived.flat(), strict=False)
+        return tuple(result for result, grad in pairs if grad is not None)
 
     def results(*chosen: Tensor) -> tuple[Tensor, ...]:
-        arguments = replaced(tensors, asked, chosen)
+        arguments = replaced(taken.arrays, asked, chosen)
         if not plan.models:
             return results_of_one(*arguments)
         # One that is asked for belongs to each model, so that each has a gradient of it.
-        dims = tuple(
-            0 if value is not None and (index in asked or stacked[index]) else None
-            for index, value in enumerate(tensors)
-        )
-        return torch.func.vmap(results_of_one, in_dims=dims)(*arguments)
+        per_model = [index in asked or flag for index, flag in enumerate(flags.arrays)]
+        return _of_models(results_of_one, arguments, per_model)
 
-    cotangents = tuple(of_each_model(i) for i, grad in enumerate(grads) if grad is not None)
-    return _pulled_back(results, [of_each_model(FRONT + index) for index in asked], cotangents)
+    arrived = zip(taken.arrived.flat(), flags.arrived.flat(), strict=True)
+    cotangents = tuple(of_each_model(t, f) for t, f in arrived if t is not None)
+    primals = [of_each_model(taken.arrays[k], flags.arrays[k]) for k in asked]
+    return _pulled_back(results, primals, cotangents)
 
 
 def _pulled_back(

@@ -1,7 +1,7 @@
 """What differs between the versions of torch that pyproject.toml allows.
 
-The oldest is 2.10, the first whose tensors C++ can read without Python (`ostinato.short`): without
-that, a call of a cell would be slower than torch.nn's.
+The oldest is 2.10, the first whose tensors C++ can read without Python (`ostinato.fast_path`):
+without that, a call of a cell would be slower than torch.nn's.
 """
 
 from __future__ import annotations

@@ -11,9 +11,10 @@ import tempfile
 
 import torch
 
-from ostinato import ops
-from ostinato.call import Call, check
+from ostinato import route
+from ostinato.call import Call
 from ostinato.cuda import sequence
+from ostinato.tensors import check_call
 from support import calls
 from support.samples import generator, tensor, weights_of
 
@@ -62,12 +63,12 @@ def launcher(schedule=0):
     Fibers take turns upward (0), downward (1) or at random (2), or one warp starves (3).
     """
 
-    def launch(config, walks, arguments):
+    def launch(config, loops, arguments):
         values = (ctypes.c_int64 * len(arguments))(*arguments)
-        if build(config)(values, walks, schedule):
+        if build(config)(values, loops, schedule):
             raise RuntimeError(f"deadlock: {config}")
 
-    # More than one walk, and fewer than most calls have.
+    # More than one loop, and fewer than most calls have.
     launch.at_once = lambda config: 3
     return launch
 
@@ -106,35 +107,26 @@ def draw(
     cuts = (tensor(drawn.lengths), resets, reset_h, reset_c)
     weights = weights_of(drawn, DTYPES[math])
     options = (cell, bias, directions == 2, False)
-    return Call(input.reshape(*rows, size), sizes, batch, h_0, c_0, weights, *options, *cuts)
+    return Call.of(input.reshape(*rows, size), sizes, batch, h_0, c_0, weights, *options, *cuts)
 
 
 def forward(config, call, schedule=0):
-    """Return output, h_n, c_n, cells and reserve."""
-    launch = launcher(schedule)
-    return sequence.forward(call, check(call), config, launch, all_c=True, keep=True)
+    """Return results, c of every step too, and reserve."""
+    launch, call = launcher(schedule), call._replace(all_states=True)
+    return sequence.forward(call, check_call(call), config, launch, keep=True)
 
 
-def backward(config, call, grads, output, reserve, schedule=0):
+def backward(config, call, arrived, output, reserve, schedule=0):
     """Return the gradients of `call.tensors()`."""
     wanted = [tensor is not None for tensor in call.tensors()]
     launch = launcher(schedule)
-    return sequence.backward(call, check(call), config, launch, grads, output, reserve, wanted)
+    sizes = check_call(call)
+    return sequence.backward(call, sizes, config, launch, arrived, output, reserve, wanted)
 
 
 def cut_layer(call):
-    """Run a call by `ops.cut_layer`; return what there is of its results, c at every step too."""
-    results = ops.cut_layer(
-        *(call.cell, call.input, call.batch_sizes, call.h_0, call.c_0, call.weights),
-        has_biases=call.has_biases,
-        bidirectional=call.bidirectional,
-        lengths=call.lengths,
-        resets=call.resets,
-        reset_h=call.reset_h,
-        reset_c=call.reset_c,
-        all_c=call.kind.has_c,
-    )
-    return [result for result in results if result is not None]
+    """Run a call by its route; return its results, c at every step too."""
+    return route.run(call._replace(all_states=True)).flat()
 
 
 def errors(found, expected, terms=0.0):
@@ -152,6 +144,4 @@ def widened(call):
     def widen(tensor):
         return None if tensor is None else tensor.detach().double().requires_grad_()
 
-    names = ("input", "h_0", "c_0", "reset_h", "reset_c")
-    states = {name: widen(getattr(call, name)) for name in names}
-    return call._replace(weights=[widen(w) for w in call.weights], **states)
+    return call.with_tensors([widen(t) for t in call.tensors()])

@@ -5,7 +5,13 @@ import itertools
 import numpy as np
 
 import ostinato.numpy
+from support import cells
 from support.cells import is_projected, options_of, record_of
+
+# The kinds that it has a function for.
+KINDS = tuple(
+    kind for kind in cells.KINDS if hasattr(ostinato.numpy, record_of(kind).layer.lower())
+)
 
 
 def call(kind, *args, **kwargs):

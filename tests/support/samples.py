@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ostinato import ops, reference
+from ostinato.call import Call
 from support import calls
 from support.cells import CELLS
 from support.devices import device_type
@@ -106,6 +107,12 @@ def draw(
         sizes = torch.tensor(sizes, dtype=torch.int64, device="cpu")
     weights = weights_of(call, dtype)
     return Sample(cell, input, sizes, h_0, c_0, weights, bias, bidirectional, recompute)
+
+
+def call_of(sample):
+    """Return a sample as the backends take it."""
+    *parameters, all_c, _ = sample.operator_arguments()
+    return Call.of(*parameters, all_states=all_c)
 
 
 def generator():

@@ -1,21 +1,16 @@
 """What runs on a GPU: kernels of our own where they were measured to be faster, otherwise cuDNN.
 
-`explain(layer, x)` says which kernel a call would run, and why.
+`explain` is `ostinato.explain`, which says who runs a call, and with which kernels.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from ostinato.cuda.layer import explain
 
 __all__ = ["explain"]
 
 
 def __getattr__(name: str) -> object:
     if name == "explain":
-        from ostinato.cuda.layer import explain
+        import ostinato
 
-        return explain
+        return ostinato.explain
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -36,14 +36,7 @@ _forced: bool | None = None
 
 @contextlib.contextmanager
 def forced(ours: bool) -> Iterator[None]:
-    """Run our kernels wherever they fit, or nowhere, in all threads.
-
-    Args:
-        ours: which.
-
-    Yields:
-        Nothing.
-    """
+    """Run our kernels wherever they fit, or with `ours` False nowhere, in all threads."""
     global _forced
     before, _forced = _forced, ours
     try:
@@ -53,15 +46,7 @@ def forced(ours: bool) -> Iterator[None]:
 
 
 def is_ours(device: str, question: Question) -> tuple[bool, str]:
-    """Say whether our kernels are to run, and why.
-
-    Args:
-        device: its name, as the driver has it.
-        question: the layer.
-
-    Returns:
-        The answer, and its reason in words.
-    """
+    """Say whether our kernels are to run a layer on a device of this name, and why."""
     if _forced is not None:
         return _forced, "asked for by ostinato.cuda.choice.forced"
     rows = _measured().get(device)
@@ -76,26 +61,14 @@ def is_forced() -> bool:
 
 
 def is_known(device: str) -> bool:
-    """Whether our kernels were run on such a device, or are asked for.
-
-    Args:
-        device: its name.
-
-    Returns:
-        The answer.
-    """
+    """Whether our kernels were run on a device of this name, or are asked for."""
     return device in _measured() if _forced is None else _forced
 
 
 def answer(rows: list[dict[str, Any]], question: Question) -> tuple[bool, str]:
-    """Answer from a device's rows.
+    """Say whether our kernels are to run, by the measured rows of a device, and why.
 
-    Args:
-        rows: each with the fields of a question and `ratio`, the lower quartile of torch.nn / ours.
-        question: the layer.
-
-    Returns:
-        The answer, and its reason in words.
+    Each row has the fields of a question and `ratio`, the lower quartile of torch.nn / ours.
     """
     cell = CELLS[question.cell].timed_as or question.cell
     alike = (cell, question.math, question.form, question.is_training)

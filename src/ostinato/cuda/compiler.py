@@ -81,11 +81,8 @@ class CompileError(RuntimeError):
 def text_folder() -> Path:
     """Find the folder of cells.h, in which cuda/ holds the kernels.
 
-    Returns:
-        csrc beside this file, where a wheel has it, or else that of the source tree.
-
-    Raises:
-        FileNotFoundError: neither is there.
+    It is csrc beside this file, where a wheel has it, or else that of the source tree. Raises
+    FileNotFoundError where neither is there.
     """
     here = Path(__file__).resolve().parent
     folders = (here / "csrc", here.parents[2] / "csrc")
@@ -96,14 +93,10 @@ def text_folder() -> Path:
 
 
 def nvrtc_version() -> tuple[int, int]:
-    """Ask the compiler for its version.
+    """Ask the compiler for its version, major and minor.
 
-    Returns:
-        Major and minor.
-
-    Raises:
-        ImportError: cuda-bindings is not installed.
-        RuntimeError: the compiler's library is not found.
+    Raises ImportError where cuda-bindings is not installed, and RuntimeError where the compiler's
+    library is not found.
     """
     from cuda.bindings import nvrtc
 
@@ -116,12 +109,7 @@ def nvrtc_version() -> tuple[int, int]:
 def compile(config: Instantiation, arch: str) -> Compiled:
     """Make machine code of one instantiation, or take it from the cache.
 
-    Args:
-        config: the instantiation.
-        arch: the architecture, such as "sm_80" or "sm_90a".
-
-    Returns:
-        The cubin and what ptxas said of it.
+    `arch` is the architecture, such as "sm_80" or "sm_90a".
 
     Raises:
         CompileError: the compiler refused the text, an option or the architecture.
@@ -184,13 +172,9 @@ _import = threading.Lock()
 
 @functools.cache
 def core() -> Any:
-    """Import NVIDIA's cuda-core, which is optional and slow to import.
+    """Import NVIDIA's `cuda.core`, which is optional and slow to import.
 
-    Returns:
-        The module `cuda.core`.
-
-    Raises:
-        ImportError: it is not installed.
+    Raises ImportError where it is not installed.
     """
     # Its package puts another one in its own place while it is imported, which a second thread
     # would find half done (1.2.2).
@@ -203,8 +187,7 @@ def core() -> Any:
 def cuda_error() -> type[Exception]:
     """Find what cuda-core raises where the compiler or the driver refuses something.
 
-    Returns:
-        The type, which is neither a RuntimeError nor named by a public module.
+    The type is neither a RuntimeError nor named by a public module.
     """
     from cuda.core._utils.cuda_utils import CUDAError
 
@@ -244,10 +227,9 @@ def _measured(cubin: bytes, entry: str, log: str, what: str) -> Compiled:
 
 
 def cache_folder() -> Path | None:
-    """Name the folder of the user's cubins, which need not exist yet.
+    """Name the folder of the user's cubins, or None where the user has no home.
 
-    Returns:
-        The folder, or None where the user has no home.
+    The folder need not exist yet.
     """
     base = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG specification: a relative path is to be ignored.

@@ -1,4 +1,4 @@
-"""One instantiation of the GPU engine's kernels: its constants, and what follows from them.
+"""The constants of one kernel of the GPU engine, and what follows from them.
 
 csrc/cuda/plan.cuh has the same numbers; where the two differ, the kernel does not compile.
 
@@ -37,7 +37,7 @@ class Config(NamedTuple):
     cell: str
     math: str
     hidden: int
-    blocks: int  # that walk a batch tile together
+    blocks: int  # that run a batch tile together
     units: int  # of one block
     warps: int
     groups: int  # of eight rows, to a tile
@@ -101,10 +101,8 @@ class Config(NamedTuple):
     def slices(self) -> int:
         """How many warps, or threads, share the sum over k."""
         tensor = MATHS[self.math].depth > 0
-        if self.is_backward:
-            width = self.padded // 16 if tensor else self.padded
-        else:
-            width = self.units // 16 if tensor else self.units
+        units = self.padded if self.is_backward else self.units
+        width = units // 16 if tensor else units
         return max((self.warps if tensor else self.threads) // width, 1)
 
     @property
@@ -120,7 +118,7 @@ class Config(NamedTuple):
 
     @property
     def fragments(self) -> int:
-        """Of weight_hh, 16 bytes in each thread."""
+        """How many 16-byte fragments of weight_hh a thread holds."""
         depth, gates = MATHS[self.math].depth or 4, self.kind.gates
         if not self.is_backward:
             return self.padded // depth // self.slices * gates
@@ -172,7 +170,6 @@ class Config(NamedTuple):
             size += halves * GROUP_ROWS * (gates * self.units + pad) * item
             size += (1 if is_grid else buffers * self.groups) * self.sources * sums
             size = _align(size, 16) + weights
-            size += states + (states if has_c else self.units * 4)
         else:
             size += (
                 (1 if is_grid else buffers * self.groups) * GROUP_ROWS * (self.padded + pad) * item
@@ -180,7 +177,7 @@ class Config(NamedTuple):
             size += (1 if is_grid else halves) * self.slices * gates * sums
             size = _align(size, 16) + weights
             size += (gates + 1) * self.units * 4
-            size += states + (states if has_c else self.units * 4)
+        size += states + (states if has_c else self.units * 4)
         size += self.rows * 8
         size = _align(size, 8) + buffers * self.groups * 8
         return _align(size, 16)
@@ -196,16 +193,16 @@ class Config(NamedTuple):
         """Batch tiles of so many rows."""
         return -(-batch // self.rows)
 
-    def walks(self, batch: int, directions: int) -> int:
+    def loops(self, batch: int, directions: int) -> int:
         """Batch tiles of both directions."""
         return self.tiles(batch) * directions
 
-    def exchange_bytes(self, walks: int) -> int:
-        """Bytes of global memory by which the walks of a launch exchange, zeros at first."""
+    def exchange_bytes(self, loops: int) -> int:
+        """Bytes of global memory by which the loops of a launch exchange, zeros at first."""
         if self.exchange != "grid":
             return 0
         units = self.padded * (self.blocks * self.slices if self.is_backward else 1)
-        return walks * self.groups * 2 * GROUP_ROWS * units * self._word_bytes
+        return loops * self.groups * 2 * GROUP_ROWS * units * self._word_bytes
 
 
 def _align(size: int, to: int) -> int:

@@ -69,12 +69,9 @@ class Loaded:
 
 @functools.cache
 def available() -> bool:
-    """Find whether this process can compile and load kernels; what is missing goes to the log.
+    """Find out once whether this process can compile and load kernels; the log says why not.
 
-    The answer is found once.
-
-    Returns:
-        False without cuda-core, cuda-bindings or NVRTC, and where the driver is older than NVRTC.
+    It cannot without cuda-core, cuda-bindings or NVRTC, and where the driver is older than NVRTC.
     """
     advice = "torch's cuDNN operator serves GPUs: pip install ostinato[cuda] for kernels of ours"
     try:
@@ -96,13 +93,9 @@ def available() -> bool:
 
 
 def architecture(device_index: int) -> str:
-    """Name the architecture that a device's kernels are compiled for.
+    """Name the architecture that kernels are compiled for, by torch's index of the device.
 
-    Args:
-        device_index: torch's index of the device.
-
-    Returns:
-        Such as "sm_80" or "sm_90a", with the instructions of Hopper alone.
+    Such as "sm_80", or "sm_90a", with the instructions of Hopper alone.
     """
     capability = _capability(device_index)
     return f"sm_{capability}" + ("a" if capability == 90 else "")
@@ -122,12 +115,7 @@ _lock = threading.Lock()
 def load(config: Launchable, device_index: int) -> Loaded:
     """Compile a kernel, or take it from the cache, and load it onto a device; once for both.
 
-    Args:
-        config: the instantiation.
-        device_index: torch's index of the device.
-
-    Returns:
-        The kernel, the same object at every call.
+    `device_index` is torch's. Every call returns the same object.
 
     Raises:
         CompileError: the compiler refused it.
@@ -284,7 +272,7 @@ def _driver_version() -> tuple[int, int]:
 
 def _checked(call: str, result: tuple[Any, ...]) -> Any:
     """Return what a call of the driver gave beside its error code."""
-    error, *values = result
+    error, value, *_ = (*result, None)
     if error != _driver().CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"{call}: expected CUDA_SUCCESS, got {error!r}")
-    return values[0] if values else None
+    return value

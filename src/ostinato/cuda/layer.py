@@ -1,8 +1,4 @@
-"""One layer on a GPU: who runs it, and our kernels' run of it.
-
-`decide` says whether the operator `ostinato::layer` is to be called for CUDA tensors. If not,
-torch's own operator (cuDNN) runs, and where that cannot serve either, the reference.
-"""
+"""The GPU engine as a backend: whether it runs a layer, and with which kernels."""
 
 from __future__ import annotations
 
@@ -12,13 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ostinato.call import DTYPES, Call, batch_of, check, check_dtype
+from ostinato.call import Call, Results
 from ostinato.cells import CELLS
-from ostinato.cuda import choice, cudnn, launch, sequence
+from ostinato.check import shapes_of
+from ostinato.cuda import choice, launch, sequence
 from ostinato.cuda.config import Config
 from ostinato.cuda.plan import Device, at_once, plan
-from ostinato.engine import Sizes
+from ostinato.cuda.sequence import reserve_bytes
 from ostinato.later import when_imported
+from ostinato.sizes import Sizes
+from ostinato.tensors import TORCH_OPERATORS, check_backward, check_call, keeps
 
 _MATHS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 # A compiled graph keeps its choice for every batch.
@@ -35,11 +34,7 @@ class Decision(NamedTuple):
 def math_of(dtype: torch.dtype) -> str | None:
     """Name the precision of a dtype's products, by torch's own switch for recurrent layers.
 
-    Args:
-        dtype: of input and weights.
-
-    Returns:
-        "bf16", "fp16", "tf32" or "fp32", or None where there is no kernel.
+    It is "bf16", "fp16", "tf32" or "fp32", or None where there is no kernel.
     """
     if dtype is not torch.float32:
         return _MATHS.get(dtype)
@@ -51,16 +46,10 @@ def math_of(dtype: torch.dtype) -> str | None:
     return "tf32" if is_tf32 else "fp32"
 
 
-def decide(call: Call, *, is_training: bool, all_c: bool = False) -> Decision:
-    """Decide who runs a layer on CUDA tensors.
+def decide(call: Call, *, is_training: bool) -> Decision:
+    """Decide who runs a layer on CUDA tensors, which need not be checked yet.
 
-    Args:
-        call: not necessarily checked yet.
-        is_training: whether backward is to follow.
-        all_c: whether c is wanted at every step.
-
-    Returns:
-        The decision.
+    `is_training` says whether backward is to follow.
     """
     input, weights = call.input, call.weights
     math = math_of(input.dtype)
@@ -68,18 +57,19 @@ def decide(call: Call, *, is_training: bool, all_c: bool = False) -> Decision:
         return Decision(False, "the arguments are not those of a layer")
     if math is None:
         return Decision(False, f"no kernel computes in {input.dtype}")
-    if len(weights) % (1 + call.bidirectional) or len(weights) < 2 or weights[1].dim() != 2:
+    count, rest = divmod(len(weights), 1 + call.bidirectional)
+    weight_ih, weight_hh, *_ = (*weights, input, input)
+    if rest or count < 2 or weight_hh.dim() != 2:
         return Decision(False, "the weights are not those of a layer")
-    count = len(weights) // (1 + call.bidirectional)
     if count != (4 if call.has_biases else 2):
         return Decision(False, "no kernel projects h (proj_size)")
-    if _is_sure(input.numel() == 0) or not (weights[0].numel() and weights[1].numel()):
+    if _is_sure(input.numel() == 0) or not (weight_ih.numel() and weight_hh.numel()):
         return Decision(False, "there is nothing to compute")
     if not all(t is None or t.layout is torch.strided for t in call.tensors()):
         return Decision(False, "not all tensors are strided")
     if _form(call) == "packed" and _is_capturing():
         return Decision(False, "a graph cannot capture how lengths come to the device")
-    hidden = weights[1].shape[1]
+    hidden = weight_hh.shape[1]
     steps = input.shape[0] if call.batch_sizes is None else len(call.batch_sizes)
     batch = _COMPILED_BATCH if torch.compiler.is_compiling() else call.batch
     decision: Decision = _decide(
@@ -90,7 +80,7 @@ def decide(call: Call, *, is_training: bool, all_c: bool = False) -> Decision:
         call.bidirectional,
         _form(call),
         is_training,
-        call.is_cut or all_c,
+        call.is_cut or call.all_states or call.cell not in TORCH_OPERATORS,
         _is_sure(steps == 1),
         input.device.index or 0,
     )
@@ -132,9 +122,9 @@ def _decide(
     device = device_of(index)
     for is_backward in (False, True)[: 1 + is_training]:
         if plan(cell, math, hidden, batch, 1 + bidirectional, is_backward, device) is None:
-            walk = "backward" if is_backward else "forward"
-            return Decision(False, f"no {walk} kernel of this size fits the device")
-    if is_one_step and not choice.is_forced():
+            direction = "backward" if is_backward else "forward"
+            return Decision(False, f"no {direction} kernel of this size fits the device")
+    if is_one_step and not is_beyond_cudnn and not choice.is_forced():
         return Decision(False, "one step reads its weights once, wherever they are kept")
     question = choice.Question(cell, math, hidden, batch, form, is_training)
     name = torch.cuda.get_device_name(index)
@@ -154,14 +144,7 @@ _devices: dict[int, Device] = {}
 
 
 def device_of(index: int) -> Device:
-    """Describe a device.
-
-    Args:
-        index: torch's.
-
-    Returns:
-        What plans need to know of it.
-    """
+    """Return what plans need to know of a device, by its index in torch."""
     found = _devices.get(index)
     if found is None:
         properties = torch.cuda.get_device_properties(index)
@@ -174,91 +157,71 @@ def device_of(index: int) -> Device:
     return found
 
 
-def forward(call: Call, all_c: bool, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def why_not(call: Call) -> str | None:
+    """Say why our kernels do not serve a call of a layer."""
+    if call.input.device.type != "cuda":
+        return "the tensors are not on a GPU"
+    decision = decide(call, is_training=keeps(call))
+    return None if decision.is_ours else decision.reason
+
+
+def forward(call: Call, keep: bool) -> tuple[Results, Tensor]:
     """Run the operator `ostinato::layer` on CUDA tensors.
 
-    Args:
-        call: the arguments.
-        all_c: whether c is wanted at every step.
-        keep: whether backward is to follow.
-
-    Returns:
-        As the operator.
-
-    Raises:
-        RuntimeError: no kernel fits this layer or this device.
+    Returns the results, and what is kept for backward. Raises RuntimeError where no kernel fits
+    this layer or this device.
     """
-    sizes = check(call)
+    sizes = check_call(call)
     config = _config(call, sizes, is_backward=False)
     if not sizes.rows:
-        return _of_no_rows(call, sizes, all_c)
-    return sequence.forward(call, sizes, config, _launcher(call), all_c, keep)
+        return _of_no_rows(call, sizes)
+    return sequence.forward(call, sizes, config, _launcher(call), keep)
 
 
 def backward(
-    call: Call,
-    sizes: Sizes,
-    grads: Sequence[Tensor | None],
-    output: Tensor,
-    reserve: Tensor,
-    wanted: list[bool],
-) -> list[Tensor]:
-    """Run the operator `ostinato::layer_backward` on CUDA tensors, all checked.
+    call: Call, arrived: Results, output: Tensor, reserve: Tensor, wanted: list[bool]
+) -> list[Tensor | None]:
+    """Run the operator `ostinato::layer_backward` on CUDA tensors.
 
-    Args:
-        call: forward's arguments.
-        sizes: of the call.
-        grads: of output, h_n, c_n and c at every step.
-        output: of forward.
-        reserve: of forward.
-        wanted: whether each of `call.tensors()` needs a gradient.
-
-    Returns:
-        The gradients; one that is not wanted is empty.
-
-    Raises:
-        RuntimeError: no kernel fits this layer or this device.
+    `output` and `reserve` are what forward returned. `wanted` has a flag for each of
+    `call.tensors()`, and the result is None where it is False. Raises RuntimeError where no kernel
+    fits this layer or this device.
     """
+    sizes = check_call(call)
+    check_backward(call, sizes, arrived, output, reserve, reserve_bytes(call, sizes))
     config = _config(call, sizes, is_backward=True)
     if not sizes.rows:
-        return _gradients_of_no_rows(call, grads, wanted)
+        return _gradients_of_no_rows(call, arrived, wanted)
     launcher = _launcher(call)
-    found = sequence.backward(call, sizes, config, launcher, grads, output, reserve, wanted)
-    return [call.input.new_empty(0) if grad is None else grad for grad in found]
+    return sequence.backward(call, sizes, config, launcher, arrived, output, reserve, wanted)
 
 
-def _of_no_rows(
-    call: Call, sizes: Sizes, all_c: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _of_no_rows(call: Call, sizes: Sizes) -> tuple[Results, Tensor]:
     """Return what a layer makes of no steps or no batch, where there is no kernel to launch."""
     x = call.input
-    has_c = call.kind.has_c
-    shape = (sizes.directions, sizes.batch, sizes.hidden)
-    h_n, c_n = (
-        x.new_zeros(shape) if state is None else state.clone(memory_format=torch.contiguous_format)
-        for state in (call.h_0, call.c_0)
+    shapes, table = shapes_of(call, sizes), call.results()
+    last = tuple(
+        x.new_zeros(shapes[array.name])
+        if state is None
+        else state.clone(memory_format=torch.contiguous_format)
+        for array, state in zip(table.last, call.initial, strict=True)
     )
-    output = (*x.shape[:-1], sizes.directions * sizes.hidden)
-    return (
-        x.new_empty(output),
-        h_n,
-        c_n if has_c else x.new_empty(0),
-        x.new_empty(output if has_c and all_c else (0,)),
-        x.new_empty(0, dtype=torch.uint8),
-    )
+    every = tuple(x.new_empty(shapes[array.name]) for array in table.every)
+    results = Results(x.new_empty(shapes["output"]), last, every)
+    return results, x.new_empty(0, dtype=torch.uint8)
 
 
-def _gradients_of_no_rows(
-    call: Call, grads: Sequence[Tensor | None], wanted: list[bool]
-) -> list[Tensor]:
-    found = [
-        call.input.new_zeros(t.shape if want and t is not None else (0,))
-        for t, want in zip(call.tensors(), wanted, strict=True)
-    ]
-    for place in (1, 2):  # h_0 and c_0 go through as they are
-        if wanted[place] and (grad := grads[place]) is not None:
-            found[place].copy_(grad)
-    return found
+def _gradients_of_no_rows(call: Call, arrived: Results, wanted: list[bool]) -> list[Tensor | None]:
+    found = call.parts(
+        [
+            call.input.new_zeros(t.shape) if want and t is not None else None
+            for t, want in zip(call.tensors(), wanted, strict=True)
+        ]
+    )
+    for own, grad in zip(found.initial, arrived.last, strict=True):
+        if own is not None and grad is not None:  # initial states go through as they are
+            own.copy_(grad)
+    return found.flat()
 
 
 def _config(call: Call, sizes: Sizes, is_backward: bool) -> Config:
@@ -284,96 +247,24 @@ class _Launcher(NamedTuple):
     def at_once(self, config: Config) -> int:
         return at_once(config, device_of(self.device))
 
-    def __call__(self, config: Config, walks: int, arguments: Sequence[int]) -> None:
+    def __call__(self, config: Config, loops: int, arguments: Sequence[int]) -> None:
         loaded = launch.load(config, self.device)
         if config.exchange == "cluster":
-            launch.launch(loaded, walks, config.blocks, arguments)
+            launch.launch(loaded, loops, config.blocks, arguments)
         else:
-            launch.launch(loaded, walks * config.blocks, 1, arguments)
+            launch.launch(loaded, loops * config.blocks, 1, arguments)
 
 
 def _launcher(call: Call) -> _Launcher:
     return _Launcher(call.input.device.index or 0)
 
 
-def explain(layer: Any, x: Any, *, lengths: Any = None, resets: Any = None) -> str:
-    """Say which kernel a layer's call would run, and why.
-
-    Args:
-        layer: one of the six modules of `ostinato.nn`.
-        x: its input, a tensor or, but for a cell, a PackedSequence.
-        lengths: as in the module's call.
-        resets: likewise.
-
-    Returns:
-        A line for each layer that differs from the one before.
-
-    Raises:
-        TypeError: another module, or an argument that forward refuses so.
-        ValueError: input of another dtype or number of dimensions than forward takes.
-        RuntimeError: sizes that do not fit.
-        NotImplementedError: a dtype that nothing computes in.
-
-    Example:
-        >>> from ostinato import nn
-        >>> explain(nn.GRU(3, 4), torch.zeros(5, 2, 3))
-        'the CPU engine'
-    """
-    # The modules stand above this one, which knows them by this method.
-    explained: Any = getattr(layer, "explained", None)
-    if explained is None:
-        kind = type(layer)
-        raise TypeError(
-            "explain: layer must be RNN, GRU, LSTM or a cell of ostinato.nn, followed by its "
-            f"input, got {kind.__module__}.{kind.__qualname__}"
-        )
-    data, sizes, flat = explained(x, lengths, resets)
-    check_dtype(data)
-    if not _is_cuda(data):
-        has_engine = data.device.type == "cpu" and data.dtype in DTYPES
-        return "the CPU engine" if has_engine else "the reference"
-    if not isinstance(layer, torch.nn.RNNBase):
-        return "torch's operator (cuDNN): a cell is one step, which reads its weights once"
-    is_training = torch.is_grad_enabled() and (
-        data.requires_grad or any(weight.requires_grad for weight in layer.parameters())
-    )
-    batch = batch_of(data, sizes, None, None)
-    cell = layer.mode.lower()
-    lines: list[str] = []
-    per_layer = len(flat) // layer.num_layers
-    for k in range(layer.num_layers):
-        call = Call(
-            data,
-            sizes,
-            batch,
-            None,
-            None,
-            flat[k * per_layer : (k + 1) * per_layer],
-            cell,
-            layer.bias,
-            layer.bidirectional,
-            False,
-            lengths,
-            resets,
-        )
-        decision = decide(call, is_training=is_training)
-        line = f"{_name(call, decision, is_training)}: {decision.reason}"
-        if not lines or lines[-1] != line:
-            lines.append(line)
-    return "\n".join(lines)
-
-
-def _is_cuda(data: Tensor) -> bool:
-    return data.device.type == "cuda"
-
-
-def _name(call: Call, decision: Decision, is_training: bool) -> str:
-    if not decision.is_ours:
-        has_cudnn = not call.is_cut and cudnn.serves(call.input)
-        return "torch's operator (cuDNN)" if has_cudnn else "the reference"
+def detail(call: Call) -> str:
+    """Name the kernels that run a call, forward and, in training, backward, and say why these."""
     math, names = math_of(call.input.dtype), []
-    hidden, device = call.weights[1].shape[1], device_of(call.input.device.index or 0)
-    for is_backward in (False, True)[: 1 + is_training]:
+    _, weight_hh, *_ = call.weights
+    hidden, device = weight_hh.shape[1], device_of(call.input.device.index or 0)
+    for is_backward in (False, True)[: 1 + keeps(call)]:
         directions = 1 + call.bidirectional
         assert math is not None
         config = plan(call.cell, math, hidden, call.batch, directions, is_backward, device)
@@ -382,4 +273,4 @@ def _name(call: Call, decision: Decision, is_training: bool) -> str:
             f"{config.entry} in {math}, {config.exchange} of {config.blocks} x {config.units} "
             f"units, {config.warps} warps, {config.rows} rows to a tile"
         )
-    return "; ".join(names)
+    return f"{'; '.join(names)} ({decide(call, is_training=keeps(call)).reason})"

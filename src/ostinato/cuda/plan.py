@@ -1,4 +1,4 @@
-"""Which instantiation runs a layer: every one that fits, ordered by a model of a step's time.
+"""Which kernel runs a layer: every one that fits, ordered by a model of a step's time.
 
 The model counts what docs/performance.md lists for a step: matrix instructions, reads of weights
 from shared memory, the cell, the exchange. Its constants are of Hopper and rough. It ranks plans of
@@ -46,19 +46,9 @@ def plan(
     is_backward: bool,
     device: Device,
 ) -> Config | None:
-    """Return the best configuration, or None where no kernel fits the device.
+    """Return the configuration whose modelled time is shortest, or None where none fits the device.
 
-    Args:
-        cell: "rnn_tanh", "rnn_relu", "gru" or "lstm".
-        math: "bf16", "fp16", "tf32" or "fp32".
-        hidden: H.
-        batch: B.
-        directions: 1 or 2.
-        is_backward: whether the kernel walks backward.
-        device: that is to run it.
-
-    Returns:
-        The configuration whose modelled time is shortest.
+    For the words that `cell` and `math` may be, see `ostinato.cuda.choice.Question`.
 
     Example:
         >>> found = plan("gru", "bf16", 64, 16, 1, False, H200)
@@ -174,11 +164,11 @@ def cycles(config: Config, batch: int, directions: int, device: Device) -> float
         "grid": 1300 + 2 * received / 48,
     }[config.exchange]
     step = max(work + exchange, config.groups * work)
-    return step * -(-config.walks(batch, directions) // at_once(config, device))
+    return step * -(-config.loops(batch, directions) // at_once(config, device))
 
 
 def at_once(config: Config, device: Device) -> int:
-    """Return how many walks a device runs at the same time."""
+    """Return how many loops a device runs at the same time."""
     if config.exchange == "cluster":
         return max(_CLUSTERS[config.blocks] * device.processors // 132, 1)
     return device.processors // config.blocks

@@ -1,8 +1,8 @@
-"""One layer on the GPU engine: its walk by our kernels, the products over all steps by torch's.
+"""One layer on the GPU engine: its time loop by our kernels, its products by torch's.
 
-Forward: the input product (cuBLAS), then the walk, which adds biases and leaves the states and what
-backward needs. Backward: the walk, which leaves gate gradients, then their products with x, h and
-weight_ih. Nothing here waits for the device.
+Forward: the input product (cuBLAS), then the time loop, which adds biases and leaves the states and
+what backward needs. Backward: the time loop, which leaves gate gradients, then their products with
+x, h and weight_ih. Nothing here waits for the device.
 
 Legend: T steps, B batch, N rows of input (packed, or T * B), I input, H hidden, D directions,
 G gates.
@@ -18,19 +18,21 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ostinato.call import Call
+from ostinato import arrays
+from ostinato.call import Call, Parts, Results
+from ostinato.check import gradients, shapes_of
 from ostinato.cuda.config import Config
-from ostinato.engine import Sizes
+from ostinato.sizes import Sizes
 
 
 class Launcher(Protocol):
     """What runs kernels."""
 
     def at_once(self, config: Config) -> int:
-        """Return how many walks of a kernel whose blocks wait for each other a launch may have."""
+        """Return how many loops of a kernel whose blocks wait for each other a launch may have."""
 
-    def __call__(self, config: Config, walks: int, arguments: Sequence[int]) -> None:
-        """Launch a kernel for so many walks."""
+    def __call__(self, config: Config, loops: int, arguments: Sequence[int]) -> None:
+        """Launch a kernel for so many loops."""
 
 
 class Rows(NamedTuple):
@@ -63,49 +65,35 @@ def rows_of(call: Call, sizes: Sizes) -> Rows:
 
 
 def forward(
-    call: Call, sizes: Sizes, config: Config, launch: Launcher, all_c: bool, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run a layer.
+    call: Call, sizes: Sizes, config: Config, launch: Launcher, keep: bool
+) -> tuple[Results, Tensor]:
+    """Run a layer; return its results, and what is kept for backward.
 
-    Args:
-        call: checked; without a projection.
-        sizes: of the call.
-        config: of a forward kernel for its cell, precision and hidden size.
-        launch: runs a kernel.
-        all_c: whether c is wanted at every step.
-        keep: whether backward is to follow.
-
-    Returns:
-        output, h_n, c_n, cells, reserve; what there is not is empty.
+    The call is checked and has no projection; `config` is of a forward kernel for its cell,
+    precision and hidden size. `keep` says whether backward is to follow.
     """
-    x, hidden, directions = call.input.contiguous(), sizes.hidden, sizes.directions
-    gates, has_c = call.kind.gates, call.kind.has_c
+    x, directions = call.input.contiguous(), sizes.directions
     rows = rows_of(call, sizes)
     flat = x.reshape(sizes.rows, sizes.input)
     weights = _directions(call, sizes)
-    gates_x = x.new_empty(directions, sizes.rows, gates * hidden)
+    gates_x = x.new_empty(directions, sizes.rows, call.kind.gates * sizes.hidden)
     with products_in(config.math):
         for d, (weight_ih, *_) in enumerate(weights):
             assert weight_ih is not None
             torch.mm(flat, weight_ih.t(), out=gates_x[d])
+    shapes, table = shapes_of(call, sizes), call.results()
     # Past the end of a row nothing is written.
     make = x.new_zeros if call.lengths is not None else x.new_empty
-    output = make((*x.shape[:-1], directions * hidden))
-    h_n = x.new_empty(directions, sizes.batch, hidden)
-    c_n = x.new_empty((directions, sizes.batch, hidden) if has_c else (0,))
-    cells = make((*x.shape[:-1], directions * hidden) if has_c and all_c else (0,))
+    results = Results(
+        make(shapes["output"]),
+        tuple(x.new_empty(shapes[array.name]) for array in table.last),
+        tuple(make(shapes[array.name]) for array in table.every),
+    )
     reserve = x.new_empty(reserve_bytes(call, sizes) if keep else 0, dtype=torch.uint8)
-    states = [_dense(t) for t in (call.h_0, call.c_0, call.reset_h, call.reset_c)]
-    held = [_pair([w[i] for w in weights]) for i in (1, 2, 3)]
-    arguments = [
-        *_batch(sizes, rows),
-        gates_x.data_ptr(),
-        *(address(t) for pair in held for t in pair),
-        *map(address, states),
-        *map(address, (output, h_n, c_n, reserve, cells)),
-    ]
-    _walk(config, launch, sizes, x, arguments)
-    return output, h_n, c_n, cells, reserve
+    given = {**_both(weights), **_states(call), "gates_x": gates_x, "reserve": reserve}
+    given.update(zip((array.name for array in table.flat()), results.flat(), strict=True))
+    _launch(config, launch, sizes, rows, x, [given.get(name) for name in FORWARD])
+    return results, reserve
 
 
 def backward(
@@ -113,70 +101,92 @@ def backward(
     sizes: Sizes,
     config: Config,
     launch: Launcher,
-    grads: Sequence[Tensor | None],
+    arrived: Results,
     output: Tensor,
     reserve: Tensor,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Differentiate a layer.
+    """Differentiate a layer; return the gradients, None where not wanted.
 
-    Args:
-        call: as in `forward`.
-        sizes: of the call.
-        config: of a backward kernel.
-        launch: runs a kernel.
-        grads: of output, h_n, c_n and cells, or None.
-        output: of forward.
-        reserve: of forward.
-        wanted: whether each of `call.tensors()` needs a gradient.
-
-    Returns:
-        The gradients, None where not wanted.
+    `config` is of a backward kernel; `output` and `reserve` are what `forward` returned. Gradients
+    that did not arrive are None. `wanted` has a flag for each of `call.tensors()`.
     """
     x, hidden, directions = call.input.contiguous(), sizes.hidden, sizes.directions
-    rows = rows_of(call, sizes)
+    rows, asked = rows_of(call, sizes), call.parts(wanted)
     weights = _directions(call, sizes)
-    slots = call.kind.grads
     # Where a row has no step or no first piece, nothing is written.
     make = x.new_zeros if call.lengths is not None else x.new_empty
-    dgates = make((directions, sizes.rows, slots * hidden))
+    dgates = make((directions, sizes.rows, call.kind.grads * hidden))
     make = x.new_empty if rows.flags is None else x.new_zeros
     shape = (directions, sizes.batch, hidden)
-    dh_0, dc_0 = (make(shape) if want else None for want in wanted[1:3])
-    dreset_h, dreset_c = (
-        x.new_zeros(shape, dtype=torch.float32) if want else None for want in wanted[3:5]
-    )
-    y = _dense(output)
-    states = [_dense(t) for t in (call.h_0, call.c_0, call.reset_h, call.reset_c)]
-    arrived = [_dense(t) for t in grads]
-    dy, dh_n, dc_n, dcells = arrived
-    held = _pair([w[1] for w in weights])
-    arguments = [
-        *_batch(sizes, rows),
-        *map(address, (*held, *states, y, reserve, dy, dcells, dh_n, dc_n)),
-        *map(address, (dgates, dh_0, dc_0, dreset_h, dreset_c)),
+    initial = tuple(make(shape) if want else None for want in asked.initial)
+    reset_to = [
+        x.new_zeros(shape, dtype=torch.float32) if want else None for want in asked.reset_to
     ]
-    _walk(config, launch, sizes, x, arguments)
-    dresets = [None if t is None else t.to(x.dtype) for t in (dreset_h, dreset_c)]
+    dense = dict(zip((array.name for array in gradients(call)), arrived.flat(), strict=False))
+    given = {**_both(weights), **_states(call), **{k: _dense(t) for k, t in dense.items()}}
+    given.update(output=_dense(output), reserve=reserve, dgates=dgates)
+    for table, grads in ((arrays.INITIAL, initial), (arrays.RESET_TO, reset_to)):
+        given.update((f"grad_{a.name}", grad) for a, grad in zip(table, grads, strict=False))
+    _launch(config, launch, sizes, rows, x, [given.get(name) for name in BACKWARD])
+    rounded = tuple(None if t is None else t.to(x.dtype) for t in reset_to)
     with products_in(config.math):
-        dx, dweights = _products(call, sizes, rows, dgates, output, weights, wanted)
-    return [dx, dh_0, dc_0, *dresets, *dweights]
+        dx, dweights = _products(call, sizes, rows, dgates, output, weights, asked)
+    return Parts(dx, initial, rounded, dweights).flat()
 
 
-def _walk(
-    config: Config, launch: Launcher, sizes: Sizes, x: Tensor, arguments: Sequence[int]
+# What the kernels of csrc/cuda/sequence.cu take between their sizes and `exchange`, in order.
+_GIVEN = ("h_0", "c_0", "reset_h", "reset_c")
+FORWARD = (
+    *("gates_x", "weight_hh", "weight_hh_reverse", "bias_ih", "bias_ih_reverse"),
+    *("bias_hh", "bias_hh_reverse", *_GIVEN, "output", "h_n", "c_n", "reserve", "cells"),
+)
+BACKWARD = (
+    *("weight_hh", "weight_hh_reverse", *_GIVEN, "output", "reserve", "grad_output"),
+    *("grad_cells", "grad_h_n", "grad_c_n", "dgates"),
+    *("grad_h_0", "grad_c_0", "grad_reset_h", "grad_reset_c"),
+)
+
+
+def _both(weights: Sequence[Sequence[Tensor | None]]) -> dict[str, Tensor | None]:
+    """Name the weights of both directions, which the kernels take; one stands for both."""
+    (first, *_), (*_, last) = weights, weights
+    found = dict(zip(_WEIGHTS, first, strict=True))
+    found.update(zip((f"{name}_reverse" for name in _WEIGHTS), last, strict=True))
+    return found
+
+
+_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+def _states(call: Call) -> dict[str, Tensor | None]:
+    """Name the states that a layer is given, dense."""
+    found: dict[str, Tensor | None] = {}
+    for table, states in ((arrays.INITIAL, call.initial), (arrays.RESET_TO, call.reset_to)):
+        found.update((a.name, _dense(s)) for a, s in zip(table, states, strict=False))
+    return found
+
+
+def _launch(
+    config: Config,
+    launch: Launcher,
+    sizes: Sizes,
+    rows: Rows,
+    x: Tensor,
+    given: Sequence[Tensor | None],
 ) -> None:
     """Launch a kernel for all tiles of all directions.
 
     Blocks that wait for each other through global memory must be on the device together: where not
-    all walks are, several launches follow each other.
+    all loops are, several launches follow each other.
     """
-    walks = config.walks(sizes.batch, sizes.directions)
-    most = launch.at_once(config) if config.exchange == "grid" else walks
-    exchange = x.new_empty(config.exchange_bytes(min(walks, most)), dtype=torch.uint8)
-    for first in range(0, walks, most):
+    arguments = *_batch(sizes, rows), *map(address, given)
+    loops = config.loops(sizes.batch, sizes.directions)
+    most = launch.at_once(config) if config.exchange == "grid" else loops
+    exchange = x.new_empty(config.exchange_bytes(min(loops, most)), dtype=torch.uint8)
+    for first in range(0, loops, most):
         exchange.zero_()
-        launch(config, min(most, walks - first), [first, *arguments, address(exchange)])
+        launch(config, min(most, loops - first), [first, *arguments, address(exchange)])
 
 
 def _products(
@@ -186,7 +196,7 @@ def _products(
     dgates: Tensor,
     output: Tensor,
     weights: list[list[Tensor | None]],
-    wanted: Sequence[bool],
+    wanted: Parts,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Return the gradients of input and weights, products over all steps."""
     hidden, gates = sizes.hidden, call.kind.gates
@@ -200,20 +210,17 @@ def _products(
         of_input = dgates[d][:, dgates.shape[2] - gates * hidden :]
         of_hidden = dgates[d][:, : gates * hidden]
         turn = hidden if dgates.shape[2] > gates * hidden else 0
-        wants = wanted[5 + d * count : 5 + (d + 1) * count]
-        found: list[Tensor | None] = [None] * count
-        if wanted[0]:
+        if wanted.input:
             assert weight_ih is not None
             dx = of_input @ weight_ih if dx is None else dx.addmm_(of_input, weight_ih)
-        if wants[0]:
-            found[0] = of_input.t() @ flat
-        if wants[1]:
-            found[1] = _turned(_weight_hh_gradient(call, sizes, rows, of_hidden, output, d), turn)
-        if count > 2 and wants[2]:
-            found[2] = of_input.sum(0)
-        if count > 2 and wants[3]:
-            found[3] = _turned(of_hidden.sum(0), turn)
-        dweights += found
+        want_ih, want_hh, *want_biases = wanted.weights[d * count : (d + 1) * count]
+        dweights.append(of_input.t() @ flat if want_ih else None)
+        of_states = (
+            _weight_hh_gradient(call, sizes, rows, of_hidden, output, d) if want_hh else None
+        )
+        dweights.append(None if of_states is None else _turned(of_states, turn))
+        sides = zip((of_input, of_hidden), (0, turn), want_biases, strict=False)
+        dweights += [_turned(grad.sum(0), by) if want else None for grad, by, want in sides]
     return None if dx is None else dx.reshape(call.input.shape), dweights
 
 
@@ -233,9 +240,10 @@ def _weight_hh_gradient(
         if direction:
             later, earlier = earlier, later
         found = of_hidden[later].t() @ y[earlier]
-        if call.h_0 is not None:
+        h_0, *_ = call.initial
+        if h_0 is not None:
             first = slice(sizes.rows - batch, None) if direction else slice(0, batch)
-            found.addmm_(of_hidden[first].t(), call.h_0[direction])
+            found.addmm_(of_hidden[first].t(), h_0[direction])
         return found
     return of_hidden.t() @ _previous(call, sizes, rows, y, direction)
 
@@ -260,18 +268,19 @@ def _previous(call: Call, sizes: Sizes, rows: Rows, y: Tensor, direction: int) -
     if rows.flags is not None:
         cut = rows.flags.bool()
         if direction:
-            # A row is cut before the step that the walk comes from.
+            # A row is cut before the step that the loop comes from.
             cut = ~is_end & cut[torch.where(is_end, 0, found)]
         found = torch.where(cut, count + batch + row, found)
     zeros = y.new_zeros(batch, sizes.hidden)
-    states = [zeros if s is None else s[direction] for s in (call.h_0, call.reset_h)]
+    (h_0, *_), (reset_h, *_) = call.initial, call.reset_to or (None,)
+    states = [zeros if s is None else s[direction] for s in (h_0, reset_h)]
     return torch.cat([y, *states]).index_select(0, found)
 
 
 def reserve_bytes(call: Call, sizes: Sizes) -> int:
     """Return how much forward keeps for backward: values of each unit and row, in its dtype."""
     values = sizes.rows * sizes.directions * call.kind.saved * sizes.hidden
-    return values * call.input.element_size()
+    return values * int(call.input.element_size())
 
 
 def _directions(call: Call, sizes: Sizes) -> list[list[Tensor | None]]:
@@ -282,11 +291,6 @@ def _directions(call: Call, sizes: Sizes) -> list[list[Tensor | None]]:
         dense = [_dense(w) for w in call.weights[first : first + count]]
         found.append([*dense, None, None][:4])
     return found
-
-
-def _pair(tensors: list[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
-    """Return one for each direction; the kernels take two."""
-    return tensors[0], tensors[-1]
 
 
 def _batch(sizes: Sizes, rows: Rows) -> list[int]:
@@ -313,7 +317,7 @@ _precision = threading.Lock()
 
 @contextlib.contextmanager
 def products_in(math: str) -> Iterator[None]:
-    """Let torch's products of float32 have the precision that the walk has.
+    """Let torch's products of float32 have the precision that the time loop has.
 
     torch has one switch for all products of the process. It is turned only where it stands
     otherwise, and back as soon as these products are on their way.

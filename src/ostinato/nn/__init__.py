@@ -2,9 +2,9 @@
 
 Constructor, parameters, initialisation, state_dict, pickling and repr are inherited from torch's
 base classes, so they are torch's own on every torch version. Everything from `forward` down is
-ours: the checks, with torch's messages and in torch's order, then one call of `ostinato.ops.layer`
-per layer, or per step of a cell. PyTorch's own layer classes are no bases, because torch.compile
-breaks the graph at their instances.
+ours: the checks, with torch's messages and in torch's order, then the route (`ostinato.route`),
+once for a stack or a step of a cell. PyTorch's own layer classes are no bases, because
+torch.compile breaks the graph at their instances.
 
 Weights are looked up by name in every forward and never kept: `assign=True`, functional_call,
 parametrizations, replaced attributes and `.data.copy_()` all count from the next call on.

@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ostinato.call import States
 from ostinato.nn._stand_ins import is_symbolic, is_tensor_like
-from ostinato.traced import unrecorded
-
-States = tuple[Tensor | None, Tensor | None]
+from ostinato.tensors import unrecorded
 
 
 def state_pair(kind: str, hx: Any, name: str = "hx") -> States | None:
@@ -57,22 +56,14 @@ def attribute(module: torch.nn.Module, name: str) -> Tensor:
     return weight
 
 
-def cast(
-    dtype: torch.dtype, input: Tensor, h_0: Tensor | None, c_0: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def cast(dtype: torch.dtype, *arguments: Tensor | None) -> tuple[Any, ...]:
     """Bring real floating point arguments to `dtype`; others go on to the dtype check unchanged."""
     if not dtype.is_floating_point:
-        return input, h_0, c_0
-    if input.is_floating_point():
-        input = input.to(dtype)
-    if h_0 is not None and h_0.is_floating_point():
-        h_0 = h_0.to(dtype)
-    if c_0 is not None and c_0.is_floating_point():
-        c_0 = c_0.to(dtype)
-    return input, h_0, c_0
+        return arguments
+    return tuple(t.to(dtype) if t is not None and t.is_floating_point() else t for t in arguments)
 
 
-def check_devices(input: Tensor, weight: Tensor, h_0: Tensor | None, c_0: Tensor | None) -> None:
+def check_devices(input: Tensor, weight: Tensor, states: States) -> None:
     """Check that input, weights and states are in one place, in torch's words."""
     device = input.device
     if weight.device != device:
@@ -80,7 +71,7 @@ def check_devices(input: Tensor, weight: Tensor, h_0: Tensor | None, c_0: Tensor
             "Input and parameter tensors are not at the same device, "
             f"found input tensor at {device} and parameter tensor at {weight.device}"
         )
-    for state in (h_0, c_0):
+    for state in states:
         if state is not None and state.device != device:
             raise RuntimeError(
                 "Input and hidden tensors are not at the same device, "

@@ -10,20 +10,22 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor
 
-from ostinato import ops, short, steps
-from ostinato.call import reject_nested, without_autocast
+from ostinato import route, steps
+from ostinato.call import Call, States
+from ostinato.cells import CELLS
 from ostinato.nn._arguments import (
     attribute,
     cast,
     check_devices,
     check_weights,
+    named_copy,
     reject_dtype,
     reject_type,
     state_pair,
 )
 from ostinato.nn._neighbours import Neighbour
 from ostinato.nn._stand_ins import are_tensors, is_symbolic, is_tensor_like, leaf
-from ostinato.traced import is_recorded, unrecorded
+from ostinato.tensors import is_recorded, reject_nested, unrecorded, without_autocast
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -42,126 +44,122 @@ def _alone(state: Tensor, size: int, dim: int) -> Tensor:
     return found
 
 
+def _as_layer(call: Call) -> Call:
+    """Return the call of a layer with one step."""
+    layer = call.each_state(lambda state: state.unsqueeze(0))
+    return layer._replace(input=call.input.unsqueeze(0), batch=call.input.shape[0])
+
+
 class _Cell(Neighbour, torch.nn.modules.rnn.RNNCellBase):
-    """What the cells share: every check, then a layer of one step."""
+    """What the cells share: torch's arguments and words, and the call that they make."""
 
     # Stands in messages; the class name would differ in a parametrized or derived module.
     _kind: ClassVar[str]
-    _gates: ClassVar[int]
+    _cell: ClassVar[str]  # its record's name
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Give each public class a forward of its own name, which Python puts into messages."""
+        super().__init_subclass__(**kwargs)
+        if "_kind" in cls.__dict__ and "forward" not in cls.__dict__:
+            cls.forward = named_copy(cls.forward, cls.__name__)  # type: ignore[method-assign]
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """Return h' of one step."""
+        cell, weights = self._cell, self._weights()
+        sizes = self.input_size, self.hidden_size, 0, 1
+        biases = len(weights) == 4
+        found = route.fast(cell, sizes, input, None, hx, None, weights, biases, is_step=True)
+        if found is not None:
+            h, _, _ = found
+            return h
+        if not are_tensors(input, hx):
+            if is_symbolic(input, hx):
+                return leaf(self, input, hx)
+            if hx is not None and not is_tensor_like(hx):
+                reject_type(self._kind, "hx", "a Tensor or None", hx)
+        (h,) = self._step(cell, weights, input, hx)
+        return h
 
     def _step(
-        self,
-        cell: str,
-        weights: tuple[Any, ...],
-        input: Any,
-        h: Tensor | None,
-        c: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
+        self, cell: str, weights: tuple[Any, ...], input: Any, *states: Tensor | None
+    ) -> States:
         """Check the arguments in the order of torch and run one step.
 
-        Args:
-            cell: name of the cell in `ostinato.ops.layer`.
-            weights: what `_weights` found.
-            input: (B, I) or (I,).
-            h: (B, H) or (H,), or None.
-            c: likewise.
-
-        Returns:
-            h' and c', shaped as h and c: no views, and backward does not read them, so that they
-            may be changed or detached in place.
+        `weights` are what `_weights` found, input is (B, I) or (I,), states are (B, H) or (H,), or
+        None. Returns the next states, shaped as these: no views, and backward does not read them,
+        so that they may be changed or detached in place.
         """
+        dim = self._check_dims(input, states)
+        if dim == 1:
+            input = input.unsqueeze(0)
+            states = tuple(None if state is None else state.unsqueeze(0) for state in states)
+        for name, weight in zip(_NAMES, weights, strict=False):
+            if weight is None:
+                attribute(self, name)  # says so
+        is_autocast = torch._C._is_any_autocast_enabled()
+        if is_autocast:
+            input, *rest = cast(weights[0].dtype, input, *states)
+            states = tuple(rest)
+        # On its own arrays, without dimensions for steps and directions.
+        call = Call(input, None, 0, states, list(weights), cell, len(weights) == 4, False)
+        if not is_autocast:
+            found = steps.torch_step(call)
+            if found is not None:
+                return self._shaped(found, dim)
+        self._check(weights, input, states)
+        if not is_autocast:
+            return self._run(call, dim, is_declined=True)
+        with without_autocast(input):
+            return self._run(call, dim, is_declined=False)
+
+    def _check_dims(self, input: Any, states: States) -> int:
+        """Refuse what is no tensor, or has not one or two dimensions; return those of input."""
         if not isinstance(input, Tensor) and not is_tensor_like(input):
             reject_type(self._kind, "input", "a Tensor", input)
         elif getattr(input, "is_nested", False) and input.dim() in (1, 2):
             reject_nested(f"{self._kind}: input")
-        dim = input.dim()
+        dim: int = input.dim()
         if dim not in (1, 2):
-            self._reject_dim(dim)
-        if h is not None and h.dim() not in (1, 2):
-            self._reject_dims(0, h)
-        if c is not None and c.dim() not in (1, 2):
-            self._reject_dims(1, c)
-        if dim == 1:
-            input = input.unsqueeze(0)
-            h = None if h is None else h.unsqueeze(0)
-            c = None if c is None else c.unsqueeze(0)
-        if weights[0] is None or weights[1] is None:
-            for name in _NAMES[:2]:
-                attribute(self, name)  # says so
-        autocast = torch._C._is_any_autocast_enabled()
-        if autocast:
-            input, h, c = cast(weights[0].dtype, input, h, c)
-        else:
-            found = steps.torch_step(cell, input, h, c, weights)
-            if found is not None:
-                return found if dim == 2 else self._one_row(*found)
-        self._check(weights, input, h, c)
-        if not autocast:
-            return self._call(cell, weights, input, h, c, dim)
-        with without_autocast(input):
-            return self._call(cell, weights, input, h, c, dim)
+            raise ValueError(f"{self._kind}: Expected input to be 1D or 2D, got {dim}D instead")
+        for k, state in enumerate(states):
+            if state is not None and state.dim() not in (1, 2):
+                what = f"hx[{k}]" if len(states) > 1 else "hidden"
+                raise ValueError(
+                    f"{self._kind}: Expected {what} to be 1D or 2D, got {state.dim()}D instead"
+                )
+        return dim
 
-    def explained(self, input: Any, lengths: Any, resets: Any) -> tuple[Tensor, None, list[Tensor]]:
-        """Refuse what forward refuses, and run nothing: for `ostinato.cuda.explain`.
-
-        Args:
-            input: of forward.
-            lengths: must be None, since a cell takes none.
-            resets: likewise.
-
-        Returns:
-            input, (1, B, I), no batch_sizes, and the weights.
-        """
+    def call_of(self, input: Any, hx: Any, lengths: Any, resets: Any) -> Call:
+        """Return the call that forward would make as a layer, or refuse what it refuses."""
         for name, given in (("lengths", lengths), ("resets", resets)):
             if given is not None:
                 reject_type(self._kind, name, "None for a cell", given)
-        if not isinstance(input, Tensor):
-            reject_type(self._kind, "input", "a Tensor", input)
-        if input.dim() not in (1, 2):
-            self._reject_dim(input.dim())
-        if input.is_nested:
-            reject_nested(f"{self._kind}: input")
-        rows = input.unsqueeze(0) if input.dim() == 1 else input
+        kind = CELLS[self._cell]
+        states = (hx,) if len(kind.states) == 1 else state_pair(self._kind, hx) or ()
+        dim = self._check_dims(input, states)
         weights = self._weights()
         if torch._C._is_any_autocast_enabled():
-            rows, _, _ = cast(weights[0].dtype, rows, None, None)
-        self._check(weights, rows, None, None)
-        return rows.unsqueeze(0), None, list(weights)
+            input, *rest = cast(weights[0].dtype, input, *states)
+            states = tuple(rest)
+        missing = (None,) * (2 - dim)
+        input, *rest = (None if t is None else t[missing] for t in (input, *states))
+        self._check(weights, input, tuple(rest))
+        call = Call(input, None, 0, tuple(rest), list(weights), kind.name, len(weights) == 4, False)
+        return _as_layer(call)
 
-    def _reject_dim(self, dim: int) -> NoReturn:
-        raise ValueError(f"{self._kind}: Expected input to be 1D or 2D, got {dim}D instead")
-
-    def _call(
-        self,
-        cell: str,
-        weights: tuple[Tensor, ...],
-        input: Tensor,
-        h: Tensor | None,
-        c: Tensor | None,
-        dim: int,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Run one step of (B, I), (B, H) as a layer of (1, B, I), (1, B, H)."""
-        found = steps.one_step(cell, input, h, c, weights)
+    def _run(self, call: Call, dim: int, *, is_declined: bool) -> States:
+        """Run one step, by operators or as a layer."""
+        found = steps.one_step(call)
         if found is not None:
-            return found if dim == 2 else self._one_row(*found)
+            return self._shaped(found, dim)
         # Not the output, which backward may read: h_n is memory of its own in every backend.
-        _, h_n, c_n = ops.layer(
-            cell,
-            input.unsqueeze(0),
-            None,
-            None if h is None else h.unsqueeze(0),
-            None if c is None else c.unsqueeze(0),
-            list(weights),
-            has_biases=len(weights) == 4,
-            bidirectional=False,
-        )
-        size = self.hidden_size
-        return _alone(h_n, size, dim), None if c_n is None else _alone(c_n, size, dim)
+        last = route.run(_as_layer(call), is_declined).last
+        return tuple(_alone(state, self.hidden_size, dim) for state in last)
 
     @staticmethod
-    def _one_row(h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _shaped(states: States, dim: int) -> States:
         # Copies, since backward may read these states: an alias would hide a change from it.
-        return h.squeeze(0).clone(), None if c is None else c.squeeze(0).clone()
+        return states if dim == 2 else tuple(state.squeeze(0).clone() for state in states)
 
     def _weights(self) -> tuple[Any, ...]:
         """Return weight_ih, weight_hh and, unless there are none, bias_ih and bias_hh."""
@@ -172,15 +170,15 @@ class _Cell(Neighbour, torch.nn.modules.rnn.RNNCellBase):
             found = plain["weight_ih"], plain["weight_hh"], plain["bias_ih"], plain["bias_hh"]
         except KeyError:  # buffers, parametrized, or replaced by plain tensors
             found = tuple(map(self._any_attribute, _NAMES))
-        one, other = found[2:]
+        weight_ih, weight_hh, one, other = found
         if one is not None and other is not None:
             return found
         given = other if one is None else one
         if given is None:
-            return found[:2]
+            return weight_ih, weight_hh
         # torch's cells take a bias on one side alone.
         biases = (torch.zeros_like(given) if bias is None else bias for bias in (one, other))
-        return *found[:2], *biases
+        return weight_ih, weight_hh, *biases
 
     def _any_attribute(self, name: str) -> Any:
         """Return a weight wherever the module keeps it; a bias may be None."""
@@ -188,9 +186,7 @@ class _Cell(Neighbour, torch.nn.modules.rnn.RNNCellBase):
         return getattr(self, name) if found is None else found
 
     @unrecorded
-    def _check(
-        self, weights: tuple[Tensor, ...], input: Tensor, h: Tensor | None, c: Tensor | None
-    ) -> None:
+    def _check(self, weights: tuple[Tensor, ...], input: Tensor, states: States) -> None:
         # As in torch, sizes come before dtypes.
         batch, size = input.shape
         if size != self.input_size:
@@ -198,27 +194,20 @@ class _Cell(Neighbour, torch.nn.modules.rnn.RNNCellBase):
                 f"input has inconsistent input_size: got {size} expected {self.input_size}"
             )
         expected = (batch, self.hidden_size)
-        if h is not None and h.shape != expected:
-            self._reject_size(0, batch, h)
-        if c is not None and c.shape != expected:
-            self._reject_size(1, batch, c)
+        for k, state in enumerate(states):
+            if state is not None and state.shape != expected:
+                self._reject_size(k, batch, state)
         dtype = weights[0].dtype
         if input.dtype != dtype:
             reject_dtype(self._kind, "input", input, dtype)
-        if h is not None and h.dtype != dtype:
-            reject_dtype(self._kind, "hx" if c is None else "hx[0]", h, dtype)
-        if c is not None and c.dtype != dtype:
-            reject_dtype(self._kind, "hx[1]", c, dtype)
-        check_devices(input, weights[0], h, c)
-        rows = self._gates * self.hidden_size
+        for k, state in enumerate(states):
+            if state is not None and state.dtype != dtype:
+                reject_dtype(self._kind, f"hx[{k}]" if len(states) > 1 else "hx", state, dtype)
+        check_devices(input, weights[0], states)
+        rows = CELLS[self._cell].gates * self.hidden_size
         shapes = [(rows, self.input_size), (rows, self.hidden_size), (rows,), (rows,)]
         count = len(weights)
         check_weights(self._kind, _NAMES[:count], weights, shapes[:count], input)
-
-    def _reject_dims(self, index: int, state: Tensor) -> NoReturn:
-        raise ValueError(
-            f"{self._kind}: Expected hidden to be 1D or 2D, got {state.dim()}D instead"
-        )
 
     def _reject_size(self, index: int, batch: int, state: Tensor) -> NoReturn:
         if state.dim() != 2:
@@ -275,7 +264,6 @@ class RNNCell(_Cell):
     """
 
     _kind = "RNNCell"
-    _gates = 1
     nonlinearity: str
 
     def __init__(
@@ -290,23 +278,17 @@ class RNNCell(_Cell):
         super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
         self.nonlinearity = nonlinearity
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """Return h' of one step."""
-        cell, weights = f"rnn_{self.nonlinearity}", self._weights()
-        sizes = self.input_size, self.hidden_size, 0, 1
-        biases = len(weights) == 4
-        found = short.run(cell, sizes, input, None, hx, None, weights, biases, is_cell=True)
-        if found is not None:
-            return found[0]
-        if not are_tensors(input, hx):
-            if is_symbolic(input, hx):
-                return leaf(self, input, hx)  # type: ignore[no-any-return]
-            if hx is not None and not is_tensor_like(hx):
-                reject_type(self._kind, "hx", "a Tensor or None", hx)
+    @property
+    def _cell(self) -> str:  # type: ignore[override]
+        return f"rnn_{self.nonlinearity}"
+
+    def _step(
+        self, cell: str, weights: tuple[Any, ...], input: Any, *states: Tensor | None
+    ) -> States:
         # As in torch, the attribute counts when it is used, not when it is set.
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return self._step(cell, weights, input, hx, None)[0]
+        return super()._step(cell, weights, input, *states)
 
 
 class GRUCell(_Cell):
@@ -344,7 +326,7 @@ class GRUCell(_Cell):
     """
 
     _kind = "GRUCell"
-    _gates = 3
+    _cell = "gru"
 
     def __init__(
         self,
@@ -355,21 +337,6 @@ class GRUCell(_Cell):
         dtype: Any = None,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
-
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """Return h' of one step."""
-        weights = self._weights()
-        sizes = self.input_size, self.hidden_size, 0, 1
-        biases = len(weights) == 4
-        found = short.run("gru", sizes, input, None, hx, None, weights, biases, is_cell=True)
-        if found is not None:
-            return found[0]
-        if not are_tensors(input, hx):
-            if is_symbolic(input, hx):
-                return leaf(self, input, hx)  # type: ignore[no-any-return]
-            if hx is not None and not is_tensor_like(hx):
-                reject_type(self._kind, "hx", "a Tensor or None", hx)
-        return self._step("gru", weights, input, hx, None)[0]
 
 
 class LSTMCell(_Cell):
@@ -410,7 +377,7 @@ class LSTMCell(_Cell):
     """
 
     _kind = "LSTMCell"
-    _gates = 4
+    _cell = "lstm"
 
     def __init__(
         self,
@@ -433,17 +400,12 @@ class LSTMCell(_Cell):
         weights = self._weights()
         sizes = self.input_size, self.hidden_size, 0, 1
         biases = len(weights) == 4
-        found = short.run("lstm", sizes, input, None, h, c, weights, biases, is_cell=True)
+        found = route.fast("lstm", sizes, input, None, h, c, weights, biases, is_step=True)
         if found is None:
             if is_symbolic(input):
                 return leaf(self, input, hx)  # type: ignore[no-any-return]
             h, c = self._step("lstm", weights, input, h, c)
         else:
-            h, c = found[0], found[2]
+            h, _, c = found
         assert c is not None
         return h, c
-
-    def _reject_dims(self, index: int, state: Tensor) -> NoReturn:
-        raise ValueError(
-            f"{self._kind}: Expected hx[{index}] to be 1D or 2D, got {state.dim()}D instead"
-        )

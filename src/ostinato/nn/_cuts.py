@@ -5,7 +5,7 @@ Legend: T steps, B batch, N packed rows, L layers, D directions, O output of a s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ostinato import call
+from ostinato import check, tensors
+from ostinato.call import States
 from ostinato.nn._arguments import reject_type, state_pair
-from ostinato.traced import is_recorded, unrecorded
+from ostinato.tensors import is_recorded, unrecorded
 
 
 class Cuts(NamedTuple):
@@ -23,14 +24,8 @@ class Cuts(NamedTuple):
 
     lengths: Tensor | None  # (B,), int64 on the CPU
     resets: Tensor | None  # (T, B) or (N,), bool
-    reset_h: Tensor | None  # (L * D, B, O)
-    reset_c: Tensor | None  # (L * D, B, H)
+    reset_to: States  # (L * D, B, O), and of an LSTM (L * D, B, H)
     all_states: bool
-
-    def each_state(self, change: Callable[[Tensor], Tensor]) -> Cuts:
-        """Return the same with the states that resets bring changed."""
-        h, c = (None if s is None else change(s) for s in (self.reset_h, self.reset_c))
-        return self._replace(reset_h=h, reset_c=c)
 
     def is_start(self) -> bool:
         """Whether all that is asked is how the only step of a padded batch begins."""
@@ -38,7 +33,7 @@ class Cuts(NamedTuple):
         if resets is None or self.lengths is not None or self.all_states:
             return False
         # A graph is for any number of steps.
-        return not call.is_traced() and resets.dim() == 2 and resets.shape[0] == 1
+        return not tensors.is_traced() and resets.dim() == 2 and resets.shape[0] == 1
 
     def begin(self, first: Tensor | None, reset: Tensor | None) -> Tensor | None:
         """Return the states before the only step: of resets where a row begins anew."""
@@ -57,18 +52,11 @@ def first_size(batch_sizes: Tensor) -> Any:
 
 
 def padded_lengths(kind: str, lengths: Any, steps: int, batch: int, batched: bool) -> Tensor | None:
-    """Return lengths as the operators take them, after every check.
+    """Check lengths; return them as the operators take them, (B,), int64 on the CPU, or None.
 
-    Args:
-        kind: name of the layer, for messages.
-        lengths: None; a tensor on any device, a NumPy array or a sequence of whole numbers, which
-            may be Python's, NumPy's or tensors of one element; one number for one sequence.
-        steps: T.
-        batch: B.
-        batched: whether the input has a batch dimension.
-
-    Returns:
-        (B,), int64 on the CPU, or None.
+    `lengths` are None; a tensor on any device, a NumPy array or a sequence of whole numbers, which
+    may be Python's, NumPy's or tensors of one element; one number for one sequence. `kind` is the
+    layer's name, for messages; `batched` says whether the input has a batch dimension.
     """
     if lengths is None:
         return None
@@ -122,19 +110,16 @@ def _check_lengths(kind: str, lengths: Tensor, steps: int, batch: int) -> None:
             f"{kind}: lengths must have shape {(int(batch),)}, one per row, "
             f"got {tuple(lengths.shape)}"
         )
-    if not torch.compiler.is_compiling() and not call.is_wrapped(lengths):
-        call.check_lengths(lengths, steps, f"{kind}: lengths must be")
+    if not torch.compiler.is_compiling() and not tensors.is_wrapped(lengths):
+        check.check_lengths(lengths, steps, f"{kind}: lengths must be")
 
 
 @unrecorded
 def resets_of(kind: str, resets: Any, input: Any, shape: tuple[int, ...]) -> Tensor | None:
     """Return resets in the layout of the caller's input, after every check.
 
-    Args:
-        kind: name of the layer, for messages.
-        resets: None, or bool: a tensor of `shape`, or a PackedSequence if the input is one.
-        input: a tensor or a PackedSequence.
-        shape: the caller's input without features.
+    `resets` are None, or bool: a tensor of `shape`, the shape of the caller's input without
+    features, or a PackedSequence if the input is one. `kind` is the layer's name, for messages.
     """
     if resets is None:
         return None
@@ -167,34 +152,30 @@ def reset_states(
     batch: int,
     shapes: tuple[tuple[int, int], ...],
     input: Tensor,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> States:
     """Return the states that resets bring, for every row.
 
-    Args:
-        kind: name of the layer, for messages.
-        reset_to: None, or shaped as hx; its batch dimension may be 1 or missing.
-        resets: as `resets_of` returns them.
-        batch: B.
-        shapes: (L * D, O), and for an LSTM (L * D, H).
-        input: of the layer, for dtype and device.
+    `reset_to` is None, or shaped as hx, where its batch dimension may be 1 or missing; `resets` are
+    what `resets_of` returned. `shapes` are (L * D, O), and for an LSTM (L * D, H). dtype and device
+    are to be those of `input`; `kind` is the layer's name, for messages.
     """
     if reset_to is None:
-        return None, None
+        return (None,) * len(shapes)
     if resets is None:
         raise ValueError(f"{kind}: reset_to says what resets bring, but resets is None")
-    if len(shapes) == 2:
+    if len(shapes) > 1:
         # None would be a proxy of torch.fx, with which forward does not come here.
         given: tuple[Any, ...] = state_pair(kind, reset_to, "reset_to") or ()
     else:
         given = (reset_to,)
-    found: list[Tensor | None] = []
+    found: list[Tensor] = []
     for state, (rows, size) in zip(given, shapes, strict=True):
         if not isinstance(state, Tensor):
             reject_type(kind, "reset_to", "a Tensor or None", state)
         full = state.unsqueeze(1) if state.dim() == 2 else state
         _check_reset_state(kind, full, state, (rows, batch, size), input)
         found.append(full.expand(rows, batch, size))
-    return (found[0], found[1]) if len(found) == 2 else (found[0], None)
+    return tuple(found)
 
 
 @unrecorded

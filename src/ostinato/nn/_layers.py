@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from ostinato.nn._arguments import States, state_pair
+from ostinato.call import States
+from ostinato.nn._arguments import state_pair
 from ostinato.nn._shared import Layers
 
 
@@ -28,7 +29,7 @@ class RNN(Layers):
         bias: whether b_ih and b_hh exist.
         batch_first: whether batched input and output are (B, T, features); states never are.
         dropout: probability of zeroing an element of each layer's output but the last, in training.
-        bidirectional: whether a second direction walks from the end; D is then 2.
+        bidirectional: whether a second direction runs from the end; D is then 2.
         device: where parameters are created.
         dtype: of the parameters.
         memory: "keep", or "recompute" to keep no gates for backward, which then computes them
@@ -73,7 +74,6 @@ class RNN(Layers):
     """
 
     _kind = "RNN"
-    _gates = 1
     nonlinearity: str
 
     if TYPE_CHECKING:
@@ -98,8 +98,8 @@ class RNN(Layers):
 
         def __init__(self, *args, **kwargs):
             if len(args) > 3:
-                nonlinearity = args[3]
-                args = args[:3] + args[4:]
+                input_size, hidden_size, num_layers, nonlinearity, *rest = args
+                args = input_size, hidden_size, num_layers, *rest
             else:
                 nonlinearity = kwargs.pop("nonlinearity", "tanh")
             _reject_projection(args, kwargs)
@@ -126,7 +126,7 @@ class GRU(Layers):
         bias: whether b_ih and b_hh exist.
         batch_first: whether batched input and output are (B, T, features); states never are.
         dropout: probability of zeroing an element of each layer's output but the last, in training.
-        bidirectional: whether a second direction walks from the end; D is then 2.
+        bidirectional: whether a second direction runs from the end; D is then 2.
         device: where parameters are created.
         dtype: of the parameters.
         memory: "keep", or "recompute" to keep no gates for backward, which then computes them
@@ -172,7 +172,6 @@ class GRU(Layers):
     """
 
     _kind = "GRU"
-    _gates = 3
 
     if TYPE_CHECKING:
 
@@ -212,7 +211,7 @@ class LSTM(Layers):
         bias: whether b_ih and b_hh exist.
         batch_first: whether batched input and output are (B, T, features); states never are.
         dropout: probability of zeroing an element of each layer's output but the last, in training.
-        bidirectional: whether a second direction walks from the end; D is then 2.
+        bidirectional: whether a second direction runs from the end; D is then 2.
         proj_size: features of a projected state, less than H; 0 means no projection. O is
             proj_size, or H without.
         device: where parameters are created.
@@ -261,7 +260,6 @@ class LSTM(Layers):
     """
 
     _kind = "LSTM"
-    _gates = 4
 
     # Callers of these know two states: torch's own, as it is for the other layers by inheritance.
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
@@ -294,19 +292,8 @@ class LSTM(Layers):
     def _states(self, hx: Any) -> States | None:
         return state_pair(self._kind, hx)
 
-    def _result(
-        self, output: Any, h_n: Tensor, c_n: Tensor | None, states: tuple[Tensor, ...]
-    ) -> Any:
-        return (output, (h_n, c_n), states) if states else (output, (h_n, c_n))
-
-    def _reject_dims(self, dim: int, h_0: Tensor | None, c_0: Tensor | None) -> NoReturn:
-        assert h_0 is not None
-        assert c_0 is not None
-        batched = "unbatched 2-D" if dim == 2 else "batched 3-D"
-        raise RuntimeError(
-            f"For {batched} input, hx and cx should also be {dim}-D "
-            f"but got ({h_0.dim()}-D, {c_0.dim()}-D) tensors"
-        )
+    def _result(self, output: Any, last: States, every: States) -> Any:
+        return (output, last, every) if every else (output, last)
 
     def _reject_size(self, index: int, expected: tuple[int, int, int], got: Tensor) -> NoReturn:
         raise RuntimeError(f"Expected hidden[{index}] size {expected}, got {list(got.shape)}")
@@ -314,5 +301,6 @@ class LSTM(Layers):
 
 def _reject_projection(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse proj_size, which RNNBase takes by name and as the eighth of its arguments."""
-    if "proj_size" in kwargs or (len(args) > 7 and args[7] != 0):
+    *_, proj_size = (*args, *[0] * 8)[:8]
+    if "proj_size" in kwargs or proj_size != 0:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")

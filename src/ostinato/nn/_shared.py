@@ -1,4 +1,4 @@
-"""What RNN, GRU and LSTM share: every check, and the way through layers and directions.
+"""What RNN, GRU and LSTM share: torch's arguments and words, and the call that they make.
 
 Legend: T steps, B batch, N packed rows, I input_size, H hidden_size, O size of an output
 (proj_size, or H), L layers, D directions.
@@ -7,18 +7,16 @@ Legend: T steps, B batch, N packed rows, I input_size, H hidden_size, O size of 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ostinato import call, fallback, ops, short
-from ostinato.call import without_autocast
+from ostinato import route
+from ostinato.call import Call, Shape, States
 from ostinato.cells import CELLS, Cell
 from ostinato.nn._arguments import (
-    States,
     attribute,
     cast,
     check_devices,
@@ -30,16 +28,7 @@ from ostinato.nn._arguments import (
 from ostinato.nn._cuts import Cuts, first_size, padded_lengths, reset_states, resets_of
 from ostinato.nn._neighbours import Neighbour
 from ostinato.nn._stand_ins import is_symbolic, is_tensor_like, leaf
-from ostinato.traced import is_recorded, unrecorded
-
-# Output, h_n, c_n and, if asked for, h and c at every step.
-_Run = tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]
-
-
-def _per_layer(state: Tensor | None, layers: int) -> Sequence[Tensor | None]:
-    """Cut a state into those of the layers."""
-    # Slicing costs microseconds that a single layer need not pay.
-    return (state,) * layers if state is None or layers == 1 else state.chunk(layers)
+from ostinato.tensors import batch_of, reject_nested, unrecorded, without_autocast
 
 
 def _check_memory(memory: object) -> None:
@@ -48,11 +37,10 @@ def _check_memory(memory: object) -> None:
 
 
 class Layers(Neighbour, torch.nn.RNNBase):
-    """What RNN, GRU and LSTM share: every check, and the way through layers and directions."""
+    """What RNN, GRU and LSTM share: torch's arguments and words, and the call that they make."""
 
     # Stands in messages; the class name would differ in a parametrized or derived module.
     _kind: ClassVar[str]
-    _gates: ClassVar[int]
     memory: str = "keep"
 
     if not TYPE_CHECKING:
@@ -139,28 +127,27 @@ class Layers(Neighbour, torch.nn.RNNBase):
             if not is_tensor_like(input):
                 reject_type(self._kind, "input", "a Tensor or a PackedSequence", input)
         elif input.is_nested:
-            call.reject_nested(f"{self._kind}: input")
+            reject_nested(f"{self._kind}: input")
         dim = input.dim()
         if dim not in (2, 3):
             self._reject_dim(dim)
         states = self._states(hx)
         if states is None:
             return leaf(self, input, hx)
-        h_0, c_0 = states
-        if (h_0 is not None and h_0.dim() != dim) or (c_0 is not None and c_0.dim() != dim):
-            self._reject_dims(dim, h_0, c_0)
+        for state in states:
+            if state is not None and state.dim() != dim:
+                self._reject_dims(dim, states)
         if dim == 2:
             # One sequence is a batch of one; batch_first says nothing about it.
-            h_0 = None if h_0 is None else h_0.unsqueeze(1)
-            c_0 = None if c_0 is None else c_0.unsqueeze(1)
-            output, h_n, c_n, all_states = self._run(input.unsqueeze(1), None, None, h_0, c_0, cuts)
-            c_n = None if c_n is None else c_n.squeeze(1)
-            all_states = tuple(state.squeeze(2) for state in all_states)
-            return self._result(output.squeeze(1), h_n.squeeze(1), c_n, all_states)
+            states = tuple(None if state is None else state.unsqueeze(1) for state in states)
+            output, last, every = self._run(input.unsqueeze(1), None, None, states, cuts)
+            last = tuple(state.squeeze(1) for state in last)
+            every = tuple(state.squeeze(2) for state in every)
+            return self._result(output.squeeze(1), last, every)
         if self.batch_first:
-            found = self._run(input.transpose(0, 1), None, None, h_0, c_0, cuts)
-            return self._result(found[0].transpose(0, 1), *found[1:])
-        return self._result(*self._run(input, None, None, h_0, c_0, cuts))
+            output, last, every = self._run(input.transpose(0, 1), None, None, states, cuts)
+            return self._result(output.transpose(0, 1), last, every)
+        return self._result(*self._run(input, None, None, states, cuts))
 
     def _cuts(
         self, input: Any, lengths: Any, resets: Any, reset_to: Any, return_all_states: bool
@@ -195,64 +182,57 @@ class Layers(Neighbour, torch.nn.RNNBase):
                 resets = resets.transpose(0, 1)
         rows = self.num_layers * (2 if self.bidirectional else 1)
         shapes = [(rows, self.proj_size or self.hidden_size)]
-        if self._cell().has_c:
+        if self._record().has_c:
             shapes.append((rows, self.hidden_size))
         states = reset_states(kind, reset_to, resets, batch, tuple(shapes), data)
-        return Cuts(lengths, resets, *states, return_all_states)
+        return Cuts(lengths, resets, states, return_all_states)
 
     def _forward_packed(self, input: PackedSequence, hx: Any, cuts: Cuts | None) -> Any:
         data, batch_sizes, sorted_indices, unsorted_indices = input
         states = self._states(hx)
         if states is None or is_symbolic(data):
             return leaf(self, input, hx)
-        h_0, c_0 = states
-        output, h_n, c_n, all_states = self._run(data, batch_sizes, sorted_indices, h_0, c_0, cuts)
+        output, last, every = self._run(data, batch_sizes, sorted_indices, states, cuts)
         if unsorted_indices is not None:
-            h_n = h_n.index_select(1, unsorted_indices)
-            c_n = None if c_n is None else c_n.index_select(1, unsorted_indices)
+            last = tuple(state.index_select(1, unsorted_indices) for state in last)
         packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
-        return self._result(packed, h_n, c_n, all_states)
+        return self._result(packed, last, every)
 
     def _states(self, hx: Any) -> States | None:
-        """Return (h_0, c_0) of what the caller gave as `hx`; None if torch.fx follows it."""
+        """Return the states that the caller gave as `hx`; None if torch.fx follows it."""
         if hx is not None and not isinstance(hx, Tensor):
             if is_symbolic(hx):
                 return None
             if not is_tensor_like(hx):
                 reject_type(self._kind, "hx", "a Tensor or None", hx)
-        return hx, None
+        return (hx,)
 
-    def _result(
-        self, output: Any, h_n: Tensor, c_n: Tensor | None, states: tuple[Tensor, ...]
-    ) -> Any:
-        return (output, h_n, states[0]) if states else (output, h_n)
+    def _result(self, output: Any, last: States, every: States) -> Any:
+        return (output, *last, *every[:1])
 
     def _run(
         self,
         input: Tensor,
         batch_sizes: Tensor | None,
         sorted_indices: Tensor | None,
-        h_0: Tensor | None,
-        c_0: Tensor | None,
+        states: States,
         cuts: Cuts | None = None,
-    ) -> _Run:
-        """Check dtypes and sizes, then walk through the layers.
+    ) -> tuple[Tensor, States, States]:
+        """Check dtypes and sizes, then go the route.
 
-        Args:
-            input: (T, B, I), or packed (N, I) with `batch_sizes`.
-            batch_sizes: rows active at each step, or None.
-            sorted_indices: which of the caller's rows each packed row is, or None.
-            h_0: (L * D, B, O) in the caller's order of rows, or None.
-            c_0: (L * D, B, H) likewise, or None.
-            cuts: where rows end early or begin anew, likewise, or None.
+        Input is (T, B, I), or packed (N, I) with `batch_sizes`. `sorted_indices` say which of the
+        caller's rows each packed row is. States, each of which may be None, are (L * D, B, O), and
+        of an LSTM (L * D, B, H); they and `cuts` are in the caller's order of rows.
 
-        Returns:
-            output (T, B, D * O) or (N, D * O), h_n and c_n in the packed order of rows; and the
-            states of all steps, if cuts ask for them.
+        Returns output, (T, B, D * O) or (N, D * O), and the last states in the packed order of
+        rows; and the states of all steps, if cuts ask for them.
         """
         weights = self._weights()
-        if cuts is None and self.num_layers == 1 and (sorted_indices is None or h_0 is None):
-            found = short.run(
+        h_0, c_0 = states if len(states) > 1 else (*states, None)
+        is_declined = cuts is None and self.num_layers == 1
+        is_declined = is_declined and (sorted_indices is None or h_0 is None)
+        if is_declined:
+            found = route.fast(
                 self.mode.lower(),
                 self._shape(),
                 input,
@@ -264,31 +244,60 @@ class Layers(Neighbour, torch.nn.RNNBase):
                 self.memory == "recompute",
             )
             if found is not None:
-                return *found, ()
-        autocast = torch._C._is_any_autocast_enabled()
-        if autocast:
-            input, h_0, c_0 = cast(weights[0].dtype, input, h_0, c_0)
-        self._check(weights, input, batch_sizes, h_0, c_0)
-        if sorted_indices is not None and h_0 is not None:
-            h_0 = h_0.index_select(1, sorted_indices)
-            c_0 = None if c_0 is None else c_0.index_select(1, sorted_indices)
-        if cuts is not None and sorted_indices is not None:
-            cuts = cuts.each_state(lambda state: state.index_select(1, sorted_indices))
-        if cuts is not None and autocast:
-            cuts = cuts.each_state(lambda state: state.to(weights[0].dtype))
-        # An agent's call: one step, and resets. A layer without cuts takes the short way.
-        if cuts is not None and not self.bidirectional and cuts.is_start():
-            h_0, c_0 = cuts.begin(h_0, cuts.reset_h), cuts.begin(c_0, cuts.reset_c)
-            cuts = None
-        if not autocast:
-            return self._walk(input, batch_sizes, h_0, c_0, weights, cuts)
+                output, h_n, c_n = found
+                return output, (h_n,) if c_n is None else (h_n, c_n), ()
+        call = self._call(weights, input, batch_sizes, states, cuts)
+        if sorted_indices is not None:
+            call = call.each_state(lambda state: state.index_select(1, sorted_indices))
+        if not torch._C._is_any_autocast_enabled():
+            return route.run_stack(call, is_declined)
         with without_autocast(input):
-            return self._walk(input, batch_sizes, h_0, c_0, weights, cuts)
+            return route.run_stack(call)
 
-    def _cell(self) -> Cell:
+    def _call(
+        self,
+        weights: list[Tensor],
+        input: Tensor,
+        batch_sizes: Tensor | None,
+        states: States,
+        cuts: Cuts | None,
+    ) -> Call:
+        """Check what a caller gave, in torch's words; return it as a call."""
+        reset_to = cuts.reset_to if cuts else ()
+        if torch._C._is_any_autocast_enabled():
+            dtype = weights[0].dtype
+            input, *given = cast(dtype, input, *states)
+            states = tuple(given)
+            reset_to = tuple(None if state is None else state.to(dtype) for state in reset_to)
+        self._check(weights, input, batch_sizes, states)
+        resets = cuts.resets if cuts else None
+        # An agent's call: one step, and resets. Without cuts the fast path may take it.
+        if cuts is not None and not self.bidirectional and cuts.is_start():
+            reset_to = reset_to or (None,) * len(states)
+            states = tuple(map(cuts.begin, states, reset_to))
+            resets, reset_to = None, ()
+        return Call(
+            input,
+            batch_sizes,
+            input.shape[1] if batch_sizes is None else batch_of(input, batch_sizes, *states),
+            states,
+            weights,
+            self.mode.lower(),
+            self.bias,
+            self.bidirectional,
+            self.memory == "recompute",
+            cuts.lengths if cuts else None,
+            resets,
+            reset_to,
+            cuts is not None and cuts.all_states,
+            self.num_layers,
+            self.dropout if self.training else 0.0,
+        )
+
+    def _record(self) -> Cell:
         return CELLS[self.mode.lower()]
 
-    def _shape(self) -> call.Shape:
+    def _shape(self) -> Shape:
         directions = 2 if self.bidirectional else 1
         return self.input_size, self.hidden_size, self.proj_size, directions
 
@@ -302,18 +311,14 @@ class Layers(Neighbour, torch.nn.RNNBase):
 
     @unrecorded
     def _check(
-        self,
-        weights: list[Tensor],
-        input: Tensor,
-        batch_sizes: Tensor | None,
-        h_0: Tensor | None,
-        c_0: Tensor | None,
+        self, weights: list[Tensor], input: Tensor, batch_sizes: Tensor | None, states: States
     ) -> None:
         dtype = weights[0].dtype
         self._check_input(dtype, input, batch_sizes)
+        h_0, *_ = states
         if h_0 is not None:
-            self._check_states(dtype, input, batch_sizes, h_0, c_0)
-        check_devices(input, weights[0], h_0, c_0)
+            self._check_states(dtype, input, batch_sizes, states)
+        check_devices(input, weights[0], states)
         self._check_weights(input, weights)
 
     def _check_input(self, dtype: torch.dtype, input: Tensor, batch_sizes: Tensor | None) -> None:
@@ -328,13 +333,9 @@ class Layers(Neighbour, torch.nn.RNNBase):
             )
 
     def _check_states(
-        self,
-        dtype: torch.dtype,
-        input: Tensor,
-        batch_sizes: Tensor | None,
-        h_0: Tensor,
-        c_0: Tensor | None,
+        self, dtype: torch.dtype, input: Tensor, batch_sizes: Tensor | None, states: States
     ) -> None:
+        h_0, *_ = states
         if batch_sizes is None:
             batch = input.size(1)
         elif batch_sizes.numel():
@@ -343,20 +344,18 @@ class Layers(Neighbour, torch.nn.RNNBase):
             # Without a first step only the states say how many rows there are.
             batch = h_0.size(1) if h_0.dim() > 1 else 0
         rows = self.num_layers * (2 if self.bidirectional else 1)
-        expected = (rows, batch, self.proj_size or self.hidden_size)
-        if h_0.shape != expected:
-            self._reject_size(0, expected, h_0)
-        expected = (rows, batch, self.hidden_size)
-        if c_0 is not None and c_0.shape != expected:
-            self._reject_size(1, expected, c_0)
-        if h_0.dtype != dtype:
-            reject_dtype("RNN", "hx" if c_0 is None else "hx[0]", h_0, dtype)
-        if c_0 is not None and c_0.dtype != dtype:
-            reject_dtype("RNN", "hx[1]", c_0, dtype)
+        for k, state in enumerate(states):
+            size = self.hidden_size if k else self.proj_size or self.hidden_size
+            if state.shape != (rows, batch, size):
+                self._reject_size(k, (rows, batch, size), state)
+        for k, state in enumerate(states):
+            if state.dtype != dtype:
+                reject_dtype("RNN", f"hx[{k}]" if len(states) > 1 else "hx", state, dtype)
 
     def _check_weights(self, input: Tensor, weights: list[Tensor]) -> None:
         """Check all layers before the first one runs, and against this module's own sizes."""
-        rows, out = self._gates * self.hidden_size, self.proj_size or self.hidden_size
+        rows = self._record().gates * self.hidden_size
+        out = self.proj_size or self.hidden_size
         directions = 2 if self.bidirectional else 1
         rest: list[tuple[int, ...]] = [(rows, out)]
         if self.bias:
@@ -368,125 +367,42 @@ class Layers(Neighbour, torch.nn.RNNBase):
             shapes += [(rows, directions * out), *rest] * (directions * (self.num_layers - 1))
         check_weights(self._kind, self._flat_weights_names, weights, shapes, input)
 
-    def explained(
-        self, input: Any, lengths: Any, resets: Any
-    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        """Refuse what forward refuses, and run nothing: for `ostinato.cuda.explain`.
-
-        Args:
-            input: of forward.
-            lengths: likewise.
-            resets: likewise.
-
-        Returns:
-            What the first layer gets: input, (T, B, I) or (N, I); batch_sizes, or None; and the
-            weights of all layers.
-        """
-        self._cuts(input, lengths, resets, None, False)
+    def call_of(self, input: Any, hx: Any, lengths: Any, resets: Any) -> Call:
+        """Return the call that forward would make, or refuse what it refuses."""
+        cuts = self._cuts(input, lengths, resets, None, False)
         data, batch_sizes = input, None
         if isinstance(input, PackedSequence):
             data, batch_sizes = input.data, input.batch_sizes
         if not isinstance(data, Tensor):
             reject_type(self._kind, "input", "a Tensor or a PackedSequence", input)
         if data.is_nested:
-            call.reject_nested(f"{self._kind}: input")
+            reject_nested(f"{self._kind}: input")
+        states = self._states(hx) or ()
         if batch_sizes is None:
-            if data.dim() not in (2, 3):
-                self._reject_dim(data.dim())
-            if data.dim() == 2:
+            dim = data.dim()
+            if dim not in (2, 3):
+                self._reject_dim(dim)
+            for state in states:
+                if state is not None and state.dim() != dim:
+                    self._reject_dims(dim, states)
+            if dim == 2:
                 data = data.unsqueeze(1)
+                states = tuple(None if state is None else state.unsqueeze(1) for state in states)
             elif self.batch_first:
                 data = data.transpose(0, 1)
-        weights = self._weights()
-        if torch._C._is_any_autocast_enabled():
-            data, _, _ = cast(weights[0].dtype, data, None, None)
-        self._check(weights, data, batch_sizes, None, None)
-        return data, batch_sizes, weights
+        return self._call(self._weights(), data, batch_sizes, states, cuts)
 
     def _reject_dim(self, dim: int) -> NoReturn:
-        word = self._cell().dim_word
+        word = self._record().dim_word
         raise ValueError(f"{self._kind}: Expected input to be 2D or 3D, got {dim}D{word} instead")
 
-    def _reject_dims(self, dim: int, h_0: Tensor | None, c_0: Tensor | None) -> NoReturn:
-        assert h_0 is not None
+    def _reject_dims(self, dim: int, states: States) -> NoReturn:
         batched = "unbatched 2-D" if dim == 2 else "batched 3-D"
-        raise RuntimeError(
-            f"For {batched} input, hx should also be {dim}-D but got {h_0.dim()}-D tensor"
+        got = ", ".join(f"{state.dim()}-D" for state in states)
+        what, got = (
+            ("hx", f"{got} tensor") if len(states) == 1 else ("hx and cx", f"({got}) tensors")
         )
+        raise RuntimeError(f"For {batched} input, {what} should also be {dim}-D but got {got}")
 
     def _reject_size(self, index: int, expected: tuple[int, int, int], got: Tensor) -> NoReturn:
         raise RuntimeError(f"Expected hidden size {expected}, got {list(got.shape)}")
-
-    def _walk(
-        self,
-        input: Tensor,
-        batch_sizes: Tensor | None,
-        h_0: Tensor | None,
-        c_0: Tensor | None,
-        weights: list[Tensor],
-        cuts: Cuts | None,
-    ) -> _Run:
-        """Run the layers one after the other, with dropout between them."""
-        layers = self.num_layers
-        is_stack = layers > 1 and cuts is None and self.memory == "keep"
-        # A trace gets a node for each layer, which decides as it runs.
-        if is_stack and input.device.type == "cuda" and not is_recorded():
-            found = fallback.stack(
-                self.mode.lower(),
-                input,
-                batch_sizes,
-                h_0,
-                c_0,
-                weights,
-                layers=layers,
-                has_biases=self.bias,
-                bidirectional=self.bidirectional,
-                dropout=self.dropout if self.training else 0.0,
-            )
-            if found is not None:
-                return *found, ()
-        width = len(weights) // layers
-        h_in, c_in = _per_layer(h_0, layers), _per_layer(c_0, layers)
-        h_out: list[Tensor] = []
-        c_out: list[Tensor] = []
-        h_all: list[Tensor] = []
-        c_all: list[Tensor] = []
-        for k in range(layers):
-            if k and self.dropout and self.training:
-                input = torch.dropout(input, self.dropout, True)
-            arguments = input, batch_sizes, h_in[k], c_in[k], weights[k * width : (k + 1) * width]
-            options: dict[str, Any] = {
-                "has_biases": self.bias,
-                "bidirectional": self.bidirectional,
-                "recompute": self.memory == "recompute",
-            }
-            if cuts is None:
-                input, h_n, c_n = ops.layer(self.mode.lower(), *arguments, **options)
-            else:
-                input, h_n, c_n, cells = ops.cut_layer(
-                    self.mode.lower(),
-                    *arguments,
-                    **options,
-                    lengths=cuts.lengths,
-                    resets=cuts.resets,
-                    reset_h=_per_layer(cuts.reset_h, layers)[k],
-                    reset_c=_per_layer(cuts.reset_c, layers)[k],
-                    all_c=cuts.all_states,
-                )
-                if cuts.all_states:
-                    h_all.append(self._directions_first(input))
-                    if cells is not None:
-                        c_all.append(self._directions_first(cells))
-            h_out.append(h_n)
-            if c_n is not None:
-                c_out.append(c_n)
-        states = tuple(torch.cat(found) for found in (h_all, c_all) if found)
-        if layers == 1:
-            return input, h_n, c_n, states
-        return input, torch.cat(h_out), torch.cat(c_out) if c_out else None, states
-
-    def _directions_first(self, output: Tensor) -> Tensor:
-        """Bring (T, B, D * O) to (D, T, B, O), or (N, D * O) to (D, N, O)."""
-        if not self.bidirectional:
-            return output.unsqueeze(0)
-        return torch.stack(output.chunk(2, -1))

@@ -27,17 +27,11 @@ def is_symbolic(*values: object) -> bool:
 
 
 def leaf(module: torch.nn.Module, *arguments: Any, **named: Any) -> Any:
-    """Write one node that calls the module into the graph of torch.fx.
+    """Write one node that calls a layer or a cell into the graph of torch.fx; return its proxy.
 
-    What torch.nn's layers are to a tracer by the name of their package, ours are by this.
-
-    Args:
-        module: a layer or a cell that forward was called on.
-        arguments: of forward; some are symbolic. None at the end is left out.
-        named: likewise by name; None and False are left out.
-
-    Returns:
-        The proxy of the result.
+    What torch.nn's layers are to a tracer by the name of their package, ours are by this. Some
+    of the arguments of forward are symbolic. The node leaves out None at the end of those by place,
+    and None and False of those by name.
     """
     pending, tracer = [*arguments, *named.values()], None
     while tracer is None:
@@ -53,9 +47,10 @@ def leaf(module: torch.nn.Module, *arguments: Any, **named: Any) -> Any:
             f"{kind}: torch.fx can not look into the layer itself, which is one node of a graph; "
             f"trace a module that holds it, such as torch.nn.Sequential({kind.lower()})"
         )
-    while arguments and arguments[-1] is None:
-        arguments = arguments[:-1]
+    positional = list(arguments)
+    while positional and positional[-1] is None:
+        positional.pop()
     named = {
         name: value for name, value in named.items() if value is not None and value is not False
     }
-    return tracer.create_proxy("call_module", path, arguments, named)
+    return tracer.create_proxy("call_module", path, tuple(positional), named)
