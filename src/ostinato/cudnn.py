@@ -37,8 +37,8 @@ def why_not(call: Call) -> str | None:
         return "it knows no transforms"
     if call.layers > 1:
         # A trace gets a node for each layer, and a layer that is run again runs by itself.
-        is_traced = not traced.why_not(call) or not onnx_node.why_not(call)
-        if is_traced or call.recompute:
+        has_nodes = not traced.why_not(call) or not onnx_node.why_not(call)
+        if has_nodes or call.recompute:
             return "each layer runs by itself here"
         if gpu.decide(call.of_layer(0, input), is_training=keeps(call)).is_ours:
             return "our kernels run its layers"

@@ -229,9 +229,9 @@ class Layers(Neighbour, torch.nn.RNNBase):
         """
         weights = self._weights()
         h_0, c_0 = states if len(states) > 1 else (*states, None)
-        is_declined = cuts is None and self.num_layers == 1
-        is_declined = is_declined and (sorted_indices is None or h_0 is None)
-        if is_declined:
+        is_asked = cuts is None and self.num_layers == 1
+        is_asked = is_asked and (sorted_indices is None or h_0 is None)
+        if is_asked:
             found = route.fast(
                 self.mode.lower(),
                 self._shape(),
@@ -250,7 +250,7 @@ class Layers(Neighbour, torch.nn.RNNBase):
         if sorted_indices is not None:
             call = call.each_state(lambda state: state.index_select(1, sorted_indices))
         if not torch._C._is_any_autocast_enabled():
-            return route.run_stack(call, is_declined)
+            return route.run_stack(call, is_declined=is_asked)
         with without_autocast(input):
             return route.run_stack(call)
 
@@ -291,7 +291,7 @@ class Layers(Neighbour, torch.nn.RNNBase):
             reset_to,
             cuts is not None and cuts.all_states,
             self.num_layers,
-            self.dropout if self.training else 0.0,
+            self.dropout if self.training and self.num_layers > 1 else 0.0,
         )
 
     def _record(self) -> Cell:
