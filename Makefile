@@ -29,7 +29,7 @@ NAMED_CELL := '[!=]= ?"(rnn_tanh|rnn_relu|gru|lstm|RNN|GRU|LSTM)"'
 # A literal position in a list of arguments, results or gradients, which have names (src/ostinato/arrays.py).
 LITERAL_PLACE := '\b((call|arguments|args|values|tensors|inputs|dims|needs|given|results|found|grads|arrived)\[-?[0-9]+\]|(weights|wanted|asked)\[-?[1-9][0-9]*\]|(call|arguments|args|values|tensors|inputs|dims|weights|wanted|asked|results|found|grads|arrived)\[(-?[0-9]+)?:(-?[0-9]+)?\])'
 
-.PHONY: help demo test lint bench bench-quick bench-gpu test-gpu test-arm gpu-ready docs features wheel test-versions sanitize clean
+.PHONY: help demo test lint bench bench-quick bench-turns bench-gpu test-gpu test-arm gpu-ready docs features wheel test-versions sanitize clean
 .DELETE_ON_ERROR:
 
 help:
@@ -38,6 +38,7 @@ help:
 	@echo 'make lint      formatting, types, import rules, weak symbols'
 	@echo 'make bench     ours and every peer interleaved in one process; tables and pictures in build/bench'
 	@echo 'make bench-quick  a tenth of the rows, beside torch.nn alone'
+	@echo 'make bench-turns  this tree and a revision of it in turns, BEFORE=HEAD: what a change costs or gains'
 	@echo 'make bench-gpu    ours beside torch.nn on a GPU, with GPU_PYTHON as it is; tables in benchmarks/results'
 	@echo 'make test-gpu     the tests of the GPU engine, and all others that can run on CUDA tensors, likewise'
 	@echo 'make gpu-ready    what GPU_PYTHON lacks for these two, and the build that they run'
@@ -74,6 +75,13 @@ bench: $(VENV)/bench.stamp
 
 bench-quick: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/run.py --quick $(ARGS)
+
+BEFORE ?= HEAD
+bench-turns: $(VENV)/dev.stamp
+	rm -rf $(BUILD)/before && mkdir -p $(BUILD)/before/tree
+	git archive $(BEFORE) | tar -x -C $(BUILD)/before/tree
+	$(BIN)/pip install --quiet --no-deps --target $(BUILD)/before/site $(BUILD)/before/tree
+	$(BIN)/python benchmarks/turns.py $(BUILD)/before/site $(ARGS)
 
 bench-gpu: $(BUILD)/gpu.stamp
 	PYTHONPATH=$(BUILD)/gpu $(GPU_PYTHON) benchmarks/gpu.py $(ARGS)

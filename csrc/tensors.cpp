@@ -2,6 +2,7 @@
 
 #include <nanobind/stl/array.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <initializer_list>
@@ -40,7 +41,7 @@ struct DlExchange {
 };
 
 constexpr int32_t kDlCpu = 1;
-constexpr uint8_t kDlInt = 0, kDlFloat = 2, kDlBFloat = 4;
+constexpr uint8_t kDlInt = 0, kDlFloat = 2, kDlBFloat = 4, kDlBool = 6;
 
 // What `connect` was given; never released, like the module itself.
 const DlExchange* g_exchange = nullptr;
@@ -82,37 +83,33 @@ public:
     Dtype dtype = Dtype::kFloat32;
 
     // Memory of a strided float tensor on the CPU, dense copies included; null, and declined, for anything else.
-    const void* read(nb::handle object, DlTensor& out, bool make_dense = false) {
+    const void* read(nb::handle object, DlTensor& out, bool may_copy = false) {
         if (!accepts || !look(object.ptr(), out)) return decline();
-        if (!is_dense(out)) {
-            if (!make_dense || kept_ == kCopies) return decline();
-            copies_[kept_] = nb::steal(PyObject_VectorcallMethod(g_contiguous, objects(object.ptr()), 1, nullptr));
-            if (!copies_[kept_].is_valid()) throw nb::python_error();
-            if (!look(copies_[kept_++].ptr(), out)) return decline();
-        }
-        return out.data;
+        return is_dense(out) || (may_copy && make_dense(object, out)) ? out.data : decline();
     }
 
     // The same for a tensor of the given shape, or None.
-    const void* read(nb::handle object, Shape shape, bool make_dense = false) {
+    const void* read(nb::handle object, Shape shape, bool may_copy = false) {
         if (object.is_none() || !accepts) return nullptr;
         DlTensor t;
-        const void* data = read(object, t, make_dense);
+        const void* data = read(object, t, may_copy);
         return data && has_shape(t, shape) ? data : decline();
     }
 
     const void* require(nb::handle object, Shape shape) { return object.is_none() ? decline() : read(object, shape); }
 
-    // Dense int64 [T].
-    const int64_t* read_counts(nb::handle object, int64_t& count) {
+    // The same for a tensor of other numbers than the call's.
+    const void* read_mask(nb::handle object, uint8_t code, uint8_t bits, DlTensor& out) {
+        const bool is_one = accepts && Py_TYPE(object.ptr()) == g_tensor && view(object.ptr(), out) && out.dtype.code == code &&
+                            out.dtype.bits == bits;
+        return is_one && (is_dense(out) || make_dense(object, out)) ? out.data : decline();
+    }
+
+    // What forward kept, as values of the call or as bytes.
+    const void* read_reserve(nb::handle object, int64_t bytes) {
         DlTensor t;
-        if (Py_TYPE(object.ptr()) != g_tensor || !view(object.ptr(), t) || t.dtype.code != kDlInt || t.dtype.bits != 64 ||
-            t.ndim != 1 || !is_dense(t)) {
-            decline();
-            return nullptr;
-        }
-        count = t.shape[0];
-        return static_cast<const int64_t*>(t.data);
+        const bool is_one = accepts && Py_TYPE(object.ptr()) == g_tensor && view(object.ptr(), t) && is_dense(t);
+        return is_one && t.ndim == 1 && t.shape[0] * (t.dtype.bits / 8) == bytes ? t.data : decline();
     }
 
     const void* decline() {
@@ -137,6 +134,14 @@ private:
         const auto negative = nb::steal(PyObject_VectorcallMethod(g_is_neg, objects(object), 1, nullptr));
         if (!negative.is_valid()) throw nb::python_error();
         return negative.ptr() == Py_False;
+    }
+
+    // Puts a dense copy, which lives as long as this, in the place of a tensor.
+    bool make_dense(nb::handle object, DlTensor& out) {
+        if (kept_ == kCopies) return false;
+        copies_[kept_] = nb::steal(PyObject_VectorcallMethod(g_contiguous, objects(object.ptr()), 1, nullptr));
+        if (!copies_[kept_].is_valid()) throw nb::python_error();
+        return view(copies_[kept_++].ptr(), out);
     }
 
     static bool dtype_of(const DlTensor& t, Dtype& out) {
@@ -167,7 +172,7 @@ private:
         return true;
     }
 
-    static constexpr int kCopies = 8;
+    static constexpr int kCopies = 10;
     bool first_ = true;
     int kept_ = 0;
     nb::object copies_[kCopies];
@@ -221,40 +226,55 @@ private:
 
 // ---- a layer, or one step of a cell ----
 
-// What both functions below take: input (T, B, I), or (N, I) with batch_sizes, and states (D, B, ...); with is_step, arrays
-// without dimensions for steps and directions: (B, I) or (I,), and (B, ...) or (H,).
+bool is_tuple(nb::handle object, Py_ssize_t size) {
+    return PyTuple_CheckExact(object.ptr()) && PyTuple_Size(object.ptr()) == size;
+}
+
+// Where each array of a call stands in the tuple that both functions below take (ostinato.cpu.to_tuple). The weights, as in
+// ostinato.ops.layer, come last, or before what cuts rows, in the order of Cut. Input is (T, B, I), or (N, I) with batch_sizes, and
+// states are (D, B, ...); with is_step, they have no dimensions for steps and directions: (B, I) or (I,), and (B, ...) or (H,).
+enum Place : Py_ssize_t { kBatchSizes, kInput, kH0, kC0, kWeights };
+enum Cut : Py_ssize_t { kLengths, kResets, kResetH, kResetC, kCuts };
+
 struct Layer {
     const Cell cell;
     const bool is_step, has_biases;
-    const nb::handle input, batch_sizes, h_0, c_0;
-    const nb::handle weights;  // a tuple, as in ostinato.ops.layer
+    const nb::handle arrays;
 
     Reader reader{};
     DlTensor x{};
     Arguments arguments{};
     Sizes& sizes = arguments.sizes;
     int64_t per_direction = 0;
+    Py_ssize_t cuts = 0;  // the place of the first
+
+    nb::handle at(Py_ssize_t place) const { return PyTuple_GetItem(arrays.ptr(), place); }
+    nb::handle weight(int64_t direction, int64_t index) const {
+        return at(static_cast<Py_ssize_t>(kWeights + direction * per_direction + index));
+    }
+    bool has(Py_ssize_t place) const { return !at(place).is_none(); }
 
     // Reads and checks everything against the sizes of the module: (input_size, hidden_size, proj_size, directions).
     bool read(const std::array<int64_t, 4>& expected) {
         const auto [I, H, P, D] = expected;
         if (static_cast<int>(cell) < 0 || static_cast<int>(cell) >= kCells || (D != 1 && D != 2)) return false;
         if (P && !traits_of(cell).projects) return false;
-        arguments.x = reader.read(input, x, true);
+        per_direction = 2 + 2 * has_biases + (P ? 1 : 0), cuts = static_cast<Py_ssize_t>(kWeights + D * per_direction);
+        const bool is_cut = is_tuple(arrays, cuts + kCuts);
+        if (!is_cut && !is_tuple(arrays, cuts)) return false;
+        arguments.x = reader.read(at(kInput), x, true);
         if (!reader.accepts || x.ndim < 1 || x.ndim > 3 || x.shape[x.ndim - 1] != I || H < 1) return false;
         const int64_t columns = x.ndim > 1 ? x.shape[x.ndim - 2] : 1;
         if (is_step && x.ndim < 3)
             sizes = {1, columns, columns, I, H, P, D, nullptr};
-        else if (!is_step && x.ndim == 3 && batch_sizes.is_none())
+        else if (!is_step && x.ndim == 3 && !has(kBatchSizes))
             sizes = {x.shape[0], x.shape[0] * columns, columns, I, H, P, D, nullptr};
-        else if (is_step || x.ndim != 2 || batch_sizes.is_none() || !read_packed(columns, expected))
+        else if (is_step || x.ndim != 2 || !has(kBatchSizes) || !read_packed(columns, expected))
             return false;
-        arguments.h_0 = state(h_0, sizes.output());
-        arguments.c_0 = state(c_0, H);
-        if (arguments.c_0 && !traits_of(cell).has_c) return false;
+        arguments.h_0 = state(at(kH0), sizes.output()), arguments.c_0 = state(at(kC0), H);
+        if (is_cut && !read_cuts()) return false;
+        if ((arguments.c_0 || arguments.reset_c) && !traits_of(cell).has_c) return false;
         const int64_t rows = gates_of(cell) * H, O = sizes.output();
-        per_direction = 2 + 2 * has_biases + (P ? 1 : 0);
-        if (!PyTuple_CheckExact(weights.ptr()) || PyTuple_Size(weights.ptr()) != D * per_direction) return false;
         for (int64_t d = 0; d < D; d++) {
             Weights<const void*>& w = arguments.weights[d];
             w.ih = reader.require(weight(d, 0), {rows, I});
@@ -267,15 +287,36 @@ struct Layer {
 
     // The checks of ostinato.check.check_batch_sizes. Rows without a step are left to another backend.
     bool read_packed(int64_t rows, const std::array<int64_t, 4>& expected) {
-        int64_t steps = 0, sum = 0;
-        const int64_t* counts = reader.read_counts(batch_sizes, steps);
-        if (!counts || steps == 0 || counts[0] < 1 || counts[0] > rows) return false;
-        for (int64_t t = 0; t < steps; t++) {
-            if (counts[t] < 0 || (t && counts[t] > counts[t - 1])) return false;
-            sum += counts[t];
+        DlTensor t;
+        const auto* counts = static_cast<const int64_t*>(reader.read_mask(at(kBatchSizes), kDlInt, 64, t));
+        if (!counts || t.ndim != 1 || counts[0] < 1 || counts[0] > rows) return false;
+        const int64_t steps = t.shape[0];
+        int64_t sum = 0;
+        for (int64_t i = 0; i < steps; i++) {
+            if (counts[i] < 0 || (i && counts[i] > counts[i - 1])) return false;
+            sum += counts[i];
         }
         sizes = {steps, rows, counts[0], expected[0], expected[1], expected[2], expected[3], counts};
         return sum == rows;
+    }
+
+    // What cuts rows: lengths (B,) of a padded batch, resets (T, B) or (N,), and states that these alone bring.
+    bool read_cuts() {
+        if (is_step) return false;
+        DlTensor t;
+        if (has(cuts + kLengths)) {
+            const auto* lengths = static_cast<const int64_t*>(reader.read_mask(at(cuts + kLengths), kDlInt, 64, t));
+            const auto is_wrong = [&](int64_t n) { return n < 0 || n > sizes.steps; };
+            if (!lengths || sizes.batch_sizes || t.ndim != 1 || t.shape[0] != sizes.batch) return false;
+            if (std::any_of(lengths, lengths + sizes.batch, is_wrong)) return false;
+            arguments.lengths = lengths;
+        }
+        if (!has(cuts + kResets)) return !has(cuts + kResetH) && !has(cuts + kResetC);
+        arguments.resets = static_cast<const uint8_t*>(reader.read_mask(at(cuts + kResets), kDlBool, 8, t));
+        if (!arguments.resets || t.ndim != x.ndim - 1 || !std::equal(t.shape, t.shape + t.ndim, x.shape)) return false;
+        arguments.reset_h = state(at(cuts + kResetH), sizes.output());
+        arguments.reset_c = state(at(cuts + kResetC), sizes.hidden);
+        return true;
     }
 
     // (T, B, D * O), (N, D * O), (B, H) or (H,)
@@ -288,12 +329,9 @@ struct Layer {
 
     Fresh new_output() const {
         const int64_t width = sizes.directions * sizes.output();
-        if (is_step) return new_state(h_0, width);
-        return sizes.batch_sizes ? Fresh(input, {sizes.rows, width}) : Fresh(input, {sizes.steps, sizes.batch, width});
-    }
-
-    nb::handle weight(int64_t direction, int64_t index) const {
-        return PyTuple_GetItem(weights.ptr(), direction * per_direction + index);
+        if (is_step) return new_state(at(kH0), width);
+        return sizes.batch_sizes ? Fresh(at(kInput), {sizes.rows, width})
+                                 : Fresh(at(kInput), {sizes.steps, sizes.batch, width});
     }
 
     const void* state(nb::handle object, int64_t size) {
@@ -303,26 +341,25 @@ struct Layer {
 
     Fresh new_state(nb::handle like, int64_t size) const {
         if (!like.is_none()) return Fresh(like);
-        if (!is_step) return Fresh(input, {sizes.directions, sizes.batch, size});
-        return x.ndim == 2 ? Fresh(input, {sizes.batch, size}) : Fresh(input, {size});
+        if (!is_step) return Fresh(at(kInput), {sizes.directions, sizes.batch, size});
+        return x.ndim == 2 ? Fresh(at(kInput), {sizes.batch, size}) : Fresh(at(kInput), {size});
     }
 };
 
 // Returns (output, h_n, c_n, reserve), with None for h_n of one step (it is the output), for c_n of a cell without c and for
 // reserve without `keep`; or None if it declines.
-nb::object layer_forward(int cell, bool is_step, std::array<int64_t, 4> expected, nb::handle input, nb::handle batch_sizes,
-                         nb::handle h_0, nb::handle c_0, nb::handle weights, bool has_biases, bool keep, bool recompute,
-                         int threads) {
-    Layer layer{static_cast<Cell>(cell), is_step, has_biases, input, batch_sizes, h_0, c_0, weights};
+nb::object layer_forward(int cell, bool is_step, std::array<int64_t, 4> expected, nb::handle arrays, bool has_biases, bool keep,
+                         bool recompute, int threads) {
+    Layer layer{static_cast<Cell>(cell), is_step, has_biases, arrays};
     if (!layer.read(expected)) return nb::none();
     layer.sizes.recompute = recompute;
     const Sizes& z = layer.sizes;
     const bool has_c = traits_of(layer.cell).has_c;
     const Fresh y = layer.new_output();
-    const Fresh h_n = is_step ? Fresh() : layer.new_state(h_0, z.output());
-    const Fresh c_n = has_c ? layer.new_state(c_0, z.hidden) : Fresh();
+    const Fresh h_n = is_step ? Fresh() : layer.new_state(layer.at(kH0), z.output());
+    const Fresh c_n = has_c ? layer.new_state(layer.at(kC0), z.hidden) : Fresh();
     const int64_t kept = keep ? reserve_bytes(layer.cell, layer.reader.dtype, z) : 0;
-    const Fresh reserve = kept ? Fresh(input, {kept / stored_bytes(layer.reader.dtype)}) : Fresh();
+    const Fresh reserve = kept ? Fresh(layer.at(kInput), {kept / stored_bytes(layer.reader.dtype)}) : Fresh();
 
     Forward call{layer.arguments};
     call.y = y.data, call.h_n = h_n.data, call.c_n = c_n.data, call.reserve = reserve.data;
@@ -333,43 +370,47 @@ nb::object layer_forward(int cell, bool is_step, std::array<int64_t, 4> expected
     return nb::make_tuple(y.tensor, h_n.tensor, c_n.tensor, reserve.tensor);
 }
 
-// Returns the gradients of (input, h_0, c_0, *weights), None for one that is not wanted; or None if it declines.
-// output: None where the cell's backward does not read it. grads: of output, h_n and c_n, each may be None.
-nb::object layer_backward(int cell, bool is_step, std::array<int64_t, 4> expected, nb::handle input, nb::handle batch_sizes,
-                          nb::handle h_0, nb::handle c_0, nb::handle weights, bool has_biases, nb::handle output,
-                          nb::handle reserve, nb::handle dy, nb::handle dh_n, nb::handle dc_n, nb::handle wanted,
-                          bool recompute, int threads) {
-    Layer layer{static_cast<Cell>(cell), is_step, has_biases, input, batch_sizes, h_0, c_0, weights};
+// Returns the gradients of `arrays`, None for one that is not wanted or has none; or None if it declines.
+// output: None where the cell's backward does not read it. arrived: a tuple of the gradients of output, h_n (but for one step) and
+// c_n (where the cell has c), each of which may be None.
+nb::object layer_backward(int cell, bool is_step, std::array<int64_t, 4> expected, nb::handle arrays, bool has_biases,
+                          nb::handle output, nb::handle reserve, nb::handle arrived, nb::handle wanted, bool recompute,
+                          int threads) {
+    Layer layer{static_cast<Cell>(cell), is_step, has_biases, arrays};
     if (!layer.read(expected)) return nb::none();
     layer.sizes.recompute = recompute;
     const Sizes& z = layer.sizes;
     Reader& reader = layer.reader;
-    const int64_t kept = reserve_bytes(layer.cell, reader.dtype, z) / stored_bytes(reader.dtype);
+    const int64_t kept = reserve_bytes(layer.cell, reader.dtype, z);
     Backward call{layer.arguments};
     call.y = layer.read_output(output);
     if (!call.y && (z.steps > 1 || traits_of(layer.cell).uses_output)) return nb::none();
-    if (kept) call.reserve = reader.require(reserve, {kept});
-    call.dy = layer.read_output(dy);
-    call.dh_n = layer.state(dh_n, z.output());
-    call.dc_n = layer.state(dc_n, z.hidden);
-    const auto count = static_cast<Py_ssize_t>(3 + z.directions * layer.per_direction);
-    if (!reader.accepts || !PyTuple_CheckExact(wanted.ptr()) || PyTuple_Size(wanted.ptr()) != count) return nb::none();
+    if (kept) call.reserve = reader.read_reserve(reserve, kept);
+    const bool has_h = !is_step, has_c = traits_of(layer.cell).has_c;
+    if (!is_tuple(arrived, 1 + has_h + has_c)) return nb::none();
+    call.dy = layer.read_output(PyTuple_GetItem(arrived.ptr(), 0));
+    if (has_h) call.dh_n = layer.state(PyTuple_GetItem(arrived.ptr(), 1), z.output());
+    if (has_c) call.dc_n = layer.state(PyTuple_GetItem(arrived.ptr(), 1 + has_h), z.hidden);
+    const Py_ssize_t count = PyTuple_Size(arrays.ptr()), cuts = layer.cuts;
+    if (!reader.accepts || !is_tuple(wanted, count)) return nb::none();
 
     const nb::object result = nb::steal(PyTuple_New(count));
-    const auto want = [&](Py_ssize_t index, nb::handle like) -> void* {
-        const bool asked = PyTuple_GetItem(wanted.ptr(), index) == Py_True && !like.is_none();
-        Fresh grad = asked ? Fresh(like) : Fresh();
-        PyTuple_SetItem(result.ptr(), index, grad.tensor.release().ptr());
-        return grad.data;
-    };
-    call.dx = want(0, input), call.dh_0 = want(1, h_0), call.dc_0 = want(2, c_0);
+    void* grads[kWeights + 2 * 5 + kCuts] = {};
+    for (Py_ssize_t place = 0; place < count; place++) {
+        const bool is_mask = place == kBatchSizes || place == cuts + kLengths || place == cuts + kResets;
+        const bool asked = !is_mask && PyTuple_GetItem(wanted.ptr(), place) == Py_True && layer.has(place);
+        Fresh grad = asked ? Fresh(layer.at(place)) : Fresh();
+        PyTuple_SetItem(result.ptr(), place, grad.tensor.release().ptr());
+        grads[place] = grad.data;
+    }
+    call.dx = grads[kInput], call.dh_0 = grads[kH0], call.dc_0 = grads[kC0];
+    call.dreset_h = grads[cuts + kResetH], call.dreset_c = grads[cuts + kResetC];
     for (int64_t d = 0; d < z.directions; d++) {
-        const int64_t first = d * layer.per_direction;
-        const auto grad = [&](int64_t i) { return want(static_cast<Py_ssize_t>(3 + first + i), layer.weight(d, i)); };
+        void** of_weights = grads + kWeights + d * layer.per_direction;
         Weights<void*>& dw = call.grads[d];
-        dw.ih = grad(0), dw.hh = grad(1);
-        if (has_biases) dw.bias_ih = grad(2), dw.bias_hh = grad(3);
-        if (z.projection) dw.hr = grad(layer.per_direction - 1);
+        dw.ih = of_weights[0], dw.hh = of_weights[1];
+        if (has_biases) dw.bias_ih = of_weights[2], dw.bias_hh = of_weights[3];
+        if (z.projection) dw.hr = of_weights[layer.per_direction - 1];
     }
     {
         nb::gil_scoped_release release;
@@ -383,15 +424,12 @@ nb::object layer_backward(int cell, bool is_step, std::array<int64_t, 4> expecte
 void define_tensors(nb::module_& m) {
     m.def("connect", &connect, nb::arg("exchange"), nb::arg("tensor"), nb::arg("parameter"), nb::arg("empty_like"),
           "Opens the fast path for a type of tensors; false if its function table is of another major version.");
-    m.def("tensors_forward", &layer_forward, nb::arg("cell"), nb::arg("is_step"), nb::arg("sizes"), nb::arg("input").none(),
-          nb::arg("batch_sizes").none(), nb::arg("h_0").none(), nb::arg("c_0").none(), nb::arg("weights"),
+    m.def("tensors_forward", &layer_forward, nb::arg("cell"), nb::arg("is_step"), nb::arg("sizes"), nb::arg("arrays"),
           nb::arg("has_biases"), nb::arg("keep"), nb::arg("recompute"), nb::arg("threads"),
           "One layer, or one step of a cell, on plain tensors; None if it declines.");
-    m.def("tensors_backward", &layer_backward, nb::arg("cell"), nb::arg("is_step"), nb::arg("sizes"), nb::arg("input").none(),
-          nb::arg("batch_sizes").none(), nb::arg("h_0").none(), nb::arg("c_0").none(), nb::arg("weights"),
-          nb::arg("has_biases"), nb::arg("output").none(), nb::arg("reserve").none(), nb::arg("dy").none(),
-          nb::arg("dh_n").none(), nb::arg("dc_n").none(), nb::arg("wanted"), nb::arg("recompute"), nb::arg("threads"),
-          "Gradients on plain tensors; None if it declines.");
+    m.def("tensors_backward", &layer_backward, nb::arg("cell"), nb::arg("is_step"), nb::arg("sizes"), nb::arg("arrays"),
+          nb::arg("has_biases"), nb::arg("output").none(), nb::arg("reserve").none(), nb::arg("arrived"), nb::arg("wanted"),
+          nb::arg("recompute"), nb::arg("threads"), "Gradients on plain tensors; None if it declines.");
 }
 
 }  // namespace ostinato

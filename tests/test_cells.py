@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ostinato import fast_path, nn
+from ostinato import cpu, nn
 from support.cells import CELL_MODULES, LAYERS, TORCH_CELL_MODULES, has_c
 from support.devices import device_type
 
@@ -124,7 +124,7 @@ def test_outputs_of_any_dtype_may_be_changed_in_place(name, dtype):
 
 @pytest.mark.parametrize("name", CHANGED)
 def test_outputs_may_be_changed_in_place_without_the_fast_path(name, monkeypatch):
-    monkeypatch.setattr(fast_path, "_IS_OPEN", False)
+    monkeypatch.setattr(cpu, "IS_OPEN", False)
     cell, inputs = make(name)
     check(lambda *a: results(cell, *a), cell, inputs)
 
@@ -208,7 +208,7 @@ READ = ("nobody", "the profiler", "forward mode")
 
 
 @pytest.mark.cpu("the fast path")
-@pytest.mark.skipif(not fast_path._IS_OPEN, reason="this torch has no table of C functions")
+@pytest.mark.skipif(not cpu.IS_OPEN, reason="this torch has no table of C functions")
 @pytest.mark.parametrize("looker", READ)
 def test_what_backward_reads_may_not_be_changed(looker):
     """As with torch.nn.RNNCell: it raises, rather than giving wrong gradients."""
@@ -283,19 +283,19 @@ def with_weight_norm(cell):
 def counted_calls(monkeypatch):
     """Say of each call whether the fast path serves it, and as a cell's."""
     served = []
-    forward = fast_path._core.tensors_forward
+    forward = cpu._core.tensors_forward
 
     def tensors_forward(*arguments):
         found = forward(*arguments)
         served.append((found is not None, arguments[1]))
         return found
 
-    monkeypatch.setattr(fast_path._core, "tensors_forward", tensors_forward)
+    monkeypatch.setattr(cpu._core, "tensors_forward", tensors_forward)
     return served
 
 
 @pytest.mark.cpu("the fast path")
-@pytest.mark.skipif(not fast_path._IS_OPEN, reason="this torch has no table of C functions")
+@pytest.mark.skipif(not cpu.IS_OPEN, reason="this torch has no table of C functions")
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("change", [as_buffers, as_attributes, with_weight_norm])
 @pytest.mark.parametrize("name", CELL_MODULES)
@@ -314,7 +314,7 @@ def test_any_weights_take_the_fast_path(name, change, training, monkeypatch):
 
 
 @pytest.mark.cpu("the fast path")
-@pytest.mark.skipif(not fast_path._IS_OPEN, reason="this torch has no table of C functions")
+@pytest.mark.skipif(not cpu.IS_OPEN, reason="this torch has no table of C functions")
 @pytest.mark.parametrize("name", LAYERS)
 def test_any_weights_of_a_layer_take_the_fast_path(name, monkeypatch):
     layer, x = as_buffers(getattr(nn, name)(I, H)), torch.randn(2, B, I, requires_grad=True)

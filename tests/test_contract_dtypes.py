@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from ostinato import cuda, fast_path, nn
+from ostinato import cpu, cuda, nn
 from support.cells import LAYERS, MODULES, SIX, TORCH_LAYERS
 from support.devices import assert_equal, device_type
 from support.pairs import TORCH_WARNS, assert_same, by_cpu, each, flat, packed, pair, shapes, state
@@ -136,7 +136,7 @@ def test_a_disabled_region_is_no_autocast():
 def test_16_bits_are_the_float32_module_rounded_once(name, dtype, way, monkeypatch):
     torch._dynamo.reset()
     if way == "operator":
-        monkeypatch.setattr(fast_path, "_IS_OPEN", False)
+        monkeypatch.setattr(cpu, "IS_OPEN", False)
     narrow = getattr(nn, name)(4, 8, dtype=dtype)
     wide = copy.deepcopy(narrow).float()
     x, h = shapes(name, dtype=dtype)

@@ -73,13 +73,15 @@ def built():
 
 def compare(forward, backward, call, schedule=0):
     """Run both time loops and hold every result and gradient to the reference."""
-    # A sum of H products rounds in proportion to the root of H.
-    eps = EPS[forward.math] * max(1.0, forward.hidden**0.5 / 10)
+    eps = EPS[forward.math]
     found, reserve = emulation.forward(forward, call, schedule)
     results, wide = found.flat(), widened(call)
     expected = reference_backend.results(wide._replace(all_states=True)).flat()
-    for mine, other in zip(results, expected, strict=True):
-        assert errors(mine, other) <= 6 * eps
+    # Long sums in float32 may err as much as the reference does in float32.
+    single = wide.with_tensors([t if t is None else t.detach().float() for t in wide.tensors()])
+    singles = reference_backend.results(single._replace(all_states=True)).flat()
+    for mine, other, third in zip(results, expected, singles, strict=True):
+        assert errors(mine, other) <= max(6 * eps, errors(third, other))
     grads = [torch.randn(r.shape).to(r.dtype) for r in results]
     arrived = Results.of(grads, len(call.initial))
     found = emulation.backward(backward, call, arrived, found.output, reserve, schedule)

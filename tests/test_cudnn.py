@@ -248,3 +248,19 @@ def test_a_layer_on_a_gpu_is_torch_s(kind):
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(7, 3, 8, device="cuda")
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:dropout option adds dropout")
+def test_one_layer_has_no_dropout_and_is_differentiated_again(monkeypatch):
+    module = nn.GRU(2, 3, dropout=0.5, dtype=torch.float64)
+    x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+    run = cudnn.run
+    monkeypatch.setattr(cudnn, "run", lambda *given: once(run(*given)))
+    found = []
+    for output in (cudnn.layer(module.call_of(x, None, None, None)).output, module(x)[0]):
+        (slope,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(slope.square().sum(), x))
+    torch.testing.assert_close(*found)
+    # What dropout drew between two layers is cuDNN's own.
+    stack = nn.GRU(2, 3, 2, dropout=0.5, dtype=torch.float64)
+    assert stack.call_of(x, None, None, None).dropout == 0.5

@@ -9,13 +9,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ostinato import fast_path, nn
+from ostinato import cpu, fast_path, nn
 from support.cells import FIRST_CELLS, RECORDS, has_c
 from support.pairs import cell_module
 from support.samples import SAMPLES, draw, gradients
 
 pytestmark = pytest.mark.skipif(
-    not fast_path._IS_OPEN, reason="this torch has no table of C functions for its tensors"
+    not cpu.IS_OPEN, reason="this torch has no table of C functions for its tensors"
 )
 
 cells = pytest.mark.parametrize("kind", FIRST_CELLS)
@@ -102,6 +102,50 @@ DECLINED = {
     "a cell's input": {"is_step": True},
     "batch_sizes of padded input": {"batch_sizes": torch.tensor([2] * 5)},
 }
+LENGTHS, RESETS, STATE = torch.tensor([5, 0]), torch.zeros(5, 2) > 0, torch.randn(1, 2, 4)
+# lengths, resets, reset_h and reset_c
+DECLINED |= {
+    f"cuts: {what}": {"cuts": cuts}
+    for what, cuts in {
+        "too few": (LENGTHS, RESETS, None),
+        "lengths past the steps": (torch.tensor([5, 6]), None, None, None),
+        "lengths below 0": (torch.tensor([-1, 5]), None, None, None),
+        "lengths of three rows": (torch.tensor([5, 5, 5]), None, None, None),
+        "lengths 2D": (LENGTHS[None], None, None, None),
+        "lengths int32": (LENGTHS.int(), None, None, None),
+        "lengths float": (LENGTHS.double(), None, None, None),
+        "lengths list": ([5, 0], None, None, None),
+        "lengths meta": (LENGTHS.to("meta"), None, None, None),
+        "resets of a step": (None, RESETS[0], None, None),
+        "resets of three rows": (None, torch.zeros(5, 3) > 0, None, None),
+        "resets 3D": (None, RESETS[None], None, None),
+        "resets of bytes": (None, RESETS.to(torch.uint8), None, None),
+        "a list of resets": (None, [[False] * 2] * 5, None, None),
+        "reset_h without resets": (LENGTHS, None, STATE, None),
+        "reset_c without resets": (LENGTHS, None, None, STATE),
+        "shape of reset_h": (None, RESETS, STATE[0], None),
+        "dtype of reset_c": (None, RESETS, None, STATE.double()),
+    }.items()
+}
+DECLINED |= {
+    "reset_c of a GRU": {"cell": "gru", "c_0": None, "cuts": (None, RESETS, None, STATE)},
+    "cuts: a cell's": {"input": torch.randn(2, 3), "h_0": None, "c_0": None, "is_step": True}
+    | {"cuts": (LENGTHS, None, None, None)},
+    "cuts: lengths of packed input": {"input": torch.randn(6, 3), "h_0": None, "c_0": None}
+    | {"batch_sizes": torch.tensor([2] * 3), "cuts": (torch.tensor([3, 3]), None, None, None)},
+}
+
+
+def test_it_takes_cuts():
+    for cuts in (
+        (LENGTHS, None, None, None),
+        (None, RESETS, STATE, None),
+        (LENGTHS, RESETS.t().contiguous().t(), STATE[:, :1].expand(1, 2, 4), STATE),
+        (None, None, None, None),
+    ):
+        assert call(cuts=cuts) is not None
+    states = {"h_0": None, "c_0": None, "batch_sizes": torch.tensor([2] * 3)}
+    assert call(input=torch.randn(6, 3), **states, cuts=(None, RESETS[:3].flatten(), None, None))
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -147,7 +191,7 @@ def test_it_steps_aside_where_somebody_looks_on(monkeypatch):
     def refuse(*_):
         pytest.fail("the fast path was taken")
 
-    monkeypatch.setattr(fast_path._core, "tensors_forward", refuse)
+    monkeypatch.setattr(cpu._core, "tensors_forward", refuse)
     with pytest.raises(pytest.fail.Exception):
         call()
     with Mode():
@@ -172,9 +216,92 @@ def test_without_it_the_bits_are_the_same(kind, monkeypatch):
     results = sample.run()
     seeds = [torch.randn_like(result) for result in results]
     expected = [*results, *gradients(results, sample.leaves(), seeds)]
-    monkeypatch.setattr(fast_path, "_IS_OPEN", False)
+    monkeypatch.setattr(cpu, "IS_OPEN", False)
     results = sample.run()
     same([*results, *gradients(results, sample.leaves(), seeds)], expected)
+
+
+CUT_LAYERS = [
+    (nn.GRU, {}),
+    (nn.LSTM, {"bidirectional": True, "batch_first": True}),
+    (nn.LSTM, {"num_layers": 2, "proj_size": 2}),
+    (nn.RNN, {"num_layers": 3, "bidirectional": True, "bias": False}),
+]
+
+
+def cut_layer(kind, options, dtype=torch.float32):
+    """Return a layer, its input, states and states of resets as leaves, and where to cut."""
+    layer = kind(3, 4, dtype=dtype, **options)
+    rows = layer.num_layers * (1 + layer.bidirectional)
+    widths = [layer.proj_size or 4, 4][: 1 + (kind is nn.LSTM)]
+    x = torch.randn(3, 5, 3) if layer.batch_first else torch.randn(5, 3, 3)
+    leaves = [x, *(torch.randn(rows, 3, width) for width in widths * 2)]
+    leaves = [leaf.to(dtype).requires_grad_() for leaf in leaves]
+    return layer, leaves, {"lengths": [5, 0, 3], "resets": torch.rand(x.shape[:2]) < 0.4}
+
+
+def run_cut(layer, leaves, cuts):
+    """Return output and last states."""
+    x, *states = leaves
+    count = len(states) // 2
+    hx, reset_to = (s[0] if count == 1 else s for s in (states[:count], states[count:]))
+    if "resets" in cuts:
+        cuts = cuts | {"reset_to": reset_to}
+    output, last = layer(x, hx, **cuts)
+    return [output, *outputs(last)]
+
+
+@pytest.mark.parametrize(("kind", "options"), CUT_LAYERS)
+@pytest.mark.parametrize("without", ["nothing", "lengths", "resets"])
+def test_without_it_cut_rows_and_stacks_have_the_same_bits(kind, options, without, monkeypatch):
+    layer, leaves, cuts = cut_layer(kind, options)
+    cuts.pop(without, None)
+    every, found = [*leaves, *layer.parameters()], []
+    for is_open in (True, False):
+        monkeypatch.setattr(cpu, "IS_OPEN", is_open)
+        results = run_cut(layer, leaves, cuts)
+        seeds = [torch.full_like(result, 0.5) for result in results]
+        found.append([*results, *gradients(results, every, seeds)])
+        with torch.no_grad():
+            found[-1] += run_cut(layer, leaves, cuts)
+    same(*found)
+
+
+@pytest.mark.parametrize(("kind", "options"), CUT_LAYERS)
+def test_cut_rows_and_stacks_take_it(kind, options, monkeypatch):
+    layer, leaves, cuts = cut_layer(kind, options)
+    counted, forward = [], cpu._core.tensors_forward
+    monkeypatch.setattr(
+        cpu._core, "tensors_forward", lambda *a: counted.append(forward(*a)) or counted[-1]
+    )
+    monkeypatch.setattr(cpu._core, "forward", lambda *_: pytest.fail("it declined"))
+    run_cut(layer, leaves, cuts)
+    assert len(counted) == layer.num_layers
+    assert None not in counted
+
+
+@pytest.mark.parametrize(("kind", "options"), CUT_LAYERS)
+def test_gradgradcheck_of_cut_rows(kind, options):
+    layer, leaves, cuts = cut_layer(kind, options, torch.float64)
+    assert torch.autograd.gradgradcheck(
+        lambda *leaves: tuple(run_cut(layer, leaves, cuts)), leaves, fast_mode=True
+    )
+
+
+@pytest.mark.parametrize("wrong", ["layers", "batch", "dims"])
+def test_a_stack_with_wrong_states_is_refused_as_ever(wrong):
+    layer = nn.GRU(3, 4, num_layers=2)
+    shape = {"layers": (4, 2, 4), "batch": (2, 3, 4), "dims": (4, 4)}[wrong]
+    with pytest.raises(RuntimeError, match=r"hidden size|hx should"):
+        layer(torch.randn(5, 2, 3), torch.randn(shape))
+
+
+def test_a_stack_whose_later_layer_declines_runs_on_the_route():
+    layer, x = nn.GRU(3, 4, num_layers=2), torch.randn(5, 2, 3)
+    expected = layer(x)
+    dense = layer.weight_hh_l1.detach()
+    layer.weight_hh_l1 = torch.nn.Parameter(dense.t().contiguous().t())
+    same(layer(x), expected)
 
 
 def cell_call(kind, batch=None, training=True):
@@ -195,7 +322,7 @@ def test_without_it_a_cell_gives_the_same_bits(kind, batch, monkeypatch):
     leaves = [x, *outputs(hx), *cell.parameters()]
     found = []
     for is_open in (True, False):
-        monkeypatch.setattr(fast_path, "_IS_OPEN", is_open)
+        monkeypatch.setattr(cpu, "IS_OPEN", is_open)
         results = outputs(cell(x, hx))
         seeds = [torch.ones_like(result) for result in results]
         found.append([*results, *torch.autograd.grad(results, leaves, seeds)])
@@ -267,7 +394,7 @@ def test_batched_gradients_of_a_cell(kind):
 @pytest.mark.parametrize("way", ["fast", "operator"])
 @pytest.mark.parametrize("kind", [*FIRST_CELLS, "packed both ways", "projected"])
 def test_batched_gradients_of_a_layer(kind, way, monkeypatch):
-    monkeypatch.setattr(fast_path, "_IS_OPEN", way == "fast")
+    monkeypatch.setattr(cpu, "IS_OPEN", way == "fast")
     sample = draw(**SAMPLES[kind], dtype=torch.float64).training()
     output = sample.run()[0]
     seeds = torch.randn(3, *output.shape, dtype=torch.float64)
@@ -281,7 +408,7 @@ def test_batched_gradients_of_a_layer(kind, way, monkeypatch):
 
 @pytest.mark.parametrize("way", ["fast", "operator"])
 def test_second_derivatives_where_there_are_no_steps(way, monkeypatch):
-    monkeypatch.setattr(fast_path, "_IS_OPEN", way == "fast")
+    monkeypatch.setattr(cpu, "IS_OPEN", way == "fast")
     for h_0 in (None, torch.randn(1, 2, 4, requires_grad=True)):
         layer, x = nn.GRU(3, 4), torch.randn(0, 2, 3, requires_grad=True)
         output, h_n = layer(x, h_0)
@@ -298,7 +425,7 @@ def test_second_derivatives_where_there_are_no_steps(way, monkeypatch):
 
 @pytest.mark.parametrize("way", ["fast", "operator"])
 def test_the_last_derivative_asks_for_no_further_one(way, monkeypatch):
-    monkeypatch.setattr(fast_path, "_IS_OPEN", way == "fast")
+    monkeypatch.setattr(cpu, "IS_OPEN", way == "fast")
     sample = draw("gru").training()
     first = torch.autograd.grad(sample.run()[0].square().sum(), sample.input, create_graph=True)
     (second,) = torch.autograd.grad(first[0].square().sum(), sample.input)
@@ -308,7 +435,7 @@ def test_the_last_derivative_asks_for_no_further_one(way, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["rnn_tanh", "gru", "packed both ways", "projected"])
 def test_gradgradcheck_through_the_operator(kind, monkeypatch):
-    monkeypatch.setattr(fast_path, "_IS_OPEN", False)
+    monkeypatch.setattr(cpu, "IS_OPEN", False)
     sample = draw(**SAMPLES[kind], dtype=torch.float64).training()
 
     def function(*leaves):

@@ -241,6 +241,11 @@ void run(Cell cell, Dtype dtype, const Call& call, int threads) {
     rows.gather(call, packed, threads);
     run_whole(cell, dtype, packed, threads);
     rows.scatter(call, packed, threads);
+    if constexpr (std::is_same_v<Call, Forward>) {
+        // What is kept of steps that are not taken: nothing, and not what the memory held before.
+        const int64_t kept = reserve_bytes(cell, dtype, packed.sizes), all = reserve_bytes(cell, dtype, call.sizes);
+        if (call.reserve) std::memset(static_cast<char*>(call.reserve) + kept, 0, static_cast<size_t>(all - kept));
+    }
 }
 
 template <class Call>

@@ -102,38 +102,15 @@ class Call(NamedTuple):
         for k in range(count, most):
             if initial[k] is not None or reset_to[k] is not None:
                 count = k + 1
-        return cls(
-            input,
-            batch_sizes,
-            batch,
-            tuple(initial[:count]),
-            weights,
-            cell,
-            has_biases,
-            bidirectional,
-            recompute,
-            lengths,
-            resets,
-            tuple(reset_to[:count]),
-            **options,
-        )
+        front = input, batch_sizes, batch, tuple(initial[:count]), weights
+        masks = recompute, lengths, resets, tuple(reset_to[:count])
+        return cls(*front, cell, has_biases, bidirectional, *masks, **options)
 
     def parameters(self) -> list[Any]:
         """Return the arguments of an operator, in the order of `arrays.PARAMETERS`."""
-        return [
-            self.input,
-            self.batch_sizes,
-            self.batch,
-            *padded(self.initial),
-            self.weights,
-            self.cell,
-            self.has_biases,
-            self.bidirectional,
-            self.recompute,
-            self.lengths,
-            self.resets,
-            *padded(self.reset_to),
-        ]
+        front = self.input, self.batch_sizes, self.batch, *padded(self.initial), self.weights
+        options = self.cell, self.has_biases, self.bidirectional, self.recompute
+        return [*front, *options, self.lengths, self.resets, *padded(self.reset_to)]
 
     def named_parameters(self) -> dict[str, Any]:
         """Return `parameters` by name."""
@@ -196,28 +173,13 @@ class Call(NamedTuple):
 
     def with_tensors(self, values: Sequence[Any]) -> Call:
         """Return the call on other `tensors`."""
-        count = len(self.initial)
-        input, *rest = values
-        return self._replace(
-            input=input,
-            initial=tuple(rest[:count]),
-            reset_to=tuple(rest[count : 2 * count]),
-            weights=rest[2 * count :],
-        )
+        return self._replace(**self.parts(values)._asdict())
 
     def with_arrays(self, values: Sequence[Any]) -> Call:
         """Return the call on other `arrays`."""
-        count = len(self.initial)
-        batch_sizes, lengths, resets, input, *rest = values
-        return self._replace(
-            input=input,
-            batch_sizes=batch_sizes,
-            initial=tuple(rest[:count]),
-            weights=rest[2 * count :],
-            lengths=lengths,
-            resets=resets,
-            reset_to=tuple(rest[count : 2 * count]),
-        )
+        batch_sizes, lengths, resets, *tensors = values
+        masks = {"batch_sizes": batch_sizes, "lengths": lengths, "resets": resets}
+        return self._replace(**masks, **self.parts(tensors)._asdict())
 
     def bare(self) -> Call:
         """Return the call without arrays: what a rule has to know beside these."""

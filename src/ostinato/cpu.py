@@ -1,12 +1,12 @@
-"""The CPU engine for torch: by addresses, or by the tensors themselves.
+"""The CPU engine for torch: by the tensors themselves, or by addresses.
 
-`forward` and `backward` check a call and hand over addresses. They serve one call or an ensemble:
-several calls of one size, in one run that spreads them over the threads; an array that all models
-share has no dimension for them, of the others it is the first.
+`plain_forward` and `plain_backward` hand over tensors. C++ checks them (csrc/tensors.cpp) in a
+tenth of the time, and declines what it does not know: another type, device or shape, weights that
+are not dense.
 
-`plain_forward` and `plain_backward` hand over the tensors themselves. C++ checks them
-(csrc/tensors.cpp) in a tenth of the time, and declines what it does not know: another type, device
-or shape, weights that are not dense.
+`forward` and `backward` ask it too. What it declines they check, and hand over addresses. They
+serve one call or an ensemble: several calls of one size, in one run that spreads them over the
+threads; an array that all models share has no dimension for them, of the others it is the first.
 
 Legend: T steps, B batch, N packed rows, H hidden, D directions, V models of an ensemble.
 """
@@ -21,13 +21,30 @@ import torch
 from torch import Tensor
 
 from ostinato import _core, arrays, profile
+from ostinato.arrays import STATES
 from ostinato.call import Call, Parts, Results, Shape, padded
 from ostinato.cells import CELLS
 from ostinato.check import check_lengths, shape_of, shapes_of
 from ostinato.sizes import Sizes, five_per_direction
-from ostinato.tensors import DTYPES, address, check_backward, check_call, thread_count
+from ostinato.tensors import (
+    DTYPES,
+    address,
+    batch_of,
+    check_backward,
+    check_call,
+    thread_count,
+)
 
 _Maybe = Sequence[Tensor | None]
+
+
+def _connect() -> bool:
+    """Let C++ read tensors if this torch has DLPack's table of C functions (2.10 and later)."""
+    table = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    return table is not None and _core.connect(table, Tensor, torch.nn.Parameter, torch.empty_like)
+
+
+IS_OPEN = _connect()
 
 
 class Ensemble(NamedTuple):
@@ -159,17 +176,19 @@ def forward(call: Call, keep: bool, ensemble: Ensemble | None = None) -> tuple[R
 
     Returns the results, and what is kept for backward: bytes, (V, ...) of an ensemble.
     """
+    if (plain := _plain(call, ensemble)) is not None:
+        config, _, tensors = plain
+        returned = plain_forward(config, keep, tensors)
+        if returned is not None:
+            output, *last, bytes_kept = returned
+            bytes_kept = call.input.new_empty(0) if bytes_kept is None else bytes_kept
+            return Results(output, tuple(last[: len(call.initial)])), bytes_kept.view(torch.uint8)
     first, sizes = _sizes(call, ensemble)
     input, models = call.input, (ensemble.models,) if ensemble else ()
     table, shapes = call.results().flat(), shapes_of(first, sizes)
     found = [input.new_empty((*models, *shapes[array.name])) for array in table]
     kept = reserve_bytes(first, sizes) if keep else 0
     reserve = input.new_empty((*models, kept), dtype=torch.uint8)
-    if kept and call.lengths is not None:
-        # Steps that are not taken leave their part as it was, but reserve depends on the inputs
-        # alone.
-        rows = 0 if ensemble else int(call.lengths.sum())
-        reserve[..., reserve_bytes(first, sizes._replace(rows=rows)) :].zero_()
     _, *own = call.arrays()
     written = [*found, reserve if keep else None]
     _run(False, first, sizes, [*own, *written], ensemble, [True] * len(written))
@@ -191,6 +210,15 @@ def backward(
     `call.tensors()`; returned are the gradients, of an ensemble one of each model, and None where
     not wanted.
     """
+    plain = None if any(grad is not None for grad in arrived.every) else _plain(call, ensemble)
+    if plain is not None:
+        config, is_cut, tensors = plain
+        asked = to_tuple((False,) * 3, call.parts(wanted), is_cut, absent=False)
+        ends = arrived.output, *arrived.last
+        returned = plain_backward(config, tensors, output, reserve, ends, asked)
+        if returned is not None:
+            _, parts = of_tuple(returned, len(call.weights))
+            return call.padded_parts(parts.padded()).flat()
     first, sizes = _sizes(call, ensemble)
     given = [*arrived.flat(), output, reserve]
     flags = ensemble.of_results if ensemble else (False,) * len(given)
@@ -221,112 +249,76 @@ def backward(
 # steps and directions.
 Config = tuple[str, bool, Shape, bool, bool]
 
-# Of the records, what each call asks: a cell's whole call takes a few microseconds.
+# Looked up once: a cell's whole call takes a few microseconds.
 _NUMBERS = {name: cell.number for name, cell in CELLS.items()}
+_is_profiled = torch._C._autograd._profiler_enabled
 
 
-def plain_forward(
-    config: Config,
-    keep: bool,
-    batch_sizes: Any,
-    input: Any,
-    h_0: Any,
-    c_0: Any,
-    *weights: Any,
-) -> Any:
-    """Return output, h_n, c_n and what is kept for backward, or None if these are declined."""
+# What cuts rows, at the end of a tuple: lengths, resets, and the states of these.
+_NO_CUTS = (None, None, *[None] * len(STATES))
+
+
+def to_tuple(masks: Sequence[Any], parts: Parts, is_cut: bool, absent: Any = None) -> Any:
+    """Return the arrays of a call as C++ takes them (csrc/tensors.cpp), or one entry for each.
+
+    `masks` are batch_sizes, lengths and resets; what cuts rows comes last, and only if `is_cut`.
+    """
+    batch_sizes, *cuts = masks
+    states = padded(parts.initial, absent=absent)
+    cuts = [*cuts, *padded(parts.reset_to, absent=absent)] if is_cut else []
+    return batch_sizes, parts.input, *states, *parts.weights, *cuts
+
+
+def of_tuple(values: Sequence[Any], weights: int) -> tuple[Sequence[Any], Parts]:
+    """Return masks and parts of what `to_tuple` made; an entry for each state that any cell has."""
+    most = len(STATES)
+    batch_sizes, input, *rest = values
+    initial, own, cuts = rest[:most], rest[most : most + weights], rest[most + weights :]
+    lengths, resets, *reset_to = cuts or _NO_CUTS
+    return (batch_sizes, lengths, resets), Parts(input, tuple(initial), tuple(reset_to), own)
+
+
+def _plain(call: Call, ensemble: Ensemble | None) -> tuple[Config, bool, Any] | None:
+    """Return what C++ takes of tensors, and whether rows are cut; None where it takes none."""
+    shape = None if ensemble or call.all_states or not IS_OPEN else shape_of(call)
+    # It takes B from the arrays.
+    if shape is None or call.batch != batch_of(call.input, call.batch_sizes, None):
+        return None
+    masks = call.batch_sizes, call.lengths, call.resets
+    parts = call.parts(call.tensors())
+    is_cut = call.is_cut or any(state is not None for state in parts.reset_to)
+    config = call.cell, False, shape, call.has_biases, call.recompute
+    return config, is_cut, to_tuple(masks, parts, is_cut)
+
+
+def plain_forward(config: Config, keep: bool, tensors: tuple[Any, ...]) -> Any:
+    """Return output, h_n, c_n and what is kept for backward, or None if these are declined.
+
+    `tensors` are in the order of `to_tuple`.
+    """
     cell, is_step, shape, has_biases, recompute = config
-    return _core.tensors_forward(
-        _NUMBERS.get(cell, -1),
-        is_step,
-        shape,
-        input,
-        batch_sizes,
-        h_0,
-        c_0,
-        weights,
-        has_biases,
-        keep,
-        recompute,
-        thread_count(),
-    )
+    options = has_biases, keep, recompute, thread_count()
+    return _core.tensors_forward(_NUMBERS.get(cell, -1), is_step, shape, tensors, *options)
 
 
 def plain_backward(
     config: Config,
-    tensors: _Maybe,
+    tensors: tuple[Any, ...],
     output: Tensor | None,
     reserve: Tensor | None,
-    arrived: _Maybe,
-    wanted: Sequence[bool],
+    arrived: tuple[Tensor | None, ...],
+    wanted: tuple[bool, ...],
 ) -> Any:
-    """Return the gradients of input, h_0, c_0 and weights, or None if these are declined.
+    """Return the gradients of `tensors`, or None if these are declined.
 
     `config` and `tensors` are what forward took, `output` and `reserve` what it returned; output
-    may be None where one step does not read it. `arrived` holds the gradients of output, h_n and
-    c_n; `wanted` has a flag for input, h_0, c_0 and each weight.
+    may be None where one step does not read it. `arrived` holds the gradients of output, of h_n but
+    for one step, and of c_n where the cell has c; `wanted` has a flag for each of `tensors`.
     """
     cell, is_step, shape, has_biases, recompute = config
-    batch_sizes, input, h_0, c_0, *weights = tensors
-    arguments: Any = (
-        _NUMBERS[cell],
-        is_step,
-        shape,
-        input,
-        batch_sizes,
-        h_0,
-        c_0,
-        tuple(weights),
-        has_biases,
-        output,
-        reserve,
-        *arrived,
-        wanted,
-        recompute,
-        thread_count(),
-    )
-    if not profile.is_on():
-        return _core.tensors_backward(*arguments)
+    given: Any = (output, reserve, arrived, wanted, recompute, thread_count())
+    number = _NUMBERS[cell]
+    if not _is_profiled():
+        return _core.tensors_backward(number, is_step, shape, tensors, has_biases, *given)
     with profile.shown(cell, "backward"):
-        return _core.tensors_backward(*arguments)
-
-
-def _plain(call: Call) -> tuple[Config, list[Any]] | None:
-    """Return what both take of a call without cuts; None where its sizes make no sense."""
-    shape = shape_of(call)
-    if shape is None:
-        return None
-    config = call.cell, False, shape, call.has_biases, call.recompute
-    return config, [call.batch_sizes, call.input, *padded(call.initial), *call.weights]
-
-
-def forward_plainly(call: Call, keep: bool) -> tuple[Results, Tensor] | None:
-    """`forward` on plain tensors, without cuts; None where C++ declines."""
-    plain = _plain(call)
-    if plain is None:
-        return None
-    config, tensors = plain
-    found = plain_forward(config, keep, *tensors)
-    if found is None:
-        return None
-    output, *last, kept = found
-    kept = call.input.new_empty((0,)) if kept is None else kept
-    return Results(output, tuple(s for s in last if s is not None)), kept.view(torch.uint8)
-
-
-def backward_plainly(
-    call: Call, arrived: Results, output: Tensor, reserve: Tensor, wanted: Sequence[bool]
-) -> list[Tensor | None] | None:
-    """`backward` on plain tensors, without cuts; None where C++ declines."""
-    plain = _plain(call)
-    if plain is None or any(grad is not None for grad in arrived.every):
-        return None
-    parts, count = call.parts(wanted), len(call.initial)
-    reserve = reserve.contiguous().view(-1).view(call.input.dtype)
-    asked = (parts.input, *padded(parts.initial, absent=False), *parts.weights)
-    grads = arrived.output, *padded(arrived.last)
-    found = plain_backward(*plain, output, reserve, grads, asked)
-    if found is None:
-        return None
-    dx, dh_0, dc_0, *dw = found
-    return Parts(dx, (dh_0, dc_0)[:count], (None,) * count, dw).flat()
+        return _core.tensors_backward(number, is_step, shape, tensors, has_biases, *given)

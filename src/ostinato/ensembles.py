@@ -152,10 +152,7 @@ def unmapped(
 def run(plan: Plan, values: Maybe) -> tuple[Tensor, ...]:
     """Run a layer, or each model of an ensemble."""
     call = plan.call(values)
-    found = None
-    if not (plan.models or call.is_cut or call.all_states):
-        found = cpu.forward_plainly(call, plan.keep)
-    results, reserve = found or cpu.forward(call, plan.keep, plan.ensemble())
+    results, reserve = cpu.forward(call, plan.keep, plan.ensemble())
     if plan.keep and not call.is_cut:
         reserve = by_rows(call, results.output, reserve, plan.models)
     return *results.flat(), reserve
@@ -165,21 +162,16 @@ def run_backward(plan: Plan, values: Maybe) -> tuple[Tensor, ...]:
     """Run the gradient of a layer, or of each model of an ensemble."""
     taken = plan.taken(values)
     call = plan.call(taken.arrays)
-    found: Maybe | None = None
-    if not plan.models and not call.is_cut:
-        arrived, output, reserve, _ = taken
-        found = cpu.backward_plainly(call, arrived, output, reserve, plan.wanted)
-    if found is None:
-        flags = plan.taken(plan.per_model or (False,) * len(values))
-        reserve = taken.reserve.contiguous()
-        found = cpu.backward(
-            call,
-            taken.arrived,
-            taken.output,
-            reserve.view(plan.models, -1) if plan.models and flags.reserve else reserve.view(-1),
-            plan.wanted,
-            plan.ensemble(flags.front(), flags.arrays),
-        )
+    flags = plan.taken(plan.per_model or (False,) * len(values))
+    reserve = taken.reserve.contiguous()
+    found = cpu.backward(
+        call,
+        taken.arrived,
+        taken.output,
+        reserve.view(plan.models, -1) if plan.models and flags.reserve else reserve.view(-1),
+        plan.wanted,
+        plan.ensemble(flags.front(), flags.arrays),
+    )
     return tuple(grad for grad in found if grad is not None)
 
 

@@ -36,8 +36,9 @@ def explain(layer: Any, x: Any, hx: Any = None, *, lengths: Any = None, resets: 
     Example:
         >>> import torch
         >>> from ostinato import nn
-        >>> print(explain(nn.GRU(3, 4), torch.zeros(5, 2, 3), resets=torch.zeros(5, 2) > 0))
-        fast path: rows are cut, or the states of all steps are asked for
+        >>> meta = {"device": "meta"}
+        >>> print(explain(nn.GRU(3, 4, **meta), torch.zeros(5, 2, 3, **meta)))
+        fast path: it runs float32, float64, bfloat16 and float16 on the CPU
         class of tensors: no argument has a __torch_function__ of its own
         torch.jit.trace: it does not record
         torch.onnx.export: nothing is traced

@@ -8,17 +8,19 @@ Legend: T steps, B batch, I input, H hidden.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
-from ostinato import _core, profile
+from ostinato import cpu, profile
+from ostinato.arrays import STATES
 from ostinato.call import Call, Results, Shape, padded
 from ostinato.cells import CELLS
 from ostinato.check import shape_of
-from ostinato.cpu import Config, plain_backward, plain_forward
+from ostinato.cpu import Config, of_tuple, plain_backward, plain_forward, to_tuple
 from ostinato.gradients import gradients, is_asked, is_beyond_engine
 from ostinato.tensors import DTYPES, batch_of
 
@@ -35,27 +37,18 @@ _is_profiled = torch._C._autograd._profiler_enabled
 _HAVE_C = {name for name, cell in CELLS.items() if cell.has_c}
 
 
-def _connect() -> bool:
-    """Open the fast path if this torch has DLPack's table of C functions (2.10 and later)."""
-    table = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    return table is not None and _core.connect(table, Tensor, torch.nn.Parameter, torch.empty_like)
-
-
-_IS_OPEN = _connect()
-
-
 class _DeclinedError(Exception):
     """The fast path does not serve these tensors."""
 
 
 def why_not(call: Call) -> str | None:
     """Say why it does not serve a call; None where C++ is to look at the tensors."""
-    if not _IS_OPEN:
+    if not cpu.IS_OPEN:
         return "this torch has no table of C functions (DLPack 1)"
     if not _is_alone():
         return "a compiler, tracer, mode, transform or region of autocast looks on"
-    if call.is_cut or call.all_states:
-        return "rows are cut, or the states of all steps are asked for"
+    if call.all_states:
+        return "the states of all steps are asked for"
     if type(call.input) is not Tensor and type(call.input) is not torch.nn.Parameter:
         return "input is of a class of tensors of its own"
     if has_torch_function((*call.arrays(),)):
@@ -72,16 +65,13 @@ def why_not(call: Call) -> str | None:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-# Of states of resets.
-_NOTHING = ((), *((None,) * len(cell.states) for cell in CELLS.values()))
 
 
 def layer(call: Call) -> Results | None:
     """Run a layer, or decline: at less cost than `why_not` takes to say why."""
     # A class of tensors, or a mode, is not to see that somebody asks for shapes.
-    is_cut = call.lengths is not None or call.resets is not None or call.reset_to not in _NOTHING
     plain, (first, *_) = _PLAIN, call.weights or (None,)
-    if is_cut or call.all_states or type(call.input) not in plain or type(first) not in plain:
+    if call.all_states or type(call.input) not in plain or type(first) not in plain:
         return None
     if torch._C._len_torch_function_stack():
         return None
@@ -89,8 +79,11 @@ def layer(call: Call) -> Results | None:
     if shape is None:
         return None
     h_0, c_0 = padded(call.initial)
-    arguments = call.batch_sizes, h_0, c_0, tuple(call.weights), call.has_biases, call.recompute
-    found = run(call.cell, shape, call.input, *arguments)
+    arguments = call.batch_sizes, h_0, c_0, call.weights, call.has_biases, call.recompute
+    cuts: tuple[Any, ...] = ()
+    if call.is_cut or call.reset_to:
+        cuts = call.lengths, call.resets, *padded(call.reset_to)
+    found = run(call.cell, shape, call.input, *arguments, cuts)
     if found is None:
         return None
     output, *last = found
@@ -104,27 +97,29 @@ def run(
     batch_sizes: Any,
     h_0: Any,
     c_0: Any,
-    weights: tuple[Any, ...],
+    weights: Sequence[Any],
     has_biases: bool,
     recompute: bool = False,
+    cuts: tuple[Any, ...] = (),
     is_step: bool = False,
 ) -> tuple[Tensor, Any, Any] | None:
     """Run a layer, or one step of a cell, at a tenth of the dispatcher's cost per call.
 
-    The arguments are those of `ostinato.ops.layer`. With `is_step` input is (B, I) or (I,), and
-    states are (B, H) or (H,), without dimensions for steps and directions. Everything is checked in
-    C++ against `shape`, the sizes that the module was made with.
+    The arguments are those of `ostinato.ops.layer`; `cuts` are nothing, or lengths, resets
+    and the two states of resets. With `is_step` input is (B, I) or (I,), and states are (B, H) or
+    (H,), without dimensions for steps and directions. Everything is checked in C++ against `shape`,
+    the sizes that the module was made with.
 
     Returns output, h_n and c_n, where h_n is None with `is_step`, and c_n but for an LSTM. Returns
     None instead of the three where somebody looks on, or where anything is not as expected.
     """
-    if not _IS_OPEN or not _is_alone():
+    if not cpu.IS_OPEN or not _is_alone():
         return None
     config = cell, is_step, shape, has_biases, recompute
-    arguments = batch_sizes, input, h_0, c_0, *weights
-    if torch.is_grad_enabled() and _any_requires_grad(*arguments):
+    tensors = batch_sizes, input, h_0, c_0, *weights, *cuts
+    if torch.is_grad_enabled() and _any_requires_grad(*tensors):
         try:
-            found: Any = _apply(config, *arguments)
+            found: Any = _apply(config, *tensors)
         except _DeclinedError:
             return None
         if not is_step:
@@ -134,16 +129,65 @@ def run(
         h, c = found
         return h, None, c
     forward = _shown_forward if _is_profiled() else plain_forward
-    found = forward(config, False, *arguments)
+    found = forward(config, False, tensors)
     if found is None:
         return None
     output, h_n, c_n, _ = found
     return output, h_n, c_n
 
 
-def _shown_forward(config: Config, keep: bool, *tensors: Any) -> Any:
+def run_stack(
+    cell: str,
+    shape: Shape,
+    input: Any,
+    batch_sizes: Any,
+    h_0: Any,
+    c_0: Any,
+    weights: Sequence[Any],
+    has_biases: bool,
+    recompute: bool,
+    cuts: tuple[Any, ...],
+) -> tuple[Tensor, Any, Any] | None:
+    """Run a stack of layers without dropout, or decline it as a whole.
+
+    The arguments are those of `run`; states are (L * D, B, ...), `shape` is of the first layer.
+    """
+    # A mode of functions is to see each layer.
+    if not _is_alone() or torch._C._len_torch_function_stack():
+        return None
+    _, hidden, projection, directions = shape
+    later = (projection or hidden) * directions, hidden, projection, directions
+    count = _weights(shape, has_biases)
+    layers, last = len(weights) // count, []
+    masks, reset_to = cuts[:2], cuts[2:]
+    states: list[Any] = []
+    for state in (h_0, c_0, *reset_to):
+        if state is None:
+            states.append((None,) * layers)
+        elif type(state) in _PLAIN and state.dim() == 3 and len(state) == layers * directions:
+            states.append(state.split(directions))
+        else:
+            return None
+    for k, (h_0, c_0, *to) in enumerate(zip(*states, strict=True)):
+        own = h_0, c_0, weights[k * count : (k + 1) * count], has_biases, recompute
+        found = run(cell, later if k else shape, input, batch_sizes, *own, (*masks, *to))
+        if found is None:
+            return None
+        input, *ends = found
+        last.append(ends)
+    h_n, c_n = (None if ends[0] is None else torch.cat(ends) for ends in zip(*last, strict=True))
+    return input, h_n, c_n
+
+
+def _weights(shape: Shape, has_biases: bool) -> int:
+    """Return how many weights a layer has."""
+    *_, projection, directions = shape
+    return directions * (2 + 2 * has_biases + (projection > 0))
+
+
+def _shown_forward(config: Config, keep: bool, tensors: tuple[Any, ...]) -> Any:
     with profile.shown(config[0], "forward"):
-        return plain_forward(config, keep, *tensors)
+        return plain_forward(config, keep, tensors)
 
 
 def _is_alone() -> bool:
@@ -162,27 +206,17 @@ class _FastPath(torch.autograd.Function):
     """The fast path with its gradient. Raises _DeclinedError."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        config: Config,
-        batch_sizes: Any,
-        input: Any,
-        h_0: Any,
-        c_0: Any,
-        *weights: Any,
-    ) -> Any:
+    def forward(ctx: Any, config: Config, *tensors: Any) -> Any:
         cell, is_step, *_ = config
         forward = _shown_forward if _is_profiled() else plain_forward
-        found = forward(config, True, batch_sizes, input, h_0, c_0, *weights)
+        found = forward(config, True, tensors)
         if found is None:
             raise _DeclinedError
         output, h_n, c_n, reserve = found
         # One step of a GRU or an LSTM is differentiated without its output, which the caller may
         # then change in place, as with torch's cells.
-        reads_output = CELLS[cell].reads_output or not is_step
-        ctx.save_for_backward(
-            output if reads_output else None, reserve, batch_sizes, input, h_0, c_0, *weights
-        )
+        reads_output = not is_step or CELLS[cell].reads_output
+        ctx.save_for_backward(output if reads_output else None, reserve, *tensors)
         ctx.config = config
         ctx.set_materialize_grads(False)
         if is_step:
@@ -191,41 +225,41 @@ class _FastPath(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        _, is_step, *_ = ctx.config
-        wanted = ctx.needs_input_grad[2:]
-        dy, *last = grads
-        arrived = dy, *padded((None, *last) if is_step else last)
-        if all(grad is None for grad in arrived):
-            return (None, None, *[None] * len(wanted))
+        wanted = ctx.needs_input_grad[1:]
+        for grad in grads:
+            if grad is not None:
+                break
+        else:
+            return (None, *[None] * len(wanted))
         # read once: a checkpoint recomputes at every reading
         output, reserve, *tensors = ctx.saved_tensors
         found: Any = None
-        if not is_beyond_engine(arrived):
-            found = plain_backward(ctx.config, tensors, output, reserve, arrived, wanted)
+        if not is_beyond_engine(grads):
+            given = output, reserve, grads, wanted
+            found = plain_backward(ctx.config, tuple(tensors), *given)
         if found is None:
-            _, *wanted = is_asked(ctx, tensors)
-            found = _differentiate(ctx.config, tensors, output, reserve, arrived, wanted)
-        return (None, None, *found)
+            found = _differentiate(ctx, tensors, output, reserve, grads)
+        return (None, *found)
 
 
-def _differentiate(
-    config: Config, tensors: Any, output: Any, reserve: Any, arrived: Any, wanted: Any
-) -> list[Tensor | None]:
+def _differentiate(ctx: Any, tensors: Any, output: Any, reserve: Any, arrived: Any) -> Any:
     """Differentiate where C++ does not: in any order, or many gradients at once."""
-    cell, is_step, shape, has_biases, recompute = config
-    batch_sizes, input, h_0, c_0, *weights = tensors
-    count = len(CELLS[cell].states)
-    batch = 0 if is_step else batch_of(input, batch_sizes, h_0, c_0)
+    cell, is_step, shape, has_biases, recompute = ctx.config
     *_, directions = shape
-    options = cell, has_biases, directions == 2, recompute
-    call = Call(input, batch_sizes, batch, (h_0, c_0)[:count], weights, *options)
-    of_input, of_h, of_c, *of_weights = wanted
-    asked = [of_input, *(of_h, of_c)[:count], *[False] * count, *of_weights]
+    count = _weights(shape, has_biases)
+    (batch_sizes, *cuts), parts = of_tuple(tensors, count)
+    input, initial, reset_to, weights = parts
+    batch = 0 if is_step else batch_of(input, batch_sizes, *initial)
+    options = cell, has_biases, directions == 2, recompute, *cuts
+    call = Call.of(input, batch_sizes, batch, *initial, weights, *options, *reset_to)
     dy, *last = arrived
+    ends = (None, *last) if is_step else tuple(last)
+    results = Results(dy, ends, (None,) * (len(ends) - 1))
     kept = None if reserve is None else reserve.view(torch.uint8)
-    results = Results(dy, tuple(last[:count]), (None,) * (count - 1))
-    parts = call.parts(gradients(call, results, output, kept, asked, is_step))
-    return [parts.input, *padded(parts.initial), *parts.weights]
+    _, asked = of_tuple(is_asked(ctx, tensors), count)
+    wanted = call.padded_parts(asked.padded()).flat()
+    found = call.parts(gradients(call, results, output, kept, wanted, is_step))
+    return to_tuple((None,) * 3, found, len(tensors) > len(weights) + 2 + len(STATES))
 
 
 # torch's own `Function.apply` first asks for transforms and what they left behind; the engine

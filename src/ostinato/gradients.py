@@ -20,6 +20,7 @@ from ostinato.batches import is_batch
 from ostinato.call import Call, Results
 
 _functorch = torch._C._functorch
+_is_legacy_batch = _functorch.is_legacy_batchedtensor
 
 _Maybe = Sequence[Tensor | None]
 
@@ -39,11 +40,13 @@ def saved(ctx: Any) -> tuple[Call, Any, Any]:
 
 def is_beyond_engine(grads: _Maybe) -> bool:
     """Whether gradients are to be differentiated themselves, or are many at once (vmap)."""
-    return torch.is_grad_enabled() or any(
+    if torch.is_grad_enabled():
+        return True
+    for grad in grads:
         # torch.autograd.grad makes them of the one kind, torch.vmap of the other.
-        grad is not None and (is_batch(grad) or _functorch.is_batchedtensor(grad))
-        for grad in grads
-    )
+        if grad is not None and (_is_legacy_batch(grad) or _functorch.is_batchedtensor(grad)):
+            return True
+    return False
 
 
 def is_asked(ctx: Any, tensors: Sequence[Tensor | None]) -> list[bool]:

@@ -4,8 +4,8 @@ Each backend says why it does not serve a call, or runs it. `explain` prints the
 call with L layers: a backend that takes stacks gets it whole, otherwise its layers go the route one
 after the other. A cell is a call with one step.
 
-The modules ask the fast path before, with what they were given (`fast`): that a call is well formed
-is checked there in C++, at a tenth of what all else here costs.
+The modules ask the fast path before, with what they were given (`fast`, `fast_stack`): that a call
+is well formed is checked there in C++, at a tenth of what all else here costs.
 
 Legend: T steps, B batch, N packed rows, H hidden, O output of a step (proj_size, or H), L layers,
 D directions.
@@ -39,7 +39,7 @@ from ostinato.tensors import DTYPES, batch_of, check_call, keeps, reject_nested,
 
 _log = logging.getLogger("ostinato")
 
-fast = fast_path.run
+fast, fast_stack = fast_path.run, fast_path.run_stack
 
 
 class Backend(NamedTuple):

@@ -35,32 +35,11 @@ class RNN(Layers):
         memory: "keep", or "recompute" to keep no gates for backward, which then computes them
             again: the same gradients bit for bit, in about 4/3 of the time.
 
-    `forward(input, hx=None, *, lengths=None, resets=None, reset_to=None, return_all_states=False)`
-    takes
-
-    - input: (T, B, I), (B, T, I) with batch_first, (T, I) for one sequence, or a PackedSequence.
-    - hx: h_0, (L * D, B, H), or (L * D, H) for one sequence; None means zeros.
-    - lengths: (B,), steps of each row, unsorted, from 0 to T: a tensor on any device, a NumPy
-      array, or a list of whole numbers. Past its end a row's output is zero; h_n is its last state;
-      the reverse direction starts there.
-    - resets: bool, (T, B) in the layout of `input`: a row begins anew before this step.
-    - reset_to: shaped as hx, or (L * D, H) for all rows: the state with which it does; None means
-      zeros.
-    - return_all_states: whether to return h of every layer and step as well.
-
-    and computes in the dtype of the weights under torch.autocast.
-
-    Returns:
-        From `forward`: output, (T, B, D * H) in the layout of `input`, and h_n, shaped as h_0 in
-        the order layer 0, layer 0 reverse, layer 1, ... No steps: an empty output and h_n = h_0.
-        With return_all_states h of all steps as a third, (L * D, T, B, H), or (L * D, N, H) in the
-        order of packed input.
+    `forward` says what it takes and returns.
 
     Raises:
         TypeError: an argument of another Python type.
-        ValueError: a size, dropout or nonlinearity out of range; input of another number of
-            dimensions or another dtype than the weights.
-        RuntimeError: sizes that do not fit.
+        ValueError: a size, dropout or nonlinearity out of range.
 
     Example:
         >>> import torch
@@ -132,32 +111,11 @@ class GRU(Layers):
         memory: "keep", or "recompute" to keep no gates for backward, which then computes them
             again: the same gradients bit for bit, in about 4/3 of the time.
 
-    `forward(input, hx=None, *, lengths=None, resets=None, reset_to=None, return_all_states=False)`
-    takes
-
-    - input: (T, B, I), (B, T, I) with batch_first, (T, I) for one sequence, or a PackedSequence.
-    - hx: h_0, (L * D, B, H), or (L * D, H) for one sequence; None means zeros.
-    - lengths: (B,), steps of each row, unsorted, from 0 to T: a tensor on any device, a NumPy
-      array, or a list of whole numbers. Past its end a row's output is zero; h_n is its last state;
-      the reverse direction starts there.
-    - resets: bool, (T, B) in the layout of `input`: a row begins anew before this step.
-    - reset_to: shaped as hx, or (L * D, H) for all rows: the state with which it does; None means
-      zeros.
-    - return_all_states: whether to return h of every layer and step as well.
-
-    and computes in the dtype of the weights under torch.autocast.
-
-    Returns:
-        From `forward`: output, (T, B, D * H) in the layout of `input`, and h_n, shaped as h_0 in
-        the order layer 0, layer 0 reverse, layer 1, ... No steps: an empty output and h_n = h_0.
-        With return_all_states h of all steps as a third, (L * D, T, B, H), or (L * D, N, H) in the
-        order of packed input.
+    `forward` says what it takes and returns.
 
     Raises:
         TypeError: an argument of another Python type.
-        ValueError: a size or dropout out of range; input of another number of dimensions or another
-            dtype than the weights.
-        RuntimeError: sizes that do not fit.
+        ValueError: a size or dropout out of range.
 
     Example:
         >>> import torch
@@ -219,33 +177,11 @@ class LSTM(Layers):
         memory: "keep", or "recompute" to keep no gates for backward, which then computes them
             again: the same gradients bit for bit, in about 4/3 of the time.
 
-    `forward(input, hx=None, *, lengths=None, resets=None, reset_to=None, return_all_states=False)`
-    takes
-
-    - input: (T, B, I), (B, T, I) with batch_first, (T, I) for one sequence, or a PackedSequence.
-    - hx: (h_0, c_0) as a tuple or a list, (L * D, B, O) and (L * D, B, H), without B for one
-      sequence; None means zeros.
-    - lengths: (B,), steps of each row, unsorted, from 0 to T: a tensor on any device, a NumPy
-      array, or a list of whole numbers. Past its end a row's output is zero; h_n is its last state;
-      the reverse direction starts there.
-    - resets: bool, (T, B) in the layout of `input`: a row begins anew before this step.
-    - reset_to: shaped as hx, or (L * D, O) and (L * D, H) for all rows: the states with which it
-      does; None means zeros.
-    - return_all_states: whether to return h and c of every layer and step as well.
-
-    and computes in the dtype of the weights under torch.autocast.
-
-    Returns:
-        From `forward`: output, (T, B, D * O) in the layout of `input`, and (h_n, c_n), shaped as
-        h_0 and c_0 in the order layer 0, layer 0 reverse, layer 1, ... No steps: an empty output
-        and the initial states. With return_all_states (h, c) of all steps as a third,
-        (L * D, T, B, O) and (L * D, T, B, H), or with N for T and B in the order of packed input.
+    `forward` says what it takes and returns.
 
     Raises:
         TypeError: an argument of another Python type.
-        ValueError: a size or dropout out of range; input of another number of dimensions or another
-            dtype than the weights.
-        RuntimeError: sizes that do not fit.
+        ValueError: a size or dropout out of range.
 
     Example:
         >>> import torch

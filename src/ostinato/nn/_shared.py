@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ostinato import route
-from ostinato.call import Call, Shape, States
+from ostinato.call import Call, Shape, States, padded
 from ostinato.cells import CELLS, Cell
 from ostinato.nn._arguments import (
     attribute,
@@ -100,7 +100,36 @@ class Layers(Neighbour, torch.nn.RNNBase):
         reset_to: Any = None,
         return_all_states: bool = False,
     ) -> Any:
-        """Check the arguments in torch's order, bring them to (T, B, I), and run the layers."""
+        """Run the layers over a batch or a sequence.
+
+        Computes in the dtype of the weights, under torch.autocast too. O is proj_size, or H.
+
+        Args:
+            input: (T, B, I), (B, T, I) with batch_first, (T, I) for one sequence, or a
+                PackedSequence.
+            hx: h_0, (L * D, B, O); of an LSTM (h_0, c_0) as a tuple or a list, where c_0 has H for
+                O. Without B for one sequence; None means zeros.
+            lengths: (B,), steps of each row, unsorted, from 0 to T: a tensor on any device, a NumPy
+                array, or a list of whole numbers. Past its end a row's output is zero; h_n is its
+                last state; the reverse direction starts there.
+            resets: bool, (T, B) in the layout of `input`: a row begins anew before this step.
+            reset_to: shaped as hx, or without B for all rows: the state with which it does; None
+                means zeros.
+            return_all_states: whether to return the states of every layer and step as well.
+
+        Returns:
+            output, (T, B, D * O) in the layout of `input`, and h_n, of an LSTM (h_n, c_n), shaped
+            as hx in the order layer 0, layer 0 reverse, layer 1, ... No steps: an empty output and
+            the initial states. With return_all_states h of all steps as a third, of an LSTM (h, c):
+            (L * D, T, B, O), where c has H for O, or with N for T and B in the order of packed
+            input.
+
+        Raises:
+            TypeError: an argument of another Python type.
+            ValueError: input of another number of dimensions or another dtype than the weights;
+                lengths out of range.
+            RuntimeError: sizes that do not fit.
+        """
         cuts = None
         if (
             lengths is not None
@@ -208,7 +237,7 @@ class Layers(Neighbour, torch.nn.RNNBase):
         return (hx,)
 
     def _result(self, output: Any, last: States, every: States) -> Any:
-        return (output, *last, *every[:1])
+        return (output, *last, *every[:1]) if every else (output, *last)
 
     def _run(
         self,
@@ -228,20 +257,27 @@ class Layers(Neighbour, torch.nn.RNNBase):
         rows; and the states of all steps, if cuts ask for them.
         """
         weights = self._weights()
-        h_0, c_0 = states if len(states) > 1 else (*states, None)
-        is_asked = cuts is None and self.num_layers == 1
-        is_asked = is_asked and (sorted_indices is None or h_0 is None)
-        if is_asked:
-            found = route.fast(
+        h_0, c_0 = (*states, None) if len(states) == 1 else states
+        is_one, is_asked, given = self.num_layers == 1, True, ()
+        if cuts is not None:
+            is_asked = not cuts.all_states
+            given = cuts.lengths, cuts.resets, *padded(cuts.reset_to)
+        if sorted_indices is not None:
+            # States are still in the caller's order of rows.
+            is_asked = is_asked and h_0 is None and (cuts is None or cuts.resets is None)
+        if is_asked and (is_one or not (self.dropout and self.training)):
+            fast = route.fast if is_one else route.fast_stack
+            found = fast(
                 self.mode.lower(),
                 self._shape(),
                 input,
                 batch_sizes,
                 h_0,
                 c_0,
-                tuple(weights),
+                weights,
                 self.bias,
                 self.memory == "recompute",
+                given,
             )
             if found is not None:
                 output, h_n, c_n = found
@@ -250,7 +286,7 @@ class Layers(Neighbour, torch.nn.RNNBase):
         if sorted_indices is not None:
             call = call.each_state(lambda state: state.index_select(1, sorted_indices))
         if not torch._C._is_any_autocast_enabled():
-            return route.run_stack(call, is_declined=is_asked)
+            return route.run_stack(call, is_declined=is_asked and is_one)
         with without_autocast(input):
             return route.run_stack(call)
 
