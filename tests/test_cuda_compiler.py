@@ -111,6 +111,17 @@ extern "C" __global__ void __launch_bounds__(1024, 2) walk(volatile float* x, lo
     assert compiled.spill_loads > 0
 
 
+def test_a_compiler_that_says_nothing_is_believed(text, cache, monkeypatch):
+    # As NVRTC does where another process of the user has just compiled the same.
+    monkeypatch.setattr(compiler._Log, "write", lambda log, text: None)
+    compiled = compiler.compile(Config(), "sm_80")
+    assert b"walk" in compiled.cubin
+    assert compiled.registers is compiled.spill_stores is None
+    assert compiler._read(cache, compiler._key(text, Config(), "sm_80")) == compiled
+    with pytest.raises(CompileError, match="expected a kernel named wal"):
+        compiler.compile(Config(entry="wal"), "sm_80")
+
+
 @pytest.mark.parametrize(
     ("arch", "defines", "entry", "says"),
     [

@@ -125,6 +125,40 @@ def test_every_shape(cell, math, shape, kind, schedule):
 
 
 @pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_what_is_kept_depends_on_the_inputs_alone(cell, kind, monkeypatch):
+    forward, _ = pair(cell, "fp32", SHAPES["cluster of 2, four groups"])
+    call, new_empty, kept = emulation.draw(cell, forward.hidden, kind), torch.Tensor.new_empty, []
+    for before in (0, 255):
+
+        def used(self, *shape, before=before, **options):
+            found = new_empty(self, *shape, **options)
+            found.view(torch.uint8).fill_(before)
+            return found
+
+        monkeypatch.setattr(torch.Tensor, "new_empty", used)
+        kept.append(emulation.forward(forward, call)[1])
+    assert torch.equal(*kept)
+
+
+@pytest.mark.usefixtures("built")
+def test_a_region_of_autocast_changes_no_bit():
+    # Users call backward in it, where forward's own precautions are over.
+    forward, backward = pair("gru", "fp32", SHAPES["cluster of 2, four groups"])
+    call = emulation.draw("gru", forward.hidden)
+    seeds = Results.of([torch.randn(5, 5, 2 * forward.hidden), None], 1)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            results, reserve = emulation.forward(forward, call)
+            grads = emulation.backward(backward, call, seeds, results.output, reserve)
+        found.append([t for t in [*results.flat(), *grads] if t is not None])
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.usefixtures("built")
 @pytest.mark.parametrize("kind", ["padded", "lengths", "resets packed"])
 @pytest.mark.parametrize("shape", ["block, odd", "cluster of 4, two groups", "grid of 4"])
 def test_every_kind_of_rows_in_every_order_of_fibers(shape, kind):

@@ -220,7 +220,7 @@ def test_products_have_the_walks_precision_and_leave_torchs_switch(outside):
     matmul.fp32_precision = outside
     try:
         for math, wanted in (("tf32", "tf32"), ("fp32", "ieee"), ("bf16", outside)):
-            with sequence.products_in(math):
+            with sequence.products_in(math, torch.zeros(1)):
                 assert matmul.fp32_precision == wanted
             assert matmul.fp32_precision == outside
     finally:

@@ -104,6 +104,27 @@ def test_the_reference_differentiates_again_what_torch_s_operator_cannot(kind):
     assert not torch.autograd.gradgradcheck(as_it_is, sample.leaves(), **options)
 
 
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_torch_s_operator_is_given_dense_weights_and_states(cell, monkeypatch):
+    # cuDNN's raises where a weight is a slice of others, as each model's is under vmap.
+    sample = draw(cell)
+    views = sample.each(lambda t: torch.stack([t, t], -1)[..., 0])
+    operator, seen = cudnn.TORCH_OPERATORS[cell], []
+
+    def watched(input, hx, weights, *options):
+        seen.extend([*(hx if cell == "lstm" else [hx]), *weights])
+        return operator(input, hx, weights, *options)
+
+    monkeypatch.setitem(cudnn.TORCH_OPERATORS, cell, watched)
+    found, expected = (
+        cudnn.run(call, check_call(call)).flat() for call in map(call_of, (views, sample))
+    )
+    assert not any(leaf.is_contiguous() for leaf in views.leaves())
+    assert all(tensor.is_contiguous() for tensor in seen)
+    for one, two in zip(found, expected, strict=True):
+        assert torch.equal(one, two)
+
+
 # ---- stacks ----
 
 

@@ -68,7 +68,8 @@ def run(call: Call, sizes: Sizes) -> Results:
     """
     input, rows = call.input, call.layers * sizes.directions
     widths = sizes.output, *[sizes.hidden] * (len(call.initial) - 1)
-    # It takes weights and input of any strides, but nothing else.
+    # It takes input of any strides, but nothing else.
+    weights = [weight.contiguous() for weight in call.weights]
     states = [
         input.new_zeros(rows, sizes.batch, width) if state is None else state.contiguous()
         for width, state in zip(widths, call.initial, strict=True)
@@ -79,9 +80,9 @@ def run(call: Call, sizes: Sizes) -> Results:
     options = call.has_biases, call.layers, call.dropout, train, call.bidirectional
     operator = TORCH_OPERATORS[call.cell]
     if call.batch_sizes is None:
-        output, *last = operator(input, hx, call.weights, *options, False)
+        output, *last = operator(input, hx, weights, *options, False)
     else:
-        output, *last = operator(input, call.batch_sizes.contiguous(), hx, call.weights, *options)
+        output, *last = operator(input, call.batch_sizes.contiguous(), hx, weights, *options)
     return Results(output, tuple(last))
 
 

@@ -60,13 +60,17 @@ class Instantiation(Protocol):
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel's machine code, and what ptxas said of it."""
+    """A kernel's machine code, and what ptxas said of it.
+
+    Nothing runs by what it said: NVRTC keeps what it compiled, for all processes of a user, and
+    says nothing where it finds it there. Facts are None then.
+    """
 
     cubin: bytes
-    registers: int
-    stack_bytes: int
-    spill_stores: int
-    spill_loads: int
+    registers: int | None
+    stack_bytes: int | None
+    spill_stores: int | None
+    spill_loads: int | None
     log: str
 
 
@@ -212,13 +216,16 @@ def _clean(log: str) -> str:
 
 def _measured(cubin: bytes, entry: str, log: str, what: str) -> Compiled:
     """Read from ptxas's log what the kernel uses; functions that it calls are listed as well."""
+    # The section of machine code that each kernel has.
+    if f".text.{entry}\0".encode() not in cubin:
+        raise CompileError(f"{what}: expected a kernel named {entry}, found none", log)
     found = re.search(
         rf"Function properties for {re.escape(entry)}\n\D*(\d+) bytes stack frame, "
         r"(\d+) bytes spill stores, (\d+) bytes spill loads\n.*Used (\d+) registers",
         log,
     )
     if found is None:
-        raise CompileError(f"{what}: expected a kernel named {entry}, found none", log)
+        return Compiled(cubin, None, None, None, None, log)
     stack, stores, loads, registers = map(int, found.groups())
     return Compiled(cubin, registers, stack, stores, loads, log)
 

@@ -23,6 +23,7 @@ from ostinato.call import Call, Parts, Results
 from ostinato.check import gradients, shapes_of
 from ostinato.cuda.config import Config
 from ostinato.sizes import Sizes
+from ostinato.tensors import without_autocast
 
 
 class Launcher(Protocol):
@@ -77,7 +78,7 @@ def forward(
     flat = x.reshape(sizes.rows, sizes.input)
     weights = _directions(call, sizes)
     gates_x = x.new_empty(directions, sizes.rows, call.kind.gates * sizes.hidden)
-    with products_in(config.math):
+    with products_in(config.math, x):
         for d, (weight_ih, *_) in enumerate(weights):
             assert weight_ih is not None
             torch.mm(flat, weight_ih.t(), out=gates_x[d])
@@ -89,7 +90,7 @@ def forward(
         tuple(x.new_empty(shapes[array.name]) for array in table.last),
         tuple(make(shapes[array.name]) for array in table.every),
     )
-    reserve = x.new_empty(reserve_bytes(call, sizes) if keep else 0, dtype=torch.uint8)
+    reserve = make(reserve_bytes(call, sizes) if keep else 0, dtype=torch.uint8)
     given = {**_both(weights), **_states(call), "gates_x": gates_x, "reserve": reserve}
     given.update(zip((array.name for array in table.flat()), results.flat(), strict=True))
     _launch(config, launch, sizes, rows, x, [given.get(name) for name in FORWARD])
@@ -130,7 +131,7 @@ def backward(
         given.update((f"grad_{a.name}", grad) for a, grad in zip(table, grads, strict=False))
     _launch(config, launch, sizes, rows, x, [given.get(name) for name in BACKWARD])
     rounded = tuple(None if t is None else t.to(x.dtype) for t in reset_to)
-    with products_in(config.math):
+    with products_in(config.math, x):
         dx, dweights = _products(call, sizes, rows, dgates, output, weights, asked)
     return Parts(dx, initial, rounded, dweights).flat()
 
@@ -316,10 +317,11 @@ _precision = threading.Lock()
 
 
 @contextlib.contextmanager
-def products_in(math: str) -> Iterator[None]:
-    """Let torch's products of float32 have the precision that the time loop has.
+def products_in(math: str, input: Tensor) -> Iterator[None]:
+    """Let torch's products have the precision that the time loop has.
 
-    torch has one switch for all products of the process. It is turned only where it stands
+    A region of autocast, in which backward may stand where forward did not, would round them. torch
+    has one switch for all products of the process. It is turned only where it stands
     otherwise, and back as soon as these products are on their way.
     """
     matmul = torch.backends.cuda.matmul
@@ -329,13 +331,15 @@ def products_in(math: str) -> Iterator[None]:
     values: dict[str, object] = {"tf32": True, "fp32": False}
     if hasattr(matmul, "fp32_precision"):
         name, values = "fp32_precision", {"tf32": "tf32", "fp32": "ieee"}
-    if math not in values or getattr(matmul, name) == values[math]:
-        yield
-        return
-    with _precision:
-        before = getattr(matmul, name)
-        setattr(matmul, name, values[math])
-        try:
+    is_autocast = torch._C._is_any_autocast_enabled()
+    with without_autocast(input) if is_autocast else contextlib.nullcontext():
+        if math not in values or getattr(matmul, name) == values[math]:
             yield
-        finally:
-            setattr(matmul, name, before)
+            return
+        with _precision:
+            before = getattr(matmul, name)
+            setattr(matmul, name, values[math])
+            try:
+                yield
+            finally:
+                setattr(matmul, name, before)
