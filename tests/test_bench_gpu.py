@@ -371,29 +371,66 @@ def test_what_is_written_is_read_again(tmp_path):
 def test_the_library_chooses_by_the_rows_of_a_run(tmp_path):
     from ostinato.cuda import choice
 
-    def row(batch, ratio=None, **changes):
+    def row(batch, ratio=None, graph=None, **changes):
         case = GpuCase("GRU", "bf16", False, "padded", batch, 256)
         found = case.sizes() | {"failed": {}}
-        return found | ({} if ratio is None else {"ratio": [ratio, ratio + 1, ratio + 2]}) | changes
+        if ratio is not None:
+            found["ratio"] = [ratio, ratio + 1, ratio + 2]
+        if graph is not None:
+            found["graph"] = {"ratio": [graph, graph + 1, graph + 2]}
+        return found | changes
 
+    errors = {gpu_report.PEER: {"output": 1e-3}, gpu_report.OURS: {"output": 1.2e-3}}
     rows = [
-        row(1, 1.5),
+        row(1, 2.5, 1.5),
+        row(1, 1.2, 2.0, steps=gpu_cases.SHORT),
         row(16, 0.9),
+        row(32, 3.0),  # by the host alone, perhaps
         row(64, failed={gpu_report.OURS: "wrong numbers"}),
         row(8, failed={gpu_report.PEER: "out of memory"}),
-        row(256, 3.0, form="2-layer"),
-        row(2, 3.0, steps=gpu_cases.SHORT),
+        row(256, 3.0, 3.0, form="2-layer"),
+        row(128, 1.3, 0.9),
+        row(256, 3.0, 2.0, relative_error=errors),
+        row(1, 3.0, 1.5, form="packed"),
+        row(16, 0.7, 1.0, form="packed"),
     ]
     path = tmp_path / "measured.json"
     path.write_text('{"another": []}')
     gpu_report.choose({"device": "this", "rows": rows}, path)
     found = json.loads(path.read_text())
     assert found["another"] == []
-    assert [(r["batch"], r["ratio"]) for r in found["this"]] == [(1, 1.5), (16, 0.9), (64, 0.0)]
+    assert [(r["form"], r["batch"], r["ratio"]) for r in found["this"]] == [
+        ("padded", 1, 1.2),
+        ("padded", 16, 0.9),
+        ("padded", 64, 0.0),
+        ("padded", 128, 0.9),
+        ("padded", 256, 0.0),
+        ("packed", 16, 0.7),
+    ]
     question = choice.Question("gru", "bf16", 256, 1, "padded", False)
     assert choice.answer(found["this"], question)[0]
     assert not choice.answer(found["this"], question._replace(batch=16))[0]
     assert not choice.answer(found["this"], question._replace(batch=64))[0]
+
+
+def test_what_ships_follows_from_the_rows_that_ship():
+    """No measured row below 1, as calls or as graphs, is chosen, and nearly all clearly above."""
+    from ostinato.cuda import choice
+
+    known = choice._measured()
+    sources = [
+        json.loads(path.read_text()) for path in sorted(gpu_report.RESULTS.glob("gpu-*.json"))
+    ]
+    assert known == {found["device"]: gpu_report.measured(found) for found in sources}
+    for row in (row for found in sources for row in found["rows"]):
+        asked = (gpu_report.MODES[row["cell"]], row["precision"], row["hidden"], row["batch"])
+        question = choice.Question(*asked, row["form"], row["kind"] == "training")
+        ours, _ = choice.answer(known[sources[0]["device"]], question)
+        call, graph = (part.get("ratio", [0, 0, 0])[1] for part in (row, row.get("graph", {})))
+        if min(call, graph) < 1:  # a graph that was not captured is none that was faster
+            assert not ours, row["name"]
+        elif min(call, graph) > 1.1 and row["form"] != "packed":
+            assert ours, row["name"]
 
 
 def test_tables_and_pictures(tmp_path):
