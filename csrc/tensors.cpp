@@ -172,7 +172,7 @@ private:
         return true;
     }
 
-    static constexpr int kCopies = 10;
+    static constexpr int kCopies = 12;
     bool first_ = true;
     int kept_ = 0;
     nb::object copies_[kCopies];

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ostinato import _core, arrays, profile
+from ostinato import _core, arrays
 from ostinato.arrays import STATES
 from ostinato.call import Call, Parts, Results, Shape, padded
 from ostinato.cells import CELLS
@@ -210,8 +210,12 @@ def backward(
     `call.tensors()`; returned are the gradients, of an ensemble one of each model, and None where
     not wanted.
     """
-    plain = None if any(grad is not None for grad in arrived.every) else _plain(call, ensemble)
-    if plain is not None:
+    # C++ has no gradient of states after every step, and none of a state that is not there.
+    pairs = zip(wanted, call.tensors(), strict=True)
+    is_beyond = any(grad is not None for grad in arrived.every) or any(
+        want and tensor is None for want, tensor in pairs
+    )
+    if not is_beyond and (plain := _plain(call, ensemble)) is not None:
         config, is_cut, tensors = plain
         asked = to_tuple((False,) * 3, call.parts(wanted), is_cut, absent=False)
         ends = arrived.output, *arrived.last
@@ -251,8 +255,6 @@ Config = tuple[str, bool, Shape, bool, bool]
 
 # Looked up once: a cell's whole call takes a few microseconds.
 _NUMBERS = {name: cell.number for name, cell in CELLS.items()}
-_is_profiled = torch._C._autograd._profiler_enabled
-
 
 # What cuts rows, at the end of a tuple: lengths, resets, and the states of these.
 _NO_CUTS = (None, None, *[None] * len(STATES))
@@ -317,8 +319,4 @@ def plain_backward(
     """
     cell, is_step, shape, has_biases, recompute = config
     given: Any = (output, reserve, arrived, wanted, recompute, thread_count())
-    number = _NUMBERS[cell]
-    if not _is_profiled():
-        return _core.tensors_backward(number, is_step, shape, tensors, has_biases, *given)
-    with profile.shown(cell, "backward"):
-        return _core.tensors_backward(number, is_step, shape, tensors, has_biases, *given)
+    return _core.tensors_backward(_NUMBERS[cell], is_step, shape, tensors, has_biases, *given)

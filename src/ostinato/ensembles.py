@@ -15,12 +15,13 @@ elements of a mapped dimension.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ostinato import arrays, cpu
+from ostinato import arrays, cpu, profile
 from ostinato.arrays import Array
 from ostinato.call import Call, Results
 
@@ -164,14 +165,10 @@ def run_backward(plan: Plan, values: Maybe) -> tuple[Tensor, ...]:
     call = plan.call(taken.arrays)
     flags = plan.taken(plan.per_model or (False,) * len(values))
     reserve = taken.reserve.contiguous()
-    found = cpu.backward(
-        call,
-        taken.arrived,
-        taken.output,
-        reserve.view(plan.models, -1) if plan.models and flags.reserve else reserve.view(-1),
-        plan.wanted,
-        plan.ensemble(flags.front(), flags.arrays),
-    )
+    reserve = reserve.view(plan.models, -1) if plan.models and flags.reserve else reserve.view(-1)
+    given = call, taken.arrived, taken.output, reserve, plan.wanted
+    with profile.shown(call.cell, "backward") if profile.is_on() else nullcontext():
+        found = cpu.backward(*given, plan.ensemble(flags.front(), flags.arrays))
     return tuple(grad for grad in found if grad is not None)
 
 

@@ -190,6 +190,11 @@ def _shown_forward(config: Config, keep: bool, tensors: tuple[Any, ...]) -> Any:
         return plain_forward(config, keep, tensors)
 
 
+def _shown_backward(config: Config, *given: Any) -> Any:
+    with profile.shown(config[0], "backward"):
+        return plain_backward(config, *given)
+
+
 def _is_alone() -> bool:
     """Whether no compiler, tracer, mode, autocast or transform is to see the operator."""
     return not (
@@ -235,8 +240,8 @@ class _FastPath(torch.autograd.Function):
         output, reserve, *tensors = ctx.saved_tensors
         found: Any = None
         if not is_beyond_engine(grads):
-            given = output, reserve, grads, wanted
-            found = plain_backward(ctx.config, tuple(tensors), *given)
+            backward = _shown_backward if _is_profiled() else plain_backward
+            found = backward(ctx.config, tuple(tensors), output, reserve, grads, wanted)
         if found is None:
             found = _differentiate(ctx, tensors, output, reserve, grads)
         return (None, *found)
