@@ -241,7 +241,11 @@ def test_explain_says_who_runs_a_call_and_why_nobody_before():
     assert last_line(*wide) == "reference: runs it"
     assert "GPU engine: the tensors are not on a GPU" in ostinato.explain(*wide)
     resets = torch.zeros(5, 2, dtype=torch.bool)
-    assert last_line(gru, x, resets=resets) == "CPU engine: runs it"
+    assert ostinato.explain(gru, x, resets=resets) == "fast path: runs it"
+    strided = nn.GRU(3, 4)
+    strided.weight_hh_l0 = torch.nn.Parameter(torch.zeros(4, 12).t())
+    assert ostinato.explain(strided, x).startswith("fast path: a weight is not dense")
+    assert last_line(strided, x, resets=resets) == "CPU engine: runs it"
     with pytest.raises(RuntimeError, match="Expected hidden size"):
         ostinato.explain(gru, x, torch.zeros(1, 3, 4))
     seen = []
@@ -327,7 +331,7 @@ def test_explain_refuses_an_input_as_forward_does(name, case):
 
 def test_explain_refuses_cuts_and_weights_as_forward_does():
     gru, x = nn.GRU(3, 4, 2, batch_first=True), torch.zeros(2, 5, 3)
-    assert last_line(gru, x, lengths=[5, 2]) == "CPU engine: runs it"
+    assert ostinato.explain(gru, x, lengths=[5, 2]) == "fast path: runs it"
     for cuts in ({"lengths": [6, 2]}, {"lengths": [1]}, {"resets": torch.zeros(5, 2).bool()}):
         with pytest.raises((ValueError, RuntimeError)) as expected:
             gru(x, **cuts)
