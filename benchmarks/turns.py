@@ -47,14 +47,14 @@ def small_calls(nn: Any) -> Iterator[tuple[str, bool, Callable[[], Any]]]:
         yield f"{kind} T4, two layers", True, module_call(stack, x, True)
         yield f"{kind} T4, two directions", True, module_call(both, x, True)
         for name, more in (("lengths", {"lengths": [4, 2]}), ("resets", {"resets": resets})):
-            known = _with(layer, more)
+            known = _With(layer, more)
             yield f"{kind} T4, {name}=", False, module_call(known, x, False)
             yield f"{kind} T4, {name}=", True, module_call(known, x, True)
         yield f"{kind}Cell", False, module_call(cell, row, False)
         yield f"{kind}Cell", True, module_call(cell, row, True)
 
 
-class _with(torch.nn.Module):
+class _With(torch.nn.Module):
     """A layer that is always called with the same keywords."""
 
     def __init__(self, layer: torch.nn.Module, more: dict[str, Any]) -> None:
