@@ -77,11 +77,13 @@ def compare(forward, backward, call, schedule=0):
     found, reserve = emulation.forward(forward, call, schedule)
     results, wide = found.flat(), widened(call)
     expected = reference_backend.results(wide._replace(all_states=True)).flat()
-    # Long sums in float32 may err as much as the reference does in float32.
+    # A sum of H products rounds in proportion to the root of H; but never may ours err more than 6
+    # roundings where the reference itself, in float32, does not.
+    longest = 6 * eps * max(1.0, forward.hidden**0.5 / 10)
     single = wide.with_tensors([t if t is None else t.detach().float() for t in wide.tensors()])
     singles = reference_backend.results(single._replace(all_states=True)).flat()
     for mine, other, third in zip(results, expected, singles, strict=True):
-        assert errors(mine, other) <= max(6 * eps, errors(third, other))
+        assert errors(mine, other) <= min(longest, max(6 * eps, errors(third, other)))
     grads = [torch.randn(r.shape).to(r.dtype) for r in results]
     arrived = Results.of(grads, len(call.initial))
     found = emulation.backward(backward, call, arrived, found.output, reserve, schedule)
