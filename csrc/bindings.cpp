@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cpu/engine.h"
+#include "gpu.h"
 #include "tensors.h"
 
 namespace nb = nanobind;
@@ -160,6 +161,7 @@ NB_MODULE(_core, m) {
         "set_isa", [](const std::string& name) { set_isa(name, "instruction set"); }, nb::arg("name"),
         "Uses another instruction set from now on, in every thread.");
     define_tensors(m);
+    define_gpu(m);
     m.attr("forced_threads") = forced_threads();
     if (const char* forced = std::getenv("OSTINATO_ISA"); forced && *forced) set_isa(forced, "OSTINATO_ISA");
 }

@@ -4,7 +4,7 @@ Without a GPU they are stood in for by objects that write down what they are ask
 """
 
 import contextlib
-import functools
+import ctypes
 import inspect
 import logging
 import subprocess
@@ -19,6 +19,8 @@ import torch
 
 from ostinato.cuda import compiler, launch
 from ostinato.cuda.compiler import Compiled
+from support import stand_in
+from support.stand_in import CONTEXT
 
 OK = "CUDA_SUCCESS"
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
@@ -50,7 +52,6 @@ class Machine:
         self.asked = []
         self.current = 0
         self.capability = (9, 0)
-        self.streams = {0: 0, 1: 0}
         self.refuse = set()
         self.driver = SimpleNamespace(
             CUresult=SimpleNamespace(CUDA_SUCCESS=OK),
@@ -61,9 +62,12 @@ class Machine:
             CUstreamCaptureMode=SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED="relaxed"),
             cuDeviceGet=lambda index: (OK, f"device {index}"),
             cuKernelSetAttribute=self.call("set", None),
-            cuKernelGetFunction=self.call("get function", "function"),
+            cuKernelGetFunction=self.call("get function", 1),
             cuFuncLoad=self.call("load function", None),
             cuThreadExchangeStreamCaptureMode=self.call("capture", "global"),
+            cuCtxGetCurrent=self.call("context", CONTEXT),
+            CUdriverProcAddress_flags=SimpleNamespace(CU_GET_PROC_ADDRESS_LEGACY_STREAM="legacy"),
+            cuGetProcAddress=self.address,
         )
         kernel = SimpleNamespace(
             handle="handle",
@@ -75,15 +79,14 @@ class Machine:
                     get_kernel=self.record("kernel", kernel)
                 )
             ),
-            Stream=SimpleNamespace(from_handle=lambda handle: f"stream {handle}"),
-            LaunchConfig=self.make_config,
-            launch=self.record("launch", None),
         )
         self.kernel = kernel
+        self.launching = stand_in.Driver()
+        self.launching.kernels = [None]
 
-    def make_config(self, **options):
-        self.asked.append(("config", self.current))
-        return options
+    def address(self, name, version, flag):
+        self.asked.append(("address", name, version, flag))
+        return (OK, self.launching.addresses[name.decode()], "found")
 
     def record(self, name, answer):
         def asked(*arguments, **options):
@@ -124,19 +127,12 @@ def machine(monkeypatch):
     monkeypatch.setattr(launch, "_driver", lambda: machine.driver)
     monkeypatch.setattr(launch, "_driver_version", lambda: (13, 0))
     monkeypatch.setattr(launch, "_loaded", {})
-    monkeypatch.setattr(launch, "_threads", threading.local())
-    for name in ("_launch_config", "_stream_object"):
-        uncached = getattr(launch, name).__wrapped__
-        monkeypatch.setattr(launch, name, functools.lru_cache(uncached))
+    monkeypatch.setattr(launch, "_connect", launch._connect.__wrapped__)
+    monkeypatch.setattr(launch, "DEVICE_TYPE", stand_in.CPU)
     monkeypatch.setattr(compiler, "cuda_error", lambda: Refusal)
     monkeypatch.setattr(compiler, "compile", lambda config, arch: compiled(arch))
     monkeypatch.setattr(torch.cuda, "device", machine.device)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: machine.capability)
-    monkeypatch.setattr(
-        torch.cuda,
-        "current_stream",
-        lambda index: SimpleNamespace(cuda_stream=machine.streams[index]),
-    )
     return machine
 
 
@@ -204,7 +200,7 @@ def test_a_kernel_is_all_there_before_its_first_launch_and_captures_go_on(machin
     launch.load(Config(), 1)
     assert machine.asked[0] == ("capture", "relaxed", "on 1")
     assert machine.asked[-1] == ("capture", "global", "on 1")
-    assert machine.of("load function") == [("function", "on 1")]
+    assert machine.of("load function") == [(1, "on 1")]
     assert machine.of("bind 1") == [("on 1",)]
 
 
@@ -241,86 +237,114 @@ def test_a_driver_that_refuses_a_kernel(machine, call):
     # The capture mode is what it was, and nothing is left that looks loaded.
     assert machine.of("capture")[-1] == ("global", "on 0")
     machine.refuse = set()
-    assert launch.load(config, 0).kernel is machine.kernel
+    assert launch.load(config, 0).code is machine.kernel
 
 
 # ---- launching ----
 
 
+def launched(machine, loaded, blocks=12, stream=77, arguments=()):
+    """Launch a kernel; return the driver's configuration and the eight bytes of each argument."""
+    seen = []
+
+    def run(kernel, config, parameters):
+        count = len(arguments)
+        attributes = stand_in.attributes_of(config)
+        shape = [*config.grid], [*config.block], config.shared_bytes, config.stream, attributes
+        seen.append((*shape, [parameters[i][0] for i in range(count)]))
+
+    machine.launching.run = run
+    launch.launch(loaded, blocks, stream, arguments)
+    return seen.pop()
+
+
 def test_a_launch(machine):
-    loaded = launch.load(Config(), 1)
-    machine.streams[1] = 77
-    machine.asked.clear()
-    launch.launch(loaded, 6, 4, [1 << 40, 5])
-    options = {
-        "grid": 6,
-        "cluster": 4,
-        "block": 256,
-        "shmem_size": 1000,
-        "is_cooperative": False,
-    }
-    assert machine.of("launch") == [("stream 77", options, machine.kernel, 1 << 40, 5, "on 1")]
-    assert machine.current == 0
+    loaded, x = launch.load(Config(), 0), torch.zeros(3)
+    arguments = (1 << 40, -5, x, None, torch.zeros(0, 3), torch.nn.Parameter(x))
+    found = launched(machine, loaded, arguments=arguments)
+    values = [1 << 40, -5, x.data_ptr(), 0, 0, x.data_ptr()]
+    assert found == ([12, 1, 1], [256, 1, 1], 1000, 77, {"cluster": (4, 1, 1)}, values)
+    assert machine.asked[-1][0] == "capture"  # of loading
 
 
-def test_nothing_but_the_launch_happens_at_a_second_one(machine):
-    """No synchronisation, no attribute, no new object of cuda-core's."""
-    loaded = launch.load(Config(), 1)
-    launch.launch(loaded, 6, 4, [1])
-    machine.asked.clear()
-    launch.launch(loaded, 6, 4, [2])
-    assert machine.names() == ["launch"]
-
-
-def test_what_a_launch_asks_of_a_device_is_asked_of_the_kernel_s(machine):
-    launch.launch(launch.load(Config(), 1), 6, 4, [])
-    launch.launch(launch.load(Config(), 0), 6, 4, [])
-    assert machine.of("config") == [(1,), (0,)]
-
-
-def test_streams(machine):
+def test_the_default_stream_is_the_null_one_of_the_legacy_functions(machine):
     loaded = launch.load(Config(), 0)
-    launch.launch(loaded, 1, 4, [])
-    machine.streams[0] = 5
-    launch.launch(loaded, 1, 4, [])
-    launch.launch(loaded, 1, 4, [], stream=9)
-    # The default stream goes by its own name, not by that of null.
-    assert [entry[0] for entry in machine.of("launch")] == ["stream 1", "stream 5", "stream 9"]
+    assert {entry[2] for entry in machine.of("address")} == {"legacy"}
+    *_, stream, _, _ = launched(machine, loaded, stream=0)
+    assert stream is None
 
 
 def test_a_cluster_of_one_is_none_and_a_grid_is_cooperative(machine):
-    launch.launch(launch.load(Config(blocks=1), 0), 3, 1, [])
-    launch.launch(launch.load(Config(blocks=32, exchange="grid"), 0), 64, 1, [])
-    first, second = (entry[1] for entry in machine.of("launch"))
-    assert (first["grid"], first["cluster"], first["is_cooperative"]) == (3, None, False)
-    assert (second["grid"], second["cluster"], second["is_cooperative"]) == (64, None, True)
+    for config, expected in (
+        (Config(blocks=1), {}),
+        (Config(blocks=32, exchange="grid"), {"cooperative": 1}),
+        (Config(blocks=16), {"cluster": (16, 1, 1)}),
+    ):
+        *_, attributes, _ = launched(machine, launch.load(config, 0), blocks=64)
+        assert attributes == expected
 
 
-def test_each_thread_has_a_context_and_configs_of_its_own(machine):
-    loaded = launch.load(Config(), 0)
-
-    def run():
-        for _ in range(2):
-            launch.launch(loaded, 1, 4, [])
-
-    run()
-    # Beside this one, so that the identifier is another.
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    assert len(machine.of("bind 0")) == 2
-    configs = [entry[1] for entry in machine.of("launch")]
-    assert configs[0] is configs[1]
-    assert configs[2] is configs[3]
-    assert configs[0] is not configs[2]
+def test_a_launch_has_the_context_of_its_kernel(machine):
+    loaded, driver = launch.load(Config(), 0), machine.launching
+    launch.launch(loaded, 1, 0, ())
+    assert driver.asked == {"current": 1, "launch": 1}
+    for other in (0, 5):
+        driver.context = other
+        launch.launch(loaded, 1, 0, ())
+        assert driver.context_of_last == CONTEXT
+        assert driver.context == other
 
 
-def test_a_driver_that_refuses_a_launch(machine):
-    loaded = launch.load(Config(), 0)
-    machine.refuse = {"launch"}
-    with pytest.raises(RuntimeError, match=r"cannot launch 6 x 4 blocks of Config.*: no"):
-        launch.launch(loaded, 6, 4, [])
-    assert machine.current == 0
+@pytest.mark.parametrize("context", [CONTEXT, 5])
+def test_a_driver_that_refuses_a_launch(machine, context):
+    loaded, driver = launch.load(Config(), 1), machine.launching
+    driver.error, driver.context = 719, context
+    with pytest.raises(RuntimeError, match=r"cuda:1 cannot launch 6 blocks of Config.*error 719"):
+        launch.launch(loaded, 6, 0, ())
+    assert driver.context == context
+
+
+@pytest.mark.parametrize(
+    ("argument", "error", "words"),
+    [
+        (1.5, TypeError, "expected numbers, plain tensors or None"),
+        (torch.zeros(3, 2).t(), ValueError, "expected dense tensors"),
+        (torch.zeros(3, device="meta"), (ValueError, BufferError, RuntimeError), None),
+        (1 << 64, OverflowError, "too large|too big"),
+    ],
+    ids=["a float", "strided", "on another device", "a large number"],
+)
+def test_a_launch_refuses_what_a_kernel_cannot_read(machine, argument, error, words):
+    with pytest.raises(error, match=words):
+        launch.launch(launch.load(Config(), 0), 1, 0, (argument,))
+    assert machine.launching.asked["launch"] == 0
+
+
+def test_the_driver_s_structures_are_cuda_bindings():
+    """What C++ writes is laid out as NVIDIA's own Python package has it."""
+    driver = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
+    config, attribute = driver.CUlaunchConfig(), driver.CUlaunchAttribute()
+    config.gridDimX, config.gridDimY, config.gridDimZ = 2, 3, 4
+    config.blockDimX, config.blockDimY, config.blockDimZ = 5, 6, 7
+    config.sharedMemBytes, config.hStream = 8, driver.CUstream(9)
+    ours = ctypes.cast(config.getPtr(), ctypes.POINTER(stand_in.LaunchConfig))[0]
+    assert ([*ours.grid], [*ours.block]) == ([2, 3, 4], [5, 6, 7])
+    assert (ours.shared_bytes, ours.stream, ours.attribute_count) == (8, 9, 0)
+    names = driver.CUlaunchAttributeID
+    attribute.id = names.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    size = driver.CUlaunchAttributeValue()
+    size.clusterDim.x, size.clusterDim.y, size.clusterDim.z = 4, 1, 1
+    attribute.value = size
+    config.attrs, config.numAttrs = [attribute], 1
+    ours = ctypes.cast(config.getPtr(), ctypes.POINTER(stand_in.LaunchConfig))[0]
+    assert stand_in.attributes_of(ours) == {"cluster": (4, 1, 1)}
+    attribute.id = names.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+    size = driver.CUlaunchAttributeValue()
+    size.cooperative = 1
+    attribute.value = size
+    config.attrs = [attribute]
+    ours = ctypes.cast(config.getPtr(), ctypes.POINTER(stand_in.LaunchConfig))[0]
+    assert stand_in.attributes_of(ours) == {"cooperative": 1}
 
 
 # ---- whether there is anything to launch with ----
@@ -404,15 +428,11 @@ def test_cuda_core_has_what_is_asked_of_it():
     core = pytest.importorskip("cuda.core", reason="cuda-core is not installed")
     from cuda.bindings import driver
 
-    config = core.LaunchConfig(grid=2, cluster=None, block=32, shmem_size=100, is_cooperative=False)
-    assert (config.grid, config.cluster, config.block) == ((2, 1, 1), None, (32, 1, 1))
-    assert core.Stream.from_handle(launch._LEGACY_STREAM).__cuda_stream__() == (0, 1)
     assert inspect.signature(core.ObjectCode.from_cubin).parameters.keys() >= {"module", "name"}
     for owner, name in (
         (core.ObjectCode, "get_kernel"),
         (core.Device, "set_current"),
         (core.Kernel, "handle"),
-        (core, "launch"),
         (driver, "cuDriverGetVersion"),
         *((driver, name) for name in vars(Machine().driver)),
     ):
@@ -462,9 +482,8 @@ def on_gpu(config, index=0):
 
 
 def run_on_gpu(loaded, y, x):
-    cluster = 1 if loaded.config.exchange == "grid" else loaded.config.blocks
-    arguments = [y.data_ptr(), x.data_ptr(), x.numel(), 3 << 33]
-    launch.launch(loaded, 16 // cluster, cluster, arguments)
+    stream = torch.cuda.current_stream().cuda_stream
+    launch.launch(loaded, 16, stream, (y, x, x.numel(), 3 << 33))
 
 
 @needs_gpu

@@ -119,7 +119,7 @@ def test_the_kernels_take_what_the_host_gives():
         found = re.findall(r"(\w+)(?:,|$)", signature)
         short = [n.replace("output", "y").replace("grad_", "d") for n in names]
         sizes = ["first", "steps", "rows", "batch", "directions"]
-        assert found == [*sizes, "offsets", "lengths", "order", "flags", *short, "exchange"]
+        assert found == [*sizes, *sequence.Rows._fields, *short, "exchange"]
 
 
 # ---- the operators on CUDA tensors, with the kernels on host fibers ----
@@ -132,9 +132,8 @@ def gpu(monkeypatch):
     """Let CPU tensors take the way of CUDA tensors."""
     monkeypatch.setattr(launch, "available", lambda: True)
     monkeypatch.setattr(layer, "device_of", lambda index: H200)
-    monkeypatch.setattr(layer, "_launcher", lambda call: emulation.launcher())
+    monkeypatch.setattr(layer, "launcher_of", lambda call: emulation.launcher())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a stand-in")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
 
 @pytest.mark.usefixtures("gpu")

@@ -10,6 +10,7 @@ import concurrent.futures
 import pytest
 
 from ostinato.cuda import compiler
+from ostinato.cuda.config import Previous
 from ostinato.cuda.plan import A100, H200, plan
 from support.cells import FIRST_CELLS
 
@@ -75,3 +76,11 @@ def test_no_kernel_spills(cell, math, hidden, arch):
         assert max(found.spill_stores, found.spill_loads, found.stack_bytes) == 0
         assert found.registers * config.threads <= 65_536
         assert config.shared_bytes <= ARCHITECTURES[arch].shared_bytes
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100", "sm_120"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_kernel_that_gathers_states(size, arch):
+    found = compiler.compile(Previous(size), arch)
+    assert max(found.spill_stores, found.spill_loads, found.stack_bytes) == 0
+    assert found.registers * Previous.threads <= 65_536

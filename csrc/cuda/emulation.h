@@ -370,5 +370,19 @@ inline bool run_gang(const std::function<void()>& kernel, int threads, int block
     return gang.flights.empty();
 }
 
+template <class... Parameters, size_t... kIndices>
+void call_entry(void (*entry)(Parameters...), const i64* arguments, std::index_sequence<kIndices...>) {
+    entry(((Parameters)(arguments[kIndices]))...);
+}
+
+// Runs a kernel for so many loops; 0, or 1 where it cannot go on. Its arguments are numbers and addresses.
+template <class... Parameters>
+int emulate(void (*entry)(Parameters...), const i64* arguments, int loops, int threads, int blocks, int schedule) {
+    const auto kernel = [&] { call_entry(entry, arguments, std::index_sequence_for<Parameters...>()); };
+    for (int loop = 0; loop < loops; loop++)
+        if (!run_gang(kernel, threads, blocks, loop, static_cast<Schedule>(schedule))) return 1;
+    return 0;
+}
+
 }  // namespace
 }  // namespace ostinato

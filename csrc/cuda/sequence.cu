@@ -41,24 +41,7 @@ OSTINATO_KERNEL OSTINATO_BOUNDS(kThreads)
 #endif
 
 #ifndef __CUDACC__
-namespace {
-
-template <class... Parameters, size_t... kIndices>
-void call_entry(void (*entry)(Parameters...), const i64* arguments, std::index_sequence<kIndices...>) {
-    entry(((Parameters)(arguments[kIndices]))...);
-}
-template <class... Parameters>
-void call_entry(void (*entry)(Parameters...), const i64* arguments) {
-    call_entry(entry, arguments, std::index_sequence_for<Parameters...>());
-}
-
-}  // namespace
-
-// Runs the kernel on host fibers; 0, or 1 where it cannot go on.
 extern "C" int ostinato_emulate(const i64* arguments, int loops, int schedule) {
-    for (int loop = 0; loop < loops; loop++)
-        if (!run_gang([&] { call_entry(OSTINATO_ENTRY, arguments); }, kThreads, kBlocks, loop, static_cast<Schedule>(schedule)))
-            return 1;
-    return 0;
+    return emulate(OSTINATO_ENTRY, arguments, loops, kThreads, kBlocks, schedule);
 }
 #endif

@@ -20,11 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ostinato import _core, arrays
-from ostinato.arrays import STATES
-from ostinato.call import Call, Parts, Results, Shape, padded
-from ostinato.cells import CELLS
+from ostinato import _core, arrays, plain
+from ostinato.call import Call, Results
 from ostinato.check import check_lengths, shape_of, shapes_of
+from ostinato.plain import NUMBERS, Config, of_tuple, to_tuple
 from ostinato.sizes import Sizes, five_per_direction
 from ostinato.tensors import (
     DTYPES,
@@ -38,13 +37,8 @@ from ostinato.tensors import (
 _Maybe = Sequence[Tensor | None]
 
 
-def _connect() -> bool:
-    """Let C++ read tensors if this torch has DLPack's table of C functions (2.10 and later)."""
-    table = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    return table is not None and _core.connect(table, Tensor, torch.nn.Parameter, torch.empty_like)
-
-
-IS_OPEN = _connect()
+# What tests close, to see the other ways.
+IS_OPEN = plain.IS_OPEN
 
 
 class Ensemble(NamedTuple):
@@ -249,36 +243,6 @@ def backward(
 
 # ---- plain tensors ----
 
-# cell, is_step, shape, has_biases, recompute. With is_step input and states have no dimensions for
-# steps and directions.
-Config = tuple[str, bool, Shape, bool, bool]
-
-# Looked up once: a cell's whole call takes a few microseconds.
-_NUMBERS = {name: cell.number for name, cell in CELLS.items()}
-
-# What cuts rows, at the end of a tuple: lengths, resets, and the states of these.
-_NO_CUTS = (None, None, *[None] * len(STATES))
-
-
-def to_tuple(masks: Sequence[Any], parts: Parts, is_cut: bool, absent: Any = None) -> Any:
-    """Return the arrays of a call as C++ takes them (csrc/tensors.cpp), or one entry for each.
-
-    `masks` are batch_sizes, lengths and resets; what cuts rows comes last, and only if `is_cut`.
-    """
-    batch_sizes, *cuts = masks
-    states = padded(parts.initial, absent=absent)
-    cuts = [*cuts, *padded(parts.reset_to, absent=absent)] if is_cut else []
-    return batch_sizes, parts.input, *states, *parts.weights, *cuts
-
-
-def of_tuple(values: Sequence[Any], weights: int) -> tuple[Sequence[Any], Parts]:
-    """Return masks and parts of what `to_tuple` made; an entry for each state that any cell has."""
-    most = len(STATES)
-    batch_sizes, input, *rest = values
-    initial, own, cuts = rest[:most], rest[most : most + weights], rest[most + weights :]
-    lengths, resets, *reset_to = cuts or _NO_CUTS
-    return (batch_sizes, lengths, resets), Parts(input, tuple(initial), tuple(reset_to), own)
-
 
 def _plain(call: Call, ensemble: Ensemble | None) -> tuple[Config, bool, Any] | None:
     """Return what C++ takes of tensors, and whether rows are cut; None where it takes none."""
@@ -300,7 +264,7 @@ def plain_forward(config: Config, keep: bool, tensors: tuple[Any, ...]) -> Any:
     """
     cell, is_step, shape, has_biases, recompute = config
     options = has_biases, keep, recompute, thread_count()
-    return _core.tensors_forward(_NUMBERS.get(cell, -1), is_step, shape, tensors, *options)
+    return _core.tensors_forward(NUMBERS.get(cell, -1), is_step, shape, tensors, *options)
 
 
 def plain_backward(
@@ -319,4 +283,4 @@ def plain_backward(
     """
     cell, is_step, shape, has_biases, recompute = config
     given: Any = (output, reserve, arrived, wanted, recompute, thread_count())
-    return _core.tensors_backward(_NUMBERS[cell], is_step, shape, tensors, has_biases, *given)
+    return _core.tensors_backward(NUMBERS[cell], is_step, shape, tensors, has_biases, *given)

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.overrides import has_torch_function
 
 from ostinato import cpu, profile
-from ostinato.arrays import STATES
 from ostinato.call import Call, Results, Shape, padded
 from ostinato.cells import CELLS
 from ostinato.check import shape_of
-from ostinato.cpu import Config, of_tuple, plain_backward, plain_forward, to_tuple
+from ostinato.cuda import fast as gpu
 from ostinato.gradients import gradients, is_asked, is_beyond_engine
+from ostinato.plain import Config, has_cuts, of_tuple, to_tuple
 from ostinato.tensors import DTYPES, batch_of
 
 # Looked up once: a cell's whole call takes a few microseconds.
@@ -53,6 +53,8 @@ def why_not(call: Call) -> str | None:
         return "input is of a class of tensors of its own"
     if has_torch_function((*call.arrays(),)):
         return "a class of tensors, or a mode, has its own way with functions"
+    if call.input.device.type == "cuda":
+        return "on a GPU it is a short cut to the GPU engine"
     if call.input.device.type != "cpu" or call.input.dtype not in DTYPES:
         return "it runs float32, float64, bfloat16 and float16 on the CPU"
     if shape_of(call) is None:
@@ -128,7 +130,7 @@ def run(
             return found, None, None
         h, c = found
         return h, None, c
-    forward = _shown_forward if _is_profiled() else plain_forward
+    forward = _shown_forward if _is_profiled() else _forward
     found = forward(config, False, tensors)
     if found is None:
         return None
@@ -185,14 +187,29 @@ def _weights(shape: Shape, has_biases: bool) -> int:
     return directions * (2 + 2 * has_biases + (projection > 0))
 
 
+def _on_either_forward(config: Config, keep: bool, tensors: tuple[Any, ...]) -> Any:
+    found = cpu.plain_forward(config, keep, tensors)
+    return gpu.forward(config, keep, tensors) if found is None else found
+
+
+def _on_either_backward(config: Config, *given: Any) -> Any:
+    found = cpu.plain_backward(config, *given)
+    return gpu.backward(config, *given) if found is None else found
+
+
+# Whom the fast path asks. Where no tensor can be on a GPU, there is no step between.
+_forward = _on_either_forward if gpu.IS_OPEN else cpu.plain_forward
+_backward = _on_either_backward if gpu.IS_OPEN else cpu.plain_backward
+
+
 def _shown_forward(config: Config, keep: bool, tensors: tuple[Any, ...]) -> Any:
     with profile.shown(config[0], "forward"):
-        return plain_forward(config, keep, tensors)
+        return _forward(config, keep, tensors)
 
 
 def _shown_backward(config: Config, *given: Any) -> Any:
     with profile.shown(config[0], "backward"):
-        return plain_backward(config, *given)
+        return _backward(config, *given)
 
 
 def _is_alone() -> bool:
@@ -213,7 +230,7 @@ class _FastPath(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, config: Config, *tensors: Any) -> Any:
         cell, is_step, *_ = config
-        forward = _shown_forward if _is_profiled() else plain_forward
+        forward = _shown_forward if _is_profiled() else _forward
         found = forward(config, True, tensors)
         if found is None:
             raise _DeclinedError
@@ -240,7 +257,7 @@ class _FastPath(torch.autograd.Function):
         output, reserve, *tensors = ctx.saved_tensors
         found: Any = None
         if not is_beyond_engine(grads):
-            backward = _shown_backward if _is_profiled() else plain_backward
+            backward = _shown_backward if _is_profiled() else _backward
             found = backward(ctx.config, tuple(tensors), output, reserve, grads, wanted)
         if found is None:
             found = _differentiate(ctx, tensors, output, reserve, grads)
@@ -264,7 +281,7 @@ def _differentiate(ctx: Any, tensors: Any, output: Any, reserve: Any, arrived: A
     _, asked = of_tuple(is_asked(ctx, tensors), count)
     wanted = call.padded_parts(asked.padded()).flat()
     found = call.parts(gradients(call, results, output, kept, wanted, is_step))
-    return to_tuple((None,) * 3, found, len(tensors) > len(weights) + 2 + len(STATES))
+    return to_tuple((None,) * 3, found, has_cuts(tensors, count))
 
 
 # torch's own `Function.apply` first asks for transforms and what they left behind; the engine

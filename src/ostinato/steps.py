@@ -13,6 +13,7 @@ import torch
 from ostinato import reference, transforms
 from ostinato.call import Call, States
 from ostinato.cells import CELLS
+from ostinato.tensors import is_traced
 
 
 def one_step(call: Call) -> States | None:
@@ -35,13 +36,14 @@ _TORCH_STEPS: dict[str, Callable[..., Any]] = {
 
 
 def torch_step(call: Call) -> States | None:
-    """Run one step by torch's operator, where one gradient of torch.func is at work.
+    """Run one step by torch's operator: on a GPU, and where one gradient of torch.func is at work.
 
-    It calls the operators of the reference with less time between them, and checks for itself: the
-    call is as in `one_step`, but not checked. Returns the next states, or None instead where the
-    step is to run in another way.
+    On a GPU it is one kernel, and its cost is that of torch.nn's cell. On a CPU it calls the
+    operators of the reference with less time between them. It checks for itself: the call is as in
+    `one_step`, but not checked. Returns the next states, or None instead where the step is to run
+    in another way.
     """
-    if not transforms.is_one_gradient() or not call.input.is_cpu or call.cell not in _TORCH_STEPS:
+    if not _is_torch_s(call):
         return None
     h, *rest = call.initial
     if h is None:
@@ -54,9 +56,17 @@ def torch_step(call: Call) -> States | None:
     return found
 
 
+def _is_torch_s(call: Call) -> bool:
+    if call.cell not in _TORCH_STEPS:
+        return False
+    if call.input.is_cpu:
+        return transforms.is_one_gradient()
+    return call.input.is_cuda and not is_traced() and not transforms.is_active()
+
+
 def why(call: Call) -> str | None:
     """Say which of both runs a cell's step, or None where it runs as a layer."""
-    if transforms.is_one_gradient() and call.input.is_cpu and call.cell in _TORCH_STEPS:
+    if _is_torch_s(call):
         return "torch's operator for one step: runs it"
     if transforms.is_active() and transforms.sees_through_step():
         return "reference for one step: runs it"

@@ -14,6 +14,7 @@ import torch
 from ostinato import route
 from ostinato.call import Call
 from ostinato.cuda import sequence
+from ostinato.cuda.config import Previous
 from ostinato.tensors import check_call
 from support import calls
 from support.samples import generator, tensor, weights_of
@@ -57,6 +58,26 @@ def build_all(configs):
         list(pool.map(build, dict.fromkeys(configs)))
 
 
+def argument_count(config):
+    """How many arguments a kernel takes."""
+    if isinstance(config, Previous):
+        return 12
+    return 10 + len(sequence.BACKWARD if config.is_backward else sequence.FORWARD)
+
+
+def _value(argument):
+    """What a kernel is given for a number, a tensor or None."""
+    if isinstance(argument, torch.Tensor):
+        assert argument.is_contiguous()
+        return argument.data_ptr() if argument.numel() else 0
+    return argument or 0
+
+
+# No tensor here has a stream, and none is captured.
+sequence.stream_of = lambda device_index: 0
+sequence.is_capturing = lambda: False
+
+
 def launcher(schedule=0):
     """Return what launches kernels.
 
@@ -64,7 +85,8 @@ def launcher(schedule=0):
     """
 
     def launch(config, loops, arguments):
-        values = (ctypes.c_int64 * len(arguments))(*arguments)
+        assert len(arguments) == argument_count(config)
+        values = (ctypes.c_int64 * len(arguments))(*map(_value, arguments))
         if build(config)(values, loops, schedule):
             raise RuntimeError(f"deadlock: {config}")
 
@@ -112,15 +134,15 @@ def draw(
 
 def forward(config, call, schedule=0):
     """Return results, c of every step too, and reserve."""
-    launch, call = launcher(schedule), call._replace(all_states=True)
+    launch, call = launcher(schedule), sequence.dense(call._replace(all_states=True))
     return sequence.forward(call, check_call(call), config, launch, keep=True)
 
 
 def backward(config, call, arrived, output, reserve, schedule=0):
     """Return the gradients of `call.tensors()`."""
     wanted = [tensor is not None for tensor in call.tensors()]
-    launch = launcher(schedule)
-    sizes = check_call(call)
+    launch, call = launcher(schedule), sequence.dense(call)
+    sizes, arrived = check_call(call), sequence.dense_results(arrived)
     return sequence.backward(call, sizes, config, launch, arrived, output, reserve, wanted)
 
 

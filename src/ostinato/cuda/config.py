@@ -7,7 +7,8 @@ Legend: H hidden, G gates, k the index that a product sums over.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 from ostinato.cells import CELLS, Cell
 
@@ -203,6 +204,27 @@ class Config(NamedTuple):
             return 0
         units = self.padded * (self.blocks * self.slices if self.is_backward else 1)
         return loops * self.groups * 2 * GROUP_ROWS * units * self._word_bytes
+
+
+@dataclass(frozen=True)
+class Previous:
+    """The constants of the kernel that gathers the state before each step: one block for each."""
+
+    bytes: int  # of a number
+
+    @property
+    def defines(self) -> dict[str, str | int]:
+        """The macros that csrc/cuda/previous.cu asks for."""
+        return {"OSTINATO_ITEM_BYTES": self.bytes, "OSTINATO_THREADS": self.threads}
+
+    # As Config has them.
+    source: ClassVar[str] = "previous.cu"
+    entry: ClassVar[str] = "ostinato_previous"
+    threads: ClassVar[int] = 256
+    shared_bytes: ClassVar[int] = 0
+    blocks: ClassVar[int] = 1
+    exchange: ClassVar[str] = "block"
+    needs: ClassVar[str] = "sm_80"
 
 
 def _align(size: int, to: int) -> int:

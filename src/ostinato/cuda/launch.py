@@ -3,8 +3,8 @@
 Loading happens once per kernel and device, and before a kernel's first launch. A launch neither
 allocates nor waits: it may be captured in a CUDA graph, and it goes to torch's current stream.
 
-Every argument of a kernel is a Python int, an address or a size, which cuda-core passes in eight
-bytes: kernels take pointers and long long, and nothing else.
+Every argument of a kernel is a pointer or a long long, in eight bytes. C++ launches
+(csrc/gpu.cpp), by functions whose addresses the driver gives.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import contextlib
 import functools
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+from ostinato import _core
 from ostinato.cuda import compiler
 from ostinato.cuda.compiler import Compiled, Instantiation
 
@@ -28,9 +29,15 @@ _log = logging.getLogger("ostinato")
 _SHARED_BYTES = 48 * 1024
 # The largest cluster that every device with clusters takes; a larger one is to be asked for.
 _PORTABLE_CLUSTER = 8
-# CU_STREAM_LEGACY. torch's default stream is the null handle, which cuda-bindings can be told to
-# take for another stream than torch does (CUDA_PYTHON_CUDA_PER_THREAD_DEFAULT_STREAM).
-_LEGACY_STREAM = 1
+# DLPack's number of CUDA.
+DEVICE_TYPE = 2
+# What C++ launches with, and the version of CUDA that each is asked for in: where it changed last.
+_FUNCTIONS = {
+    "cuLaunchKernelEx": 11080,
+    "cuCtxGetCurrent": 4000,
+    "cuCtxPushCurrent": 4000,
+    "cuCtxPopCurrent": 4000,
+}
 
 
 class Launchable(Instantiation, Protocol):
@@ -64,7 +71,8 @@ class Loaded:
     config: Launchable
     device_index: int
     compiled: Compiled
-    kernel: Any
+    code: Any  # cuda-core's object, which keeps the machine code loaded
+    kernel: _core.GpuKernel
 
 
 @functools.cache
@@ -162,7 +170,25 @@ def _load(config: Launchable, device_index: int) -> Loaded:
         function = _checked("cuKernelGetFunction", driver.cuKernelGetFunction(kernel.handle))
         if _driver_version() >= (12, 4):
             _checked("cuFuncLoad", driver.cuFuncLoad(function))
-    return Loaded(config, device_index, compiled, kernel)
+        context = _checked("cuCtxGetCurrent", driver.cuCtxGetCurrent())
+        _connect()
+    shape = config.threads, config.blocks if config.exchange == "cluster" else 1
+    options = *shape, config.shared_bytes, config.exchange == "grid"
+    entry = _core.GpuKernel(int(function), int(context), DEVICE_TYPE, device_index, *options)
+    return Loaded(config, device_index, compiled, kernel, entry)
+
+
+@functools.cache
+def _connect() -> None:
+    """Give C++ the functions that it launches with."""
+    driver = _driver()
+    # torch's default stream is the null handle, which is the legacy one.
+    flag = driver.CUdriverProcAddress_flags.CU_GET_PROC_ADDRESS_LEGACY_STREAM
+    found = []
+    for name, version in _FUNCTIONS.items():
+        result = driver.cuGetProcAddress(name.encode(), version, flag)
+        found.append(int(_checked(f"cuGetProcAddress({name})", result)))
+    _core.connect_driver(*found)
 
 
 @contextlib.contextmanager
@@ -180,13 +206,7 @@ def _outside_capture(driver: Any) -> Iterator[None]:
 # ---- launching ----
 
 
-def launch(
-    loaded: Loaded,
-    grid: int,
-    cluster: int,
-    arguments: Sequence[int],
-    stream: int | None = None,
-) -> None:
+def launch(loaded: Loaded, blocks: int, stream: int, arguments: tuple[Any, ...]) -> None:
     """Launch a kernel on its device.
 
     The caller keeps what the arguments point to alive in the stream's order, as torch's allocator
@@ -194,64 +214,27 @@ def launch(
 
     Args:
         loaded: the kernel.
-        grid: clusters, of `cluster` blocks each.
-        cluster: blocks of a cluster; with 1 there are none, and `grid` counts blocks.
-        arguments: addresses and sizes, no bool among them.
-        stream: the handle of a stream of the kernel's device, or None for torch's current one.
+        blocks: how many blocks; where they work in clusters or as one cooperative grid, the kernel
+            says so.
+        stream: the driver's handle of a stream of the device.
+        arguments: numbers, dense tensors on the device, and None for a null pointer.
 
     Raises:
-        RuntimeError: the driver refused the launch.
-        ValueError: a cooperative grid is larger than the device holds at once.
+        RuntimeError: the driver refused the launch; a cooperative grid may be larger than the
+            device holds at once.
+        TypeError, ValueError: an argument is none of these.
     """
-    index = loaded.device_index
-    core = compiler.core()
-    # The null stream, and what cuda-core asks of a device, are those of the current device.
-    with torch.cuda.device(index):
-        _bind(index)
-        try:
-            config = _launch_config(threading.get_ident(), loaded, grid, cluster)
-            core.launch(_stream(index, stream), config, loaded.kernel, *arguments)
-        except compiler.cuda_error() as error:
-            raise RuntimeError(
-                f"cuda:{index} cannot launch {grid} x {cluster} blocks of {loaded.config}: {error}"
-            ) from error
-
-
-# Making one asks the driver about the device. Each thread has its own, because cuda-core writes
-# into it at a launch, and reads from there without the interpreter's lock.
-@functools.lru_cache(maxsize=1024)
-def _launch_config(thread: int, loaded: Loaded, grid: int, cluster: int) -> Any:
-    config = loaded.config
-    return compiler.core().LaunchConfig(
-        grid=grid,
-        cluster=None if cluster == 1 else cluster,
-        block=config.threads,
-        shmem_size=config.shared_bytes,
-        is_cooperative=config.exchange == "grid",
-    )
-
-
-def _stream(device_index: int, handle: int | None) -> Any:
-    if handle is None:
-        handle = torch.cuda.current_stream(device_index).cuda_stream
-    return _stream_object(device_index, handle or _LEGACY_STREAM)
-
-
-# cuda-core asks it for its device at each launch, and it remembers: hence one per device, also of
-# the default stream, whose handle is the same on all.
-@functools.lru_cache(maxsize=256)
-def _stream_object(device_index: int, handle: int) -> Any:
-    return compiler.core().Stream.from_handle(handle)
-
-
-_threads = threading.local()
+    try:
+        loaded.kernel.launch(blocks, stream, arguments)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"cuda:{loaded.device_index} cannot launch {blocks} blocks of {loaded.config}: {error}"
+        ) from error
 
 
 def _bind(device_index: int) -> None:
     """Give this thread a context, which torch's calls may not have done in a new thread."""
-    if not getattr(_threads, "is_bound", False):
-        compiler.core().Device(device_index).set_current()
-        _threads.is_bound = True
+    compiler.core().Device(device_index).set_current()
 
 
 # ---- NVIDIA's modules, which are optional and slow to import ----

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from ostinato.call import Call, Results
 from ostinato.cells import CELLS
 from ostinato.check import shapes_of
 from ostinato.cuda import choice, launch, sequence
-from ostinato.cuda.config import Config
+from ostinato.cuda.config import Config, Previous
 from ostinato.cuda.plan import Device, at_once, plan
 from ostinato.cuda.sequence import reserve_bytes
 from ostinato.later import when_imported
@@ -67,7 +66,7 @@ def decide(call: Call, *, is_training: bool) -> Decision:
         return Decision(False, "there is nothing to compute")
     if not all(t is None or t.layout is torch.strided for t in call.tensors()):
         return Decision(False, "not all tensors are strided")
-    if _form(call) == "packed" and _is_capturing():
+    if _form(call) == "packed" and _is_capturing() and not sequence.is_at_hand(call):
         return Decision(False, "a graph cannot capture how lengths come to the device")
     hidden = weight_hh.shape[1]
     steps = input.shape[0] if call.batch_sizes is None else len(call.batch_sizes)
@@ -96,7 +95,7 @@ def _is_sure(condition: Any) -> bool:
 
 
 def _is_capturing() -> bool:
-    return not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+    return not torch.compiler.is_compiling() and sequence.is_capturing()
 
 
 def _form(call: Call) -> str:
@@ -175,7 +174,10 @@ def forward(call: Call, keep: bool) -> tuple[Results, Tensor]:
     config = _config(call, sizes, is_backward=False)
     if not sizes.rows:
         return _of_no_rows(call, sizes)
-    return sequence.forward(call, sizes, config, _launcher(call), keep)
+    results, reserve = sequence.forward(
+        sequence.dense(call), sizes, config, launcher_of(call), keep
+    )
+    return results, call.input.new_empty(0, dtype=torch.uint8) if reserve is None else reserve
 
 
 def backward(
@@ -192,8 +194,10 @@ def backward(
     config = _config(call, sizes, is_backward=True)
     if not sizes.rows:
         return _gradients_of_no_rows(call, arrived, wanted)
-    launcher = _launcher(call)
-    return sequence.backward(call, sizes, config, launcher, arrived, output, reserve, wanted)
+    launcher, given = launcher_of(call), sequence.dense(call)
+    dense = sequence.dense_results(Results(output, ())).output, reserve, wanted
+    results = sequence.dense_results(arrived)
+    return sequence.backward(given, sizes, config, launcher, results, *dense)
 
 
 def _of_no_rows(call: Call, sizes: Sizes) -> tuple[Results, Tensor]:
@@ -224,13 +228,19 @@ def _gradients_of_no_rows(call: Call, arrived: Results, wanted: list[bool]) -> l
     return found.flat()
 
 
-def _config(call: Call, sizes: Sizes, is_backward: bool) -> Config:
+def plan_of(call: Call, sizes: Sizes, is_backward: bool) -> Config | None:
+    """Return the kernel that is to run a checked call, or None where there is none."""
     math = math_of(call.input.dtype)
-    found = None
-    if math is not None and not sizes.projection and launch.available():
-        device = device_of(call.input.device.index or 0)
-        directions, batch = sizes.directions, sizes.batch
-        found = plan(call.cell, math, sizes.hidden, batch, directions, is_backward, device)
+    if math is None or sizes.projection or not launch.available():
+        return None
+    device = device_of(call.input.device.index or 0)
+    options = sizes.hidden, sizes.batch, sizes.directions, is_backward, device
+    found: Config | None = plan(call.cell, math, *options)
+    return found
+
+
+def _config(call: Call, sizes: Sizes, is_backward: bool) -> Config:
+    found = plan_of(call, sizes, is_backward)
     if found is None:
         raise RuntimeError(
             f"ostinato::layer: no kernel on {call.input.device} for {call.cell} of "
@@ -239,24 +249,24 @@ def _config(call: Call, sizes: Sizes, is_backward: bool) -> Config:
     return found
 
 
-class _Launcher(NamedTuple):
+class Launcher(NamedTuple):
     """Runs kernels on a device."""
 
     device: int
 
     def at_once(self, config: Config) -> int:
+        """Return how many loops of a kernel the device runs at once."""
         return at_once(config, device_of(self.device))
 
-    def __call__(self, config: Config, loops: int, arguments: Sequence[int]) -> None:
-        loaded = launch.load(config, self.device)
-        if config.exchange == "cluster":
-            launch.launch(loaded, loops, config.blocks, arguments)
-        else:
-            launch.launch(loaded, loops * config.blocks, 1, arguments)
+    def __call__(self, config: Config | Previous, loops: int, arguments: tuple[Any, ...]) -> None:
+        """Launch a kernel on torch's current stream."""
+        loaded, stream = launch.load(config, self.device), sequence.stream_of(self.device)
+        launch.launch(loaded, loops * config.blocks, stream, arguments)
 
 
-def _launcher(call: Call) -> _Launcher:
-    return _Launcher(call.input.device.index or 0)
+def launcher_of(call: Call) -> sequence.Launcher:
+    """Return what runs kernels on the device of a call."""
+    return Launcher(call.input.device.index or 0)
 
 
 def detail(call: Call) -> str:

@@ -13,15 +13,13 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ostinato import arrays
 from ostinato.call import Call, Parts, Results
-from ostinato.check import gradients, shapes_of
-from ostinato.cuda.config import Config
+from ostinato.cuda.config import Config, Previous
 from ostinato.sizes import Sizes
 from ostinato.tensors import without_autocast
 
@@ -32,69 +30,148 @@ class Launcher(Protocol):
     def at_once(self, config: Config) -> int:
         """Return how many loops of a kernel whose blocks wait for each other a launch may have."""
 
-    def __call__(self, config: Config, loops: int, arguments: Sequence[int]) -> None:
-        """Launch a kernel for so many loops."""
+    def __call__(self, config: Config | Previous, loops: int, arguments: tuple[Any, ...]) -> None:
+        """Launch a kernel for so many loops; arguments are numbers, dense tensors and None."""
 
 
 class Rows(NamedTuple):
     """Where rows begin, end and begin anew, on the device; None where all is plain."""
 
-    offsets: Tensor | None  # (T,), int64: the row of input where a step begins
-    lengths: Tensor | None  # (B,), int32
-    order: Tensor | None  # (B,), int32: rows of like length beside each other
-    flags: Tensor | None  # (N,), uint8: where a row begins anew
+    offsets: Tensor | None = None  # (T,), int64: the row of input where a step begins
+    lengths: Tensor | None = None  # (B,), int32
+    order: Tensor | None = None  # (B,), int32: rows of like length beside each other
+    flags: Tensor | None = None  # (N,), uint8: where a row begins anew
 
 
-def rows_of(call: Call, sizes: Sizes) -> Rows:
+_PLAIN = Rows()
+
+
+def rows_of(call: Call) -> Rows:
     """Describe the rows of a call."""
-    device = call.input.device
-    offsets = lengths = order = flags = None
-    if call.batch_sizes is not None:
-        counts = call.batch_sizes
-        offsets = (counts.cumsum(0) - counts).to(device, non_blocking=True)
-        lengths = (counts[:, None] > torch.arange(sizes.batch)).sum(0)
-    elif call.lengths is not None:
-        lengths = call.lengths
-        order = lengths.argsort(descending=True, stable=True)
+    if call.batch_sizes is None and call.lengths is None:
+        found = _PLAIN
+    elif call.batch_sizes is not None:
+        found = _kept(call.input, call.batch_sizes, call.batch)
+    else:
+        found = _kept(call.input, call.lengths, 0)
     if call.resets is not None:
-        flags = call.resets.reshape(-1).view(torch.uint8)
-    lengths, order = (
-        None if t is None else t.to(torch.int32).to(device, non_blocking=True)
-        for t in (lengths, order)
-    )
-    return Rows(offsets, lengths, order, flags)
+        found = found._replace(flags=call.resets.reshape(-1).view(torch.uint8))
+    return found
+
+
+# What ragged batches have on the device, by the bytes of their counts: what is given again, as in
+# every layer and in backward, is copied once. By stream too, since another would not wait for the
+# copy. Those that a graph has captured are kept for as long as it may be replayed.
+_ragged: dict[tuple[bytes, int, int], dict[int, Rows]] = {}
+_captured: list[Rows] = []
+_MOST_RAGGED = 64
+
+
+def is_at_hand(call: Call) -> bool:
+    """Whether what the rows of a ragged batch need is on the device, so that nothing is copied."""
+    return _key(call.input, *_counts(call)) in _ragged
+
+
+def _counts(call: Call) -> tuple[Tensor, int]:
+    if call.batch_sizes is None:
+        return call.lengths, 0
+    return call.batch_sizes, call.batch
+
+
+def _key(input: Tensor, counts: Tensor, batch: int) -> tuple[bytes, int, int]:
+    return counts.numpy().tobytes(), batch, input.get_device()
+
+
+def _kept(input: Tensor, counts: Tensor, batch: int) -> Rows:
+    """Return the rows of batch_sizes of so many rows, or of lengths, where `batch` is 0."""
+    key = _key(input, counts, batch)
+    by_stream = _ragged.get(key)
+    if by_stream and is_capturing():
+        # Before it captures, torch waits for all streams.
+        found = next(iter(by_stream.values()))
+        if not any(found is each for each in _captured):
+            _captured.append(found)
+        return found
+    stream = stream_of(input.get_device())
+    if by_stream and stream in by_stream:
+        return by_stream[stream]
+    found = _copied(input.device, counts, batch)
+    if len(_ragged) >= _MOST_RAGGED:
+        _ragged.pop(next(iter(_ragged)), None)
+    _ragged.setdefault(key, {})[stream] = found
+    return found
+
+
+def _copied(device: torch.device, counts: Tensor, batch: int) -> Rows:
+    """Copy to the device what kernels ask of ragged rows."""
+
+    def there(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        return tensor.to(dtype).to(device, non_blocking=True)
+
+    if not batch:
+        order = counts.argsort(descending=True, stable=True)
+        return Rows(None, there(counts, torch.int32), there(order, torch.int32))
+    lengths = (counts[:, None] > torch.arange(batch)).sum(0)
+    return Rows(there(counts.cumsum(0) - counts, torch.int64), there(lengths, torch.int32))
+
+
+def is_capturing() -> bool:
+    """Whether this thread's stream is being captured in a graph."""
+    return torch.cuda.is_current_stream_capturing()
+
+
+def stream_of(device_index: int) -> int:
+    """Return the driver's handle of torch's current stream."""
+    found: int = torch._C._cuda_getCurrentRawStream(device_index)
+    return found
 
 
 def forward(
     call: Call, sizes: Sizes, config: Config, launch: Launcher, keep: bool
-) -> tuple[Results, Tensor]:
-    """Run a layer; return its results, and what is kept for backward.
+) -> tuple[Results, Tensor | None]:
+    """Run a layer; return its results, and what is kept for backward, if anything is.
 
-    The call is checked and has no projection; `config` is of a forward kernel for its cell,
-    precision and hidden size. `keep` says whether backward is to follow.
+    The call is checked, has no projection, and its weights and states are dense (`dense`);
+    `config` is of a forward kernel for its cell, precision and hidden size. `keep` says whether
+    backward is to follow.
     """
-    x, directions = call.input.contiguous(), sizes.directions
-    rows = rows_of(call, sizes)
-    flat = x.reshape(sizes.rows, sizes.input)
-    weights = _directions(call, sizes)
-    gates_x = x.new_empty(directions, sizes.rows, call.kind.gates * sizes.hidden)
-    with products_in(config.math, x):
-        for d, (weight_ih, *_) in enumerate(weights):
-            assert weight_ih is not None
-            torch.mm(flat, weight_ih.t(), out=gates_x[d])
-    shapes, table = shapes_of(call, sizes), call.results()
+    x, rows, directions = call.input, rows_of(call), sizes.directions
+    gates_x = _input_products(call, sizes, config.math)
     # Past the end of a row nothing is written.
-    make = x.new_zeros if call.lengths is not None else x.new_empty
-    results = Results(
-        make(shapes["output"]),
-        tuple(x.new_empty(shapes[array.name]) for array in table.last),
-        tuple(make(shapes[array.name]) for array in table.every),
+    make = x.new_empty if call.lengths is None else x.new_zeros
+    wide, state = (
+        (*x.shape[:-1], directions * sizes.hidden),
+        (directions, sizes.batch, sizes.hidden),
     )
-    reserve = make(reserve_bytes(call, sizes) if keep else 0, dtype=torch.uint8)
-    given = {**_both(weights), **_states(call), "gates_x": gates_x, "reserve": reserve}
-    given.update(zip((array.name for array in table.flat()), results.flat(), strict=True))
-    _launch(config, launch, sizes, rows, x, [given.get(name) for name in FORWARD])
-    return results, reserve
+    output, h_n = make(wide), x.new_empty(state)
+    c_n = x.new_empty(state) if call.kind.has_c else None
+    cells = make(wide) if c_n is not None and call.all_states else None
+    reserve = make(reserve_bytes(call, sizes), dtype=torch.uint8) if keep else None
+    states = _states(call)
+    given = *_by_direction(call, directions), *states, output, h_n, c_n, reserve, cells
+    _launch(config, launch, sizes, rows, x, (gates_x, *given))
+    last = (h_n,) if c_n is None else (h_n, c_n)
+    return Results(output, last, () if cells is None else (cells,)), reserve
+
+
+def _input_products(call: Call, sizes: Sizes, math: str) -> Tensor:
+    """Multiply all rows by weight_ih, (D, N, G * H)."""
+    flat, count = _flat(call, sizes), len(call.weights) // sizes.directions
+    with products_in(math, flat):
+        if sizes.directions == 1:
+            weight_ih, *_ = call.weights
+            found: Tensor = torch.nn.functional.linear(flat, weight_ih)
+            return found
+        found = flat.new_empty(sizes.directions, sizes.rows, call.kind.gates * sizes.hidden)
+        for product, weight_ih in zip(found.unbind(), call.weights[::count], strict=True):
+            torch.mm(flat, weight_ih.t(), out=product)
+        return found
+
+
+def _flat(call: Call, sizes: Sizes) -> Tensor:
+    """Return the rows of input, (N, I)."""
+    found: Tensor = call.input
+    return found if found.dim() == 2 else found.reshape(sizes.rows, sizes.input)
 
 
 def backward(
@@ -110,29 +187,30 @@ def backward(
     """Differentiate a layer; return the gradients, None where not wanted.
 
     `config` is of a backward kernel; `output` and `reserve` are what `forward` returned. Gradients
-    that did not arrive are None. `wanted` has a flag for each of `call.tensors()`.
+    that did not arrive are None, those that did are dense. `wanted` has a flag for each of
+    `call.tensors()`.
     """
-    x, hidden, directions = call.input.contiguous(), sizes.hidden, sizes.directions
-    rows, asked = rows_of(call, sizes), call.parts(wanted)
-    weights = _directions(call, sizes)
+    x, hidden, directions = call.input, sizes.hidden, sizes.directions
+    rows, asked, kind = rows_of(call), call.parts(wanted), call.kind
     # Where a row has no step or no first piece, nothing is written.
-    make = x.new_zeros if call.lengths is not None else x.new_empty
-    dgates = make((directions, sizes.rows, call.kind.grads * hidden))
+    make = x.new_empty if call.lengths is None else x.new_zeros
+    shape = sizes.rows, kind.grads * hidden
+    dgates = make(shape if directions == 1 else (directions, *shape))
     make = x.new_empty if rows.flags is None else x.new_zeros
-    shape = (directions, sizes.batch, hidden)
-    initial = tuple(make(shape) if want else None for want in asked.initial)
+    state = directions, sizes.batch, hidden
+    initial = tuple([make(state) if want else None for want in asked.initial])
     reset_to = [
-        x.new_zeros(shape, dtype=torch.float32) if want else None for want in asked.reset_to
+        x.new_zeros(state, dtype=torch.float32) if want else None for want in asked.reset_to
     ]
-    dense = dict(zip((array.name for array in gradients(call)), arrived.flat(), strict=False))
-    given = {**_both(weights), **_states(call), **{k: _dense(t) for k, t in dense.items()}}
-    given.update(output=_dense(output), reserve=reserve, dgates=dgates)
-    for table, grads in ((arrays.INITIAL, initial), (arrays.RESET_TO, reset_to)):
-        given.update((f"grad_{a.name}", grad) for a, grad in zip(table, grads, strict=False))
-    _launch(config, launch, sizes, rows, x, [given.get(name) for name in BACKWARD])
-    rounded = tuple(None if t is None else t.to(x.dtype) for t in reset_to)
+    none = (None,) * (1 - kind.has_c)
+    d_last, d_every = (*arrived.last, *none), arrived.every or (None,)
+    d_states = *initial, *none, *reset_to, *none
+    weights_hh = _by_direction(call, directions)[:2]
+    given = *weights_hh, *_states(call), output, reserve, arrived.output, *d_every, *d_last
+    _launch(config, launch, sizes, rows, x, (*given, dgates, *d_states))
     with products_in(config.math, x):
-        dx, dweights = _products(call, sizes, rows, dgates, output, weights, asked)
+        dx, dweights = _products(call, sizes, rows, launch, dgates, output, asked)
+    rounded = tuple([None if t is None else t.to(x.dtype) for t in reset_to])
     return Parts(dx, initial, rounded, dweights).flat()
 
 
@@ -149,23 +227,21 @@ BACKWARD = (
 )
 
 
-def _both(weights: Sequence[Sequence[Tensor | None]]) -> dict[str, Tensor | None]:
-    """Name the weights of both directions, which the kernels take; one stands for both."""
-    (first, *_), (*_, last) = weights, weights
-    found = dict(zip(_WEIGHTS, first, strict=True))
-    found.update(zip((f"{name}_reverse" for name in _WEIGHTS), last, strict=True))
-    return found
+def _by_direction(call: Call, directions: int) -> tuple[Tensor | None, ...]:
+    """Return weight_hh, bias_ih and bias_hh, each of both directions; one stands for both."""
+    count = len(call.weights) // directions
+    _, hh, *biases = call.weights[:count]
+    _, hh_reverse, *biases_reverse = call.weights[-count:]
+    if not biases:
+        return hh, hh_reverse, None, None, None, None
+    (ih, both), (ih_reverse, both_reverse) = biases, biases_reverse
+    return hh, hh_reverse, ih, ih_reverse, both, both_reverse
 
 
-_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-
-
-def _states(call: Call) -> dict[str, Tensor | None]:
-    """Name the states that a layer is given, dense."""
-    found: dict[str, Tensor | None] = {}
-    for table, states in ((arrays.INITIAL, call.initial), (arrays.RESET_TO, call.reset_to)):
-        found.update((a.name, _dense(s)) for a, s in zip(table, states, strict=False))
-    return found
+def _states(call: Call) -> tuple[Tensor | None, ...]:
+    """Return h_0, c_0 and the states of resets, None for what there is not."""
+    none = (None,) * (1 - call.kind.has_c)
+    return *call.initial, *none, *(call.reset_to or (None,) * len(call.initial)), *none
 
 
 def _launch(
@@ -174,108 +250,121 @@ def _launch(
     sizes: Sizes,
     rows: Rows,
     x: Tensor,
-    given: Sequence[Tensor | None],
+    given: tuple[Tensor | None, ...],
 ) -> None:
     """Launch a kernel for all tiles of all directions.
 
     Blocks that wait for each other through global memory must be on the device together: where not
     all loops are, several launches follow each other.
     """
-    arguments = *_batch(sizes, rows), *map(address, given)
+    arguments = sizes.steps, sizes.rows, sizes.batch, sizes.directions, *rows, *given
     loops = config.loops(sizes.batch, sizes.directions)
-    most = launch.at_once(config) if config.exchange == "grid" else loops
-    exchange = x.new_empty(config.exchange_bytes(min(loops, most)), dtype=torch.uint8)
+    if config.exchange != "grid":
+        launch(config, loops, (0, *arguments, None))
+        return
+    most = launch.at_once(config)
+    exchange = x.new_zeros(config.exchange_bytes(min(loops, most)), dtype=torch.uint8)
     for first in range(0, loops, most):
-        exchange.zero_()
-        launch(config, min(most, loops - first), [first, *arguments, address(exchange)])
+        if first:
+            exchange.zero_()
+        launch(config, min(most, loops - first), (first, *arguments, exchange))
 
 
 def _products(
     call: Call,
     sizes: Sizes,
     rows: Rows,
+    launch: Launcher,
     dgates: Tensor,
     output: Tensor,
-    weights: list[list[Tensor | None]],
     wanted: Parts,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Return the gradients of input and weights, products over all steps."""
-    hidden, gates = sizes.hidden, call.kind.gates
-    flat = call.input.reshape(sizes.rows, sizes.input)
+    hidden, gates, directions = sizes.hidden, call.kind.gates, sizes.directions
+    flat, count = _flat(call, sizes), len(call.weights) // directions
+    previous = None
+    if any(wanted.weights[1::count]) and rows != _PLAIN:
+        previous = _previous(call, sizes, rows, launch, output)
     dx: Tensor | None = None
     dweights: list[Tensor | None] = []
-    count = len(call.weights) // sizes.directions
-    for d, (weight_ih, *_) in enumerate(weights):
+    for d in range(directions):
+        own = dgates if directions == 1 else dgates[d]
+        of_input = of_hidden = own
         # csrc/cuda/sequence.cuh, position_of: the last columns belong to the input product, the
         # first to the hidden one, where a GRU's n comes before r and z.
-        of_input = dgates[d][:, dgates.shape[2] - gates * hidden :]
-        of_hidden = dgates[d][:, : gates * hidden]
-        turn = hidden if dgates.shape[2] > gates * hidden else 0
+        turn = hidden if call.kind.grads > gates else 0
+        if turn:
+            of_input, of_hidden = own[:, turn:], own[:, : gates * hidden]
         if wanted.input:
-            assert weight_ih is not None
-            dx = of_input @ weight_ih if dx is None else dx.addmm_(of_input, weight_ih)
+            weight_ih = call.weights[d * count]
+            dx = torch.mm(of_input, weight_ih) if dx is None else dx.addmm_(of_input, weight_ih)
         want_ih, want_hh, *want_biases = wanted.weights[d * count : (d + 1) * count]
-        dweights.append(of_input.t() @ flat if want_ih else None)
-        of_states = (
-            _weight_hh_gradient(call, sizes, rows, of_hidden, output, d) if want_hh else None
-        )
+        dweights.append(torch.mm(of_input.t(), flat) if want_ih else None)
+        of_states = None
+        if want_hh and previous is None:
+            of_states = _of_plain_rows(call, sizes, of_hidden, output, d)
+        elif want_hh and previous is not None:
+            of_states = torch.mm(of_hidden.t(), previous if directions == 1 else previous[d])
         dweights.append(None if of_states is None else _turned(of_states, turn))
-        sides = zip((of_input, of_hidden), (0, turn), want_biases, strict=False)
-        dweights += [_turned(grad.sum(0), by) if want else None for grad, by, want in sides]
-    return None if dx is None else dx.reshape(call.input.shape), dweights
+        if want_biases:
+            dweights += _of_biases(own, turn, gates * hidden, want_biases)
+    if dx is not None and call.input.dim() != 2:
+        dx = dx.view(call.input.shape)
+    return dx, dweights
+
+
+def _of_biases(dgates: Tensor, turn: int, size: int, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Return the gradients of bias_ih and bias_hh, which a GRU has apart."""
+    if not any(wanted):
+        return [None, None]
+    total, (want_ih, want_hh) = dgates.sum(0), wanted
+    if not turn:
+        return [
+            total if want_ih else None,
+            (total.clone() if want_ih else total) if want_hh else None,
+        ]
+    own = total[turn:] if want_ih else None
+    return [own, _turned(total[:size], turn) if want_hh else None]
 
 
 def _turned(gradient: Tensor, by: int) -> Tensor:
     """Bring what belongs to the last gate behind the others."""
-    return torch.cat([gradient[by:], gradient[:by]]) if by else gradient
+    return gradient.roll(-by, 0) if by else gradient
 
 
-def _weight_hh_gradient(
-    call: Call, sizes: Sizes, rows: Rows, of_hidden: Tensor, output: Tensor, direction: int
+def _of_plain_rows(
+    call: Call, sizes: Sizes, of_hidden: Tensor, output: Tensor, direction: int
 ) -> Tensor:
-    """Sum the products of gate gradients and the states before them over all steps."""
-    hidden, batch = sizes.hidden, sizes.batch
-    y = output.reshape(sizes.rows, -1)[:, direction * hidden : (direction + 1) * hidden]
-    if rows.offsets is None and rows.lengths is None and rows.flags is None:
-        later, earlier = slice(batch, None), slice(0, sizes.rows - batch)
-        if direction:
-            later, earlier = earlier, later
-        found = of_hidden[later].t() @ y[earlier]
-        h_0, *_ = call.initial
-        if h_0 is not None:
-            first = slice(sizes.rows - batch, None) if direction else slice(0, batch)
-            found.addmm_(of_hidden[first].t(), h_0[direction])
-        return found
-    return of_hidden.t() @ _previous(call, sizes, rows, y, direction)
-
-
-def _previous(call: Call, sizes: Sizes, rows: Rows, y: Tensor, direction: int) -> Tensor:
-    """Return the state before each step of a direction, (N, H)."""
-    batch, count, device = sizes.batch, sizes.rows, y.device
-    if call.batch_sizes is None:
-        taken = torch.full((sizes.steps,), batch)
-        lengths = call.lengths if call.lengths is not None else torch.full((batch,), sizes.steps)
+    """Sum the products of gate gradients and the states before them, where no row is cut."""
+    hidden, batch, rows = sizes.hidden, sizes.batch, sizes.rows
+    y = output.view(rows, sizes.directions * hidden)
+    if sizes.directions > 1:
+        y = y[:, direction * hidden : (direction + 1) * hidden]
+    if direction:
+        later, earlier = of_hidden[: rows - batch], y[batch:]
     else:
-        taken = call.batch_sizes
-        lengths = (taken[:, None] > torch.arange(batch)).sum(0)
-    offsets = taken.cumsum(0) - taken
-    steps = torch.arange(sizes.steps).repeat_interleave(taken)
-    row = torch.arange(count) - offsets[steps]
-    near = steps + 1 if direction else steps - 1
-    is_end = near >= lengths[row] if direction else near < 0
-    # The table below: states of all steps, then h_0, then the states of resets.
-    found = torch.where(is_end, count + row, offsets[near.clamp(0, sizes.steps - 1)] + row)
-    found, is_end, row = (t.to(device, non_blocking=True) for t in (found, is_end, row))
-    if rows.flags is not None:
-        cut = rows.flags.bool()
-        if direction:
-            # A row is cut before the step that the loop comes from.
-            cut = ~is_end & cut[torch.where(is_end, 0, found)]
-        found = torch.where(cut, count + batch + row, found)
-    zeros = y.new_zeros(batch, sizes.hidden)
-    (h_0, *_), (reset_h, *_) = call.initial, call.reset_to or (None,)
-    states = [zeros if s is None else s[direction] for s in (h_0, reset_h)]
-    return torch.cat([y, *states]).index_select(0, found)
+        later, earlier = of_hidden[batch:], y[: rows - batch]
+    found = torch.mm(later.t(), earlier)
+    h_0, *_ = call.initial
+    if h_0 is not None:
+        first = of_hidden[rows - batch :] if direction else of_hidden[:batch]
+        found.addmm_(first.t(), h_0[direction])
+    return found
+
+
+def _previous(call: Call, sizes: Sizes, rows: Rows, launch: Launcher, output: Tensor) -> Tensor:
+    """Return the state before each step, (D, N, H), or (N, H) of one direction."""
+    shape = sizes.rows, sizes.hidden
+    found = output.new_empty(shape if sizes.directions == 1 else (sizes.directions, *shape))
+    h_0, _, reset_h, _ = _states(call)
+    numbers = sizes.steps, sizes.rows, sizes.batch, sizes.directions, sizes.hidden
+    marks = rows.offsets, rows.lengths, rows.flags
+    launch(
+        Previous(output.element_size()),
+        sizes.steps,
+        (*numbers, *marks, output, h_0, reset_h, found),
+    )
+    return found
 
 
 def reserve_bytes(call: Call, sizes: Sizes) -> int:
@@ -284,62 +373,53 @@ def reserve_bytes(call: Call, sizes: Sizes) -> int:
     return values * int(call.input.element_size())
 
 
-def _directions(call: Call, sizes: Sizes) -> list[list[Tensor | None]]:
-    """Return weight_ih, weight_hh and biases (None where absent) of each direction."""
-    count = len(call.weights) // sizes.directions
-    found = []
-    for first in range(0, len(call.weights), count):
-        dense = [_dense(w) for w in call.weights[first : first + count]]
-        found.append([*dense, None, None][:4])
-    return found
+def dense(call: Call) -> Call:
+    """Return a call whose weights, states and resets are dense, and aligned for the kernels."""
+    resets = None if call.resets is None else call.resets.contiguous()
+    weights = [_dense(weight) for weight in call.weights]
+    call = call._replace(weights=weights, resets=resets)
+    return call.each_state(_dense)
 
 
-def _batch(sizes: Sizes, rows: Rows) -> list[int]:
-    numbers = [sizes.steps, sizes.rows, sizes.batch, sizes.directions]
-    return numbers + [address(t) for t in rows]
+def dense_results(results: Results) -> Results:
+    """Return gradients of results that are dense, and aligned for the kernels."""
+    found = [None if t is None else _dense(t) for t in results.flat()]
+    return Results.of(found, len(results.last))
 
 
-def _dense(tensor: Tensor | None) -> Tensor | None:
+def _dense(tensor: Tensor) -> Tensor:
     """Make a tensor dense, its memory aligned as pairs of numbers are read."""
-    if tensor is None:
-        return None
     tensor = tensor.contiguous()
     is_aligned = tensor.data_ptr() % (2 * tensor.element_size()) == 0
     return tensor if is_aligned else tensor.clone()
 
 
-def address(tensor: Tensor | None) -> int:
-    """Return where a tensor lies; 0 where there is none, or nothing in it."""
-    return 0 if tensor is None or not tensor.numel() else tensor.data_ptr()
-
-
+# How torch names the precision of float32 products; others have one alone.
+_PRECISIONS = {"tf32": "tf32", "fp32": "ieee"}
+_as_it_is = contextlib.nullcontext()
 _precision = threading.Lock()
 
 
-@contextlib.contextmanager
-def products_in(math: str, input: Tensor) -> Iterator[None]:
+def products_in(math: str, input: Tensor) -> contextlib.AbstractContextManager[None]:
     """Let torch's products have the precision that the time loop has.
 
     A region of autocast, in which backward may stand where forward did not, would round them. torch
     has one switch for all products of the process. It is turned only where it stands
     otherwise, and back as soon as these products are on their way.
     """
+    wanted = _PRECISIONS.get(math)
+    if wanted is not None and torch.backends.cuda.matmul.fp32_precision != wanted:
+        return _switched(wanted, input)
+    return without_autocast(input) if torch._C._is_any_autocast_enabled() else _as_it_is
+
+
+@contextlib.contextmanager
+def _switched(precision: str, input: Tensor) -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
-    # From torch 2.9 on the first name is there, and reading the second fails where a program has
-    # turned the first.
-    name = "allow_tf32"
-    values: dict[str, object] = {"tf32": True, "fp32": False}
-    if hasattr(matmul, "fp32_precision"):
-        name, values = "fp32_precision", {"tf32": "tf32", "fp32": "ieee"}
-    is_autocast = torch._C._is_any_autocast_enabled()
-    with without_autocast(input) if is_autocast else contextlib.nullcontext():
-        if math not in values or getattr(matmul, name) == values[math]:
+    with without_autocast(input), _precision:
+        before = matmul.fp32_precision
+        matmul.fp32_precision = precision
+        try:
             yield
-            return
-        with _precision:
-            before = getattr(matmul, name)
-            setattr(matmul, name, values[math])
-            try:
-                yield
-            finally:
-                setattr(matmul, name, before)
+        finally:
+            matmul.fp32_precision = before

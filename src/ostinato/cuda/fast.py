@@ -1,0 +1,135 @@
+"""The fast path on a GPU: a layer's call on plain tensors, checked in C++, past the dispatcher.
+
+What is asked of a call once, whether our kernels run it and which, is kept by its sizes; what a
+launch asks is kept with the kernel. So a call takes a few operators of torch and one launch.
+
+Legend: T steps, B batch, N packed rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ostinato import _core, plain
+from ostinato.call import Call, Results, padded
+from ostinato.cells import CELLS
+from ostinato.cuda import choice, launch, layer, sequence
+from ostinato.cuda.config import Config
+from ostinato.plain import NUMBERS, has_cuts, of_tuple, to_tuple
+from ostinato.sizes import Sizes
+
+# What tests close or open. A CPU build of torch has no tensors on a GPU.
+IS_OPEN = plain.IS_OPEN and torch.version.cuda is not None
+# Where C++ looks for tensors.
+_device_type = launch.DEVICE_TYPE
+
+
+class _Way(NamedTuple):
+    """How our kernels run a call."""
+
+    forward: Config
+    launcher: sequence.Launcher
+
+
+# By what a choice depends on; None where another backend runs the call.
+_ways: dict[tuple[Any, ...], _Way | None] = {}
+_MOST_WAYS = 4096
+
+
+class _Plain(NamedTuple):
+    """A call whose tensors are plain, and what C++ read of them."""
+
+    call: Call
+    sizes: Sizes
+    device: int
+    is_ragged: bool
+
+
+def _read(config: plain.Config, tensors: tuple[Any, ...], kept: Any = None) -> _Plain | None:
+    """Let C++ read a call's tensors; None if it declines them."""
+    cell, is_step, shape, has_biases, _ = config
+    if is_step:
+        return None
+    number = NUMBERS.get(cell, -1)
+    found: Any = _core.plain_sizes(number, shape, tensors, has_biases, kept, _device_type)
+    if found is None:
+        return None
+    device, steps, rows, batch, is_ragged = found
+    inputs, hidden, projection, directions = shape
+    count = directions * (4 if has_biases else 2)
+    (batch_sizes, *masks), parts = of_tuple(tensors, count)
+    states = len(CELLS[cell].states)
+    initial, reset_to = tuple(parts.initial[:states]), tuple(parts.reset_to[:states])
+    options = cell, has_biases, directions == 2, False, *masks, reset_to
+    call = Call(parts.input, batch_sizes, batch, initial, list(parts.weights), *options)
+    sizes = Sizes(steps, rows, batch, inputs, hidden, projection, directions)
+    return _Plain(call, sizes, device, is_ragged)
+
+
+def forward(config: plain.Config, keep: bool, tensors: tuple[Any, ...]) -> Any:
+    """Run a layer as `ostinato.cpu.plain_forward` does, or return None where it is declined."""
+    *_, recompute = config
+    if recompute and keep:
+        return None
+    read = _read(config, tensors)
+    if read is None:
+        return None
+    call, sizes, _, is_ragged = read
+    if is_ragged and sequence.is_capturing() and not sequence.is_at_hand(call):
+        return None
+    way = _way(config, keep, read)
+    if way is None:
+        return None
+    results, reserve = sequence.forward(call, sizes, way.forward, way.launcher, keep)
+    h_n, c_n = padded(results.last)
+    return results.output, h_n, c_n, reserve
+
+
+def _way(config: plain.Config, keep: bool, read: _Plain) -> _Way | None:
+    """Return how our kernels run a call, or None."""
+    call, sizes, device, _ = read
+    math = layer.math_of(call.input.dtype)
+    ragged = call.batch_sizes is not None, call.lengths is not None, call.resets is not None
+    key = config, keep, math, sizes.steps, sizes.batch, device, ragged, choice.version()
+    if key in _ways:
+        return _ways[key]
+    found = None
+    if layer.decide(call, is_training=keep).is_ours:
+        kernel = layer.plan_of(call, sizes, is_backward=False)
+        assert kernel is not None
+        found = _Way(kernel, layer.launcher_of(call))
+    elif sequence.is_capturing():
+        return None  # another time there may be more to know
+    if len(_ways) >= _MOST_WAYS:
+        _ways.clear()
+    _ways[key] = found
+    return found
+
+
+def backward(
+    config: plain.Config,
+    tensors: tuple[Any, ...],
+    output: Tensor,
+    reserve: Tensor,
+    arrived: tuple[Tensor | None, ...],
+    wanted: tuple[bool, ...],
+) -> Any:
+    """Return gradients as `ostinato.cpu.plain_backward` does, or None where these are declined.
+
+    The call is one that `forward` ran. Who runs such a call now is not asked.
+    """
+    dense = sequence.dense_results(Results.of(arrived, len(arrived) - 1))
+    read = _read(config, tensors, (output, reserve, tuple(dense.flat())))
+    if read is None:
+        return None
+    call, sizes, *_ = read
+    _, asked = of_tuple(wanted, len(call.weights))
+    flags = call.padded_parts(asked.padded()).flat()
+    kernel = layer.plan_of(call, sizes, is_backward=True)
+    assert kernel is not None
+    launcher = layer.launcher_of(call)
+    found = sequence.backward(call, sizes, kernel, launcher, dense, output, reserve, flags)
+    return to_tuple((None,) * 3, call.parts(found), has_cuts(tensors, len(call.weights)))
