@@ -460,8 +460,8 @@ def test_more_weight_elements_than_32_bits_count():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"cell": 4}, r"cell must be 0\.\.3"),
-        ({"cell": -1}, r"cell must be 0\.\.3"),
+        ({"cell": len(RECORDS)}, rf"cell must be 0\.\.{len(RECORDS) - 1}"),
+        ({"cell": -1}, rf"cell must be 0\.\.{len(RECORDS) - 1}"),
         ({"sizes": (-1, 0, 1, 1, 1, 0, 1)}, "sizes must not be negative"),
         ({"sizes": (1, 1, 1, 1, 0, 0, 1)}, "hidden must be positive"),
         ({"sizes": (1, 1, 1, 1, 1, 0, 3)}, "directions must be 1 or 2"),

@@ -1,13 +1,15 @@
 """The modules against torch's: outputs and every gradient over the grid of their options."""
 
 import copy
+import dataclasses
 import itertools
 
 import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from ostinato import nn
+from ostinato import nn, plain, reference
+from ostinato.cells import CELLS
 from support.cells import (
     LAYERS,
     MODULES,
@@ -393,3 +395,50 @@ def test_training_moves_the_loss_like_torchs(name):
             losses[-1].append(loss.item())
     assert losses[0][-1] < losses[0][0]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-4)
+
+
+# ---- a layer that torch does not have ----
+
+
+class Mine(nn.GRU.__base__):
+    """A GRU by another name, which torch's base class and cuDNN do not know."""
+
+    _kind = "Mine"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__("MINE", *args, **kwargs)
+
+
+@pytest.fixture
+def mine(monkeypatch):
+    record = dataclasses.replace(CELLS["gru"], name="mine", layer="Mine", onnx=None)
+    monkeypatch.setitem(CELLS, "mine", record)
+    monkeypatch.setitem(plain.NUMBERS, "mine", record.number)
+    monkeypatch.setitem(reference.STEPS, "mine", reference.STEPS["gru"])
+
+
+@pytest.mark.usefixtures("mine")
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "bias": False}])
+def test_a_layer_that_torch_does_not_have(options):
+    options = {**options, "dtype": torch.float64}
+    torch.manual_seed(1)
+    mine = Mine(3, 4, **options)
+    torch.manual_seed(1)
+    gru = nn.GRU(3, 4, **options)
+    assert repr(mine) == repr(gru).replace("GRU", "Mine")
+    for (name, found), (other, expected) in zip(
+        mine.state_dict().items(), gru.state_dict().items(), strict=True
+    ):
+        assert name == other
+        assert torch.equal(found, expected)
+    x = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+    for layer in (mine, copy.deepcopy(mine), mine.double()):
+        for found, expected in zip(layer(x), gru(x), strict=True):
+            assert torch.equal(found, expected)
+    leaves = [[x, *layer.parameters()] for layer in (mine, gru)]
+    grads = [
+        torch.autograd.grad(layer(x)[0].sum(), own)
+        for layer, own in zip((mine, gru), leaves, strict=True)
+    ]
+    assert all(map(torch.equal, *grads))
+    assert Mine(3, 4, device="meta").weight_hh_l0.shape == (12, 4)

@@ -24,6 +24,7 @@ def step(cell, w, x, h, c):
         n = np.tanh(n_x + r * n_h)  # (9)
         new = (1 - z) * n + z * h  # (10)
         return new, None, {"x": x, "h": h, "r": r, "z": z, "n": n, "n_h": n_h}
+    assert cell == "lstm", f"{cell} has no equations here"
     a_i, a_f, a_g, a_o = np.split(gates_x + gates_h, 4, -1)
     i, f, g, o = sigma(a_i), sigma(a_f), np.tanh(a_g), sigma(a_o)  # (16)-(19)
     new_c = f * c + i * g  # (20)

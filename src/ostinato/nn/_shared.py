@@ -28,7 +28,13 @@ from ostinato.nn._arguments import (
 from ostinato.nn._cuts import Cuts, first_size, padded_lengths, reset_states, resets_of
 from ostinato.nn._neighbours import Neighbour
 from ostinato.nn._stand_ins import is_symbolic, is_tensor_like, leaf
-from ostinato.tensors import batch_of, reject_nested, unrecorded, without_autocast
+from ostinato.tensors import (
+    TORCH_OPERATORS,
+    batch_of,
+    reject_nested,
+    unrecorded,
+    without_autocast,
+)
 
 
 def _check_memory(memory: object) -> None:
@@ -45,10 +51,33 @@ class Layers(Neighbour, torch.nn.RNNBase):
 
     if not TYPE_CHECKING:
 
-        def __init__(self, *args, memory="keep", **kwargs):
+        def __init__(self, mode, *args, memory="keep", **kwargs):
             _check_memory(memory)
-            super().__init__(*args, **kwargs)
+            if mode.lower() in TORCH_OPERATORS:
+                super().__init__(mode, *args, **kwargs)
+            else:
+                self._begin(mode, args, kwargs)
             self.memory = memory
+
+    def _begin(self, mode: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Do what torch's constructor does, for a layer that torch does not have.
+
+        It names the parameters of one that torch has, with one gate; ours, with all gates, replace
+        them. The dtype and device are given by name.
+        """
+        super().__init__("RNN_TANH", *args, **{**kwargs, "device": "meta"})
+        self.mode = mode
+        made = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
+        for name, (rows, *rest) in [(n, p.shape) for n, p in self.named_parameters()]:
+            size = self._record().gates * rows, *rest
+            setattr(self, name, torch.nn.Parameter(torch.empty(size, **made)))
+        self._init_flat_weights()
+        self.reset_parameters()
+
+    def flatten_parameters(self) -> None:
+        """Lay the weights out as one for cuDNN, as torch does, where cuDNN has such a layer."""
+        if self.mode.lower() in TORCH_OPERATORS:
+            super().flatten_parameters()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Give each public class a forward of its own name, which Python puts into messages."""
