@@ -29,7 +29,7 @@ NAMED_CELL := '[!=]= ?"(rnn_tanh|rnn_relu|gru|lstm|RNN|GRU|LSTM)"'
 # A literal position in a list of arguments, results or gradients, which have names (src/ostinato/arrays.py).
 LITERAL_PLACE := '\b((call|arguments|args|values|tensors|inputs|dims|needs|given|results|found|grads|arrived)\[-?[0-9]+\]|(weights|wanted|asked)\[-?[1-9][0-9]*\]|(call|arguments|args|values|tensors|inputs|dims|weights|wanted|asked|results|found|grads|arrived)\[(-?[0-9]+)?:(-?[0-9]+)?\])'
 
-.PHONY: help demo test lint bench bench-quick bench-turns bench-gpu test-gpu test-arm gpu-ready docs features wheel test-versions sanitize clean
+.PHONY: help demo test lint bench bench-quick bench-turns bench-gpu test-gpu test-arm gpu-ready gpu-bundle docs features wheel test-versions sanitize clean
 .DELETE_ON_ERROR:
 
 help:
@@ -41,6 +41,7 @@ help:
 	@echo 'make bench-turns  this tree and a revision of it in turns, BEFORE=HEAD: what a change costs or gains'
 	@echo 'make bench-gpu    ours beside torch.nn on a GPU, with GPU_PYTHON as it is; tables in benchmarks/results'
 	@echo 'make test-gpu     the tests of the GPU engine, and all others that can run on CUDA tensors, likewise'
+	@echo 'make gpu-bundle   the package for GPU_PYTHON and compiled kernels, to be brought to a machine that builds nothing'
 	@echo 'make gpu-ready    what GPU_PYTHON lacks for these two, and the build that they run'
 	@echo 'make test-arm  the engine compiled for aarch64 and tested under emulation; ARM=bits or a test file for a part of it'
 	@echo 'make docs      doctests, examples in Markdown, links, the drawing of the house, and the table of features'
@@ -87,13 +88,14 @@ bench-gpu: $(BUILD)/gpu.stamp
 	PYTHONPATH=$(BUILD)/gpu $(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
 
 test-gpu: $(BUILD)/gpu.stamp
-	PYTHONPATH=$(BUILD)/gpu $(GPU_PYTHON) -m pytest tests/test_gpu.py tests/test_cudnn.py tests/test_cuda_launch.py \
-		tests/test_bench_gpu.py $(ARGS)
-	PYTHONPATH=$(BUILD)/gpu $(GPU_PYTHON) -m pytest tests --device cuda $(ARGS)
-	PYTHONPATH=$(BUILD)/gpu compute-sanitizer --tool memcheck --error-exitcode 3 \
-		$(GPU_PYTHON) -m pytest tests/test_gpu.py -k sanitized
-	PYTHONPATH=$(BUILD)/gpu compute-sanitizer --tool racecheck --error-exitcode 3 \
-		$(GPU_PYTHON) -m pytest tests/test_gpu.py -k sanitized
+	$(GPU_PYTHON) tools/gpu_tests.py --site $(BUILD)/gpu \
+		$(if $(wildcard $(BUILD)/gpu-kernels),--kernels $(BUILD)/gpu-kernels) $(ARGS)
+
+# For a machine where nothing can be built: bring the tree and these two folders there.
+gpu-bundle: $(VENV)/dev.stamp
+	rm -rf $(BUILD)/gpu
+	$(GPU_PYTHON) -m pip --disable-pip-version-check --quiet install --no-deps --target $(BUILD)/gpu .
+	$(BIN)/python tools/gpu_bundle.py $(BUILD)/gpu-kernels $(ARGS)
 
 gpu-ready: $(BUILD)/gpu.stamp
 	$(GPU_PYTHON) tools/gpu_ready.py

@@ -16,7 +16,7 @@ pytest.register_assert_rewrite("support")
 
 from ostinato import _core  # noqa: E402
 from support.calls import seed_of  # noqa: E402
-from support.cpu_alone import REASONS  # noqa: E402
+from support.cpu_alone import REASONS, is_in_part  # noqa: E402
 from support.engine import INSTRUCTION_SETS, instruction_set  # noqa: E402
 from support.poison import Poison  # noqa: E402
 
@@ -32,6 +32,9 @@ def pytest_addoption(parser):
     parser.addoption(
         "--device", default="cpu", help="where tests make tensors; not all tests can elsewhere"
     )
+    parser.addoption(
+        "--part", default="1/1", help="a share of the tests, as 2/5: equal ones for equal names"
+    )
 
 
 def pytest_configure(config):
@@ -45,7 +48,11 @@ def reason_of(item):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what is of the CPU alone."""
+    """Leave out what is of the CPU alone, and what is another part's."""
+    part = config.getoption("part")
+    others = [item for item in items if not is_in_part(item.nodeid, part)]
+    items[:] = [item for item in items if is_in_part(item.nodeid, part)]
+    config.hook.pytest_deselected(items=others)
     if config.getoption("device") == "cpu":
         return
     left = [item for item in items if reason_of(item)]

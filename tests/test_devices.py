@@ -1,5 +1,6 @@
 """The option `--device`: what it leaves out, and that it says so. To collect needs no device."""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from support.cpu_alone import CPU_ALONE
+from support.cpu_alone import CPU_ALONE, is_in_part
 from support.devices import exact_float32
 
 TESTS = Path(__file__).parent
@@ -30,6 +31,14 @@ def test_what_is_of_the_cpu_alone_is_left_out_and_counted():
     assert f"({every - kept} deselected)" in printed
     counted = re.findall(r"^ +(\d+)  \D", printed, re.MULTILINE)
     assert sum(map(int, counted)) == every - kept
+
+
+def test_parts_share_the_tests():
+    names = [f"tests/test_one.py::test_{i}" for i in range(300)]
+    kept = [[name for name in names if is_in_part(name, f"{part}/3")] for part in (1, 2, 3)]
+    assert sorted(itertools.chain(*kept)) == sorted(names)
+    assert min(map(len, kept)) > 70
+    assert all(is_in_part(name, "1/1") for name in names)
 
 
 def test_every_module_in_the_table_exists():

@@ -1,11 +1,14 @@
-"""tools/pythons.py and tools/progress.py: which Pythons are tried, and what is shown of a build."""
+"""tools/: which Pythons are tried, what is shown of a build, what is run on a GPU."""
 
+import itertools
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+import gpu_bundle
+import gpu_tests
 import progress
 import pythons
 from pythons import Python
@@ -84,3 +87,48 @@ def test_a_build_that_fails_shows_all_of_its_log(tmp_path, capfd):
     code = "import sys; print('error: no such type'); sys.exit(3)"
     assert progress.run(tmp_path / "build.log", [sys.executable, "-c", code]) == 3
     assert "error: no such type" in capfd.readouterr().err
+
+
+# ---- for a GPU ----
+
+
+def test_parts_of_the_tests_on_a_gpu_are_summed_up(monkeypatch, capfd):
+    prints = [sys.executable, "-c"]
+    commands = {
+        "own": [*prints, "print('3 passed, 1 skipped, 2 deselected in 0.10s')"],
+        "suite 1/2": [*prints, "print('2 failed, 5 passed in 1.00s'); raise SystemExit(1)"],
+        "suite 2/2": [*prints, "print('1 passed in 1s', flush=True); import time; time.sleep(60)"],
+        "memcheck grid": [*prints, "print('1 passed in 0.10s')"],
+    }
+    monkeypatch.setattr(gpu_tests, "parts", lambda sanitizer: commands)
+    monkeypatch.setattr(gpu_tests, "find_sanitizer", lambda: "a sanitizer")
+    monkeypatch.setattr(gpu_tests, "find_workers", list)
+    assert gpu_tests.main(["--limit", "3"]) == 1
+    last = capfd.readouterr().out.splitlines()[-3:]
+    assert last == [
+        "tests on a GPU: 10 passed, 2 failed, 0 error, 1 skipped; 2 of 4 parts well",
+        "  suite 1/2: exit status 1",
+        "  suite 2/2: ended after 3 s",
+    ]
+    assert gpu_tests.main(["--only", "own", "memcheck"]) == 0
+    monkeypatch.setattr(gpu_tests, "find_sanitizer", lambda: None)
+    assert gpu_tests.main(["--only", "memcheck"]) == 1
+    assert "memcheck grid: there is no compute-sanitizer" in capfd.readouterr().out
+
+
+def test_every_part_of_the_tests_on_a_gpu_is_named():
+    names = list(gpu_tests.parts("a sanitizer"))
+    assert names[:2] == ["own", "suite 1/4"]
+    assert names[-6:] == [f"{t} {e}" for t in ("memcheck", "racecheck") for e in EXCHANGES]
+
+
+EXCHANGES = ("block", "cluster", "grid")
+
+
+def test_kernels_that_are_brought_along():
+    few = list(itertools.islice(gpu_bundle.wanted("sm_90a"), 200))
+    assert few[:2] == [gpu_bundle.Previous(2), gpu_bundle.Previous(4)]
+    assert {config.exchange for config in few[2:]} == set(EXCHANGES)
+    assert not any(
+        c.exchange == "cluster" for c in itertools.islice(gpu_bundle.wanted("sm_80"), 200)
+    )

@@ -1,4 +1,6 @@
-"""Which tests are of the CPU alone: what `--device` leaves out, and why."""
+"""What `--device` and `--part` leave out: tests of the CPU alone, and those of other parts."""
+
+import zlib
 
 # Modules that are of the CPU alone, by reason; a single test says so by the marker `cpu`.
 CPU_ALONE = {
@@ -14,3 +16,9 @@ CPU_ALONE = {
     ),
 }
 REASONS = {f"test_{name}": why for why, names in CPU_ALONE.items() for name in names.split()}
+
+
+def is_in_part(name, part):
+    """Whether a test of this name is of a part such as "2/5"; equal names are of equal parts."""
+    number, parts = map(int, part.split("/"))
+    return zlib.crc32(name.encode()) % parts == number - 1

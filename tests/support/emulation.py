@@ -73,9 +73,10 @@ def _value(argument):
     return argument or 0
 
 
-# No tensor here has a stream, and none is captured.
-sequence.stream_of = lambda device_index: 0
-sequence.is_capturing = lambda: False
+# Where there is no GPU, no tensor has a stream, and none is captured.
+if not torch.cuda.is_available():
+    sequence.stream_of = lambda device_index: 0
+    sequence.is_capturing = lambda: False
 
 
 def launcher(schedule=0):
