@@ -57,7 +57,7 @@ def text(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(compiler, "_has_told", False)
+    monkeypatch.setattr(compiler._CUBINS, "has_told", False)
     return tmp_path / "cache/ostinato/cubins"
 
 

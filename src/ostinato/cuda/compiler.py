@@ -4,9 +4,7 @@ The text stands beside this file in a wheel and in csrc/ of a source tree. An in
 is one set of macros; NVRTC makes a cubin of it in a tenth of a second to some seconds. No driver
 and no GPU take part, so every instantiation can be compiled anywhere.
 
-The cache is a folder of the user's, $XDG_CACHE_HOME/ostinato/cubins or ~/.cache/ostinato/cubins,
-and may be deleted at any time. A file is named by the hash of all that its content depends on,
-holds that hash again and one of its content, and is not read where either differs.
+What was compiled is kept in the user's cache (`ostinato.cuda.cache`), in the folder cubins.
 """
 
 from __future__ import annotations
@@ -14,21 +12,16 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import logging
-import os
 import re
-import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
-_log = logging.getLogger("ostinato")
+from ostinato.cuda.cache import Cache
 
 _SUFFIXES = (".cu", ".cuh", ".h")
-# How the file of a cubin begins.
-_MAGIC = b"ostinato cubin 1"
 # Contraction is off, as for the CPU: the bits must not depend on where a compiler sees a multiply
 # next to an add. cells.h has plain constexpr functions, which are the device's here. Without
 # no_source_include, a header in the working directory would be taken for ours. -v makes ptxas
@@ -134,12 +127,8 @@ def compile(config: Instantiation, arch: str) -> Compiled:
 
 def _key(text: Path, config: Instantiation, arch: str) -> str:
     """Hash all that a cubin depends on: every source, macros, architecture, compiler, options."""
-    files = sorted(path for path in (text / "cuda").glob("*") if path.suffix in _SUFFIXES)
     parts = {
-        "sources": {
-            path.relative_to(text).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in (text / "cells.h", *files)
-        },
+        "sources": sources(text),
         "source": config.source,
         "entry": config.entry,
         "defines": {name: str(value) for name, value in config.defines.items()},
@@ -149,6 +138,15 @@ def _key(text: Path, config: Instantiation, arch: str) -> str:
         "facts": [field.name for field in fields(Compiled)],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def sources(text: Path) -> dict[str, str]:
+    """Hash each source of the kernels, by its name in the folder `text`."""
+    files = sorted(path for path in (text / "cuda").glob("*") if path.suffix in _SUFFIXES)
+    return {
+        path.relative_to(text).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in (text / "cells.h", *files)
+    }
 
 
 def _compile(text: Path, config: Instantiation, arch: str) -> Compiled:
@@ -232,76 +230,21 @@ def _measured(cubin: bytes, entry: str, log: str, what: str) -> Compiled:
 
 # ---- the cache ----
 
-
-def cache_folder() -> Path | None:
-    """Name the folder of the user's cubins, or None where the user has no home.
-
-    The folder need not exist yet.
-    """
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification: a relative path is to be ignored.
-    if not os.path.isabs(base):
-        home = os.path.expanduser("~")
-        if not os.path.isabs(home):
-            _tell_no_cache("this user has no home folder")
-            return None
-        base = os.path.join(home, ".cache")
-    return Path(base, "ostinato", "cubins")
-
-
-_has_told = False
-
-
-def _tell_no_cache(reason: str) -> None:
-    """Say once that there is no cache."""
-    global _has_told
-    if not _has_told:
-        _has_told = True
-        _log.warning("kernels are compiled anew in each process: %s", reason)
+_CUBINS = Cache(
+    "cubins", ".cubin", b"ostinato cubin 1", "kernels are compiled anew in each process"
+)
+cache_folder = _CUBINS.folder
 
 
 def _read(folder: Path, key: str) -> Compiled | None:
     """Read a cubin, or find that there is none which can be trusted."""
-    try:
-        with open(folder / f"{key}.cubin", "rb") as file:
-            status = os.fstat(file.fileno())
-            # What another user could have written would run with this user's rights.
-            if status.st_uid != os.getuid() or status.st_mode & 0o022:
-                return None
-            content = file.read()
-    except FileNotFoundError:
+    content = _CUBINS.read(folder, key)
+    if content is None:
         return None
-    except OSError as error:
-        _tell_no_cache(f"{folder} cannot be read ({error.strerror})")
-        return None
-    header, _, rest = content.partition(b"\n")
-    if header != _header(key, rest):
-        return None
-    facts, _, cubin = rest.partition(b"\n")
+    facts, _, cubin = content.partition(b"\n")
     return Compiled(cubin=cubin, **json.loads(facts))
 
 
 def _write(folder: Path, key: str, compiled: Compiled) -> None:
-    """Put a cubin into the cache; whoever reads at the same time sees all of it or nothing."""
     facts = {name: value for name, value in vars(compiled).items() if name != "cubin"}
-    rest = json.dumps(facts).encode() + b"\n" + compiled.cubin
-    try:
-        # The mode that makedirs takes is that of the last folder alone.
-        os.makedirs(folder.parent.parent, exist_ok=True)
-        folder.parent.mkdir(mode=0o700, exist_ok=True)
-        folder.mkdir(mode=0o700, exist_ok=True)
-        # For the user only, which is mkstemp's way.
-        number, temporary = tempfile.mkstemp(dir=folder, prefix=f"{key}.")
-        try:
-            with open(number, "wb") as file:
-                file.write(_header(key, rest) + b"\n" + rest)
-            os.replace(temporary, folder / f"{key}.cubin")
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        _tell_no_cache(f"{folder} cannot be written ({error.strerror})")
-
-
-def _header(key: str, rest: bytes) -> bytes:
-    return b" ".join([_MAGIC, key.encode(), hashlib.sha256(rest).hexdigest().encode()])
+    _CUBINS.write(folder, key, json.dumps(facts).encode() + b"\n" + compiled.cubin)
