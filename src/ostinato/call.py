@@ -157,6 +157,13 @@ class Call(NamedTuple):
         every = arrays.EVERY[: count - 1] if self.all_states else ()
         return Results(arrays.OUTPUT, arrays.LAST[:count], every)
 
+    def returned(self, values: Sequence[Any]) -> Results:
+        """Name what the operator `ostinato::layer` returned, or its gradients."""
+        count = len(self.initial)
+        output, *states = values
+        every = states[len(arrays.LAST) :][: count - 1] if self.all_states else ()
+        return Results(output, tuple(states[:count]), tuple(every))
+
     def parts(self, values: Sequence[Any]) -> Parts:
         """Name values that stand for `tensors`, one for each."""
         count = len(self.initial)

@@ -2,8 +2,6 @@
 
 It takes a whole stack: torch lays the weights of its layers out as one, and cuDNN runs them side by
 side. Derivatives that it does not have are the reference's.
-
-Legend: T steps, B batch, H hidden, O output of a step, L layers, D directions.
 """
 
 from __future__ import annotations
@@ -17,8 +15,8 @@ from ostinato import onnx_node, reference_backend, traced
 from ostinato.call import Call, Results
 from ostinato.cuda import layer as gpu
 from ostinato.gradients import is_beyond_engine, save, saved
-from ostinato.sizes import Sizes
 from ostinato.tensors import TORCH_OPERATORS, check_call, is_traced, keeps
+from ostinato.torch_operator import run
 from ostinato.transforms import is_active
 
 
@@ -57,33 +55,6 @@ def layer(call: Call) -> Results:
     if not keeps(call) or call.dropout > 0 or is_traced():
         return found
     return differentiable_again(call, found)
-
-
-def run(call: Call, sizes: Sizes) -> Results:
-    """Run torch's operator on a layer or a stack; it chooses cuDNN where that can serve.
-
-    `sizes` are the first layer's; all is checked before.
-
-    Source: torch.nn.GRU.forward.
-    """
-    input, rows = call.input, call.layers * sizes.directions
-    widths = sizes.output, *[sizes.hidden] * (len(call.initial) - 1)
-    # It takes input of any strides, but nothing else.
-    weights = [weight.contiguous() for weight in call.weights]
-    states = [
-        input.new_zeros(rows, sizes.batch, width) if state is None else state.contiguous()
-        for width, state in zip(widths, call.initial, strict=True)
-    ]
-    hx = states if len(states) > 1 else states[0]
-    # cuDNN keeps what backward needs only in training mode, which changes nothing but dropout.
-    train = torch.is_grad_enabled() or call.dropout > 0
-    options = call.has_biases, call.layers, call.dropout, train, call.bidirectional
-    operator = TORCH_OPERATORS[call.cell]
-    if call.batch_sizes is None:
-        output, *last = operator(input, hx, weights, *options, False)
-    else:
-        output, *last = operator(input, call.batch_sizes.contiguous(), hx, weights, *options)
-    return Results(output, tuple(last))
 
 
 def differentiable_again(call: Call, results: Results) -> Results:

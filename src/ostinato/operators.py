@@ -41,15 +41,7 @@ for _schema in (_FORWARD, _BACKWARD):
 def layer(call: Call, keep: bool) -> Results:
     """Run the operator `ostinato::layer`; `keep` says whether backward is to follow."""
     found = torch.ops.ostinato.layer(*call.parameters(), call.all_states, keep)
-    return _results(call, found)
-
-
-def _results(call: Call, values: Sequence[Any]) -> Results:
-    """Name results that the operator returned, or their gradients."""
-    count = len(call.initial)
-    output, *states = values
-    every = states[len(arrays.LAST) :][: count - 1] if call.all_states else ()
-    return Results(output, tuple(states[:count]), tuple(every))
+    return call.returned(found)
 
 
 # What the operator returns.
@@ -85,7 +77,7 @@ def _backward_call(arguments: Sequence[Any]) -> tuple[Call, Results, Tensor, Ten
     count = len(arguments) - len(arrays.PARAMETERS)
     *arrived, output, reserve, wanted = arguments[:count]
     call = Call.of(*arguments[count:])
-    results = _results(call._replace(all_states=True), arrived)
+    results = call._replace(all_states=True).returned(arrived)
     is_asked = any(grad is not None for grad in results.every)
     count = len(call.parts(call.tensors()).padded())
     if len(wanted) != count:
@@ -140,7 +132,7 @@ def _gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         raise RuntimeError("ostinato::layer: backward needs a forward call with keep=True")
     call, output, reserve = gradients.saved(ctx)
     *needs, _, _ = ctx.needs_input_grad
-    arrived = _results(call, grads)
+    arrived = call.returned(grads)
     # What was not asked for has no elements, and nor has its gradient.
     arrived = arrived._replace(every=arrived.every or (None,) * (len(call.initial) - 1))
     needs = call.of_parameters(needs).flat()

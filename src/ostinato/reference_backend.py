@@ -47,7 +47,7 @@ def gradients(
     no dimensions for steps and directions. `wanted` has a flag for each of `call.tensors()`.
     Returns the gradients, None where not wanted or zero.
     """
-    run = _step_results if is_step else _stack_results
+    run = _step_results if is_step else stack_results
     return _differentiated(lambda tensors: run(call.with_tensors(tensors)), call, arrived, wanted)
 
 
@@ -105,13 +105,13 @@ def _step_results(call: Call) -> Results:
     return Results(h, (h, *rest))
 
 
-def _stack_results(call: Call) -> Results:
-    """Run a layer, or a stack of layers without dropout."""
+def stack_results(call: Call, layer: Callable[[Call], Results] = results) -> Results:
+    """Run a layer, or a stack of layers without dropout, each by `layer`."""
     output, last, every = call.input, [], ()
     for k in range(call.layers):
         one = call.of_layer(k, output)
         check_call(one)  # what hooks of saved tensors return need not be what was saved
-        output, states, every = results(one)
+        output, states, every = layer(one)
         last.append(states)
     if call.layers == 1:
         return Results(output, last[0], every)
