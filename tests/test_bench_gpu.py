@@ -425,7 +425,7 @@ def test_what_ships_follows_from_the_rows_that_ship():
     for row in (row for found in sources for row in found["rows"]):
         asked = (gpu_report.MODES[row["cell"]], row["precision"], row["hidden"], row["batch"])
         question = choice.Question(*asked, row["form"], row["kind"] == "training")
-        ours, _ = choice.answer(known[sources[0]["device"]], question)
+        ours = choice.answer(known[sources[0]["device"]], question).is_ours
         call, graph = (part.get("ratio", [0, 0, 0])[1] for part in (row, row.get("graph", {})))
         if min(call, graph) < 1:  # a graph that was not captured is none that was faster
             assert not ours, row["name"]

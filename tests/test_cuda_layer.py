@@ -9,7 +9,7 @@ import torch
 
 import ostinato
 from ostinato import cuda, nn, operators, route
-from ostinato.cuda import choice, launch, layer, sequence
+from ostinato.cuda import choice, launch, layer, sequence, trial
 from ostinato.cuda.plan import A100, H200, Device, at_once, configs, cycles, plan
 from ostinato.tensors import check_call
 from support import emulation
@@ -51,9 +51,24 @@ def question(hidden, batch, **changes):
     ],
 )
 def test_ours_runs_where_it_was_faster_at_every_size_around(asked, is_ours, reason):
-    found, why = choice.answer(ROWS, asked)
-    assert found is is_ours
-    assert reason in why
+    found = choice.answer(ROWS, asked)
+    assert found.is_ours is is_ours
+    assert reason in found.reason
+
+
+@pytest.mark.parametrize(
+    ("hidden", "batch", "is_covered"),
+    [
+        (128, 1, True),
+        (160, 7, True),
+        (64, 1, False),
+        (128, 300, False),
+        (512, 16, False),
+        (600, 1, False),
+    ],
+)
+def test_sizes_past_the_last_measured_are_not_covered(hidden, batch, is_covered):
+    assert choice.answer(ROWS, question(hidden, batch)).is_covered is is_covered
 
 
 def test_the_measured_file_has_what_a_choice_reads():
@@ -64,9 +79,10 @@ def test_the_measured_file_has_what_a_choice_reads():
 
 
 def test_an_unmeasured_device_runs_cudnn_unless_asked():
-    found, why = choice.is_ours("a device that nobody has", question(128, 1))
-    assert not found
-    assert "nothing was measured" in why
+    found = choice.is_ours("a device that nobody has", question(128, 1))
+    assert not found.is_ours
+    assert not found.is_covered
+    assert "nothing was measured" in found.reason
     assert not choice.is_known("a device that nobody has")
     with choice.forced(True):
         assert choice.is_ours("a device that nobody has", question(128, 1))[0]
@@ -129,7 +145,8 @@ FORWARD, BACKWARD = operators._forward_on(layer.forward), operators._backward_on
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Let CPU tensors take the way of CUDA tensors."""
+    """Let CPU tensors take the way of CUDA tensors, of which nothing is tried."""
+    monkeypatch.setattr(trial, "_is_on", False)
     monkeypatch.setattr(launch, "available", lambda: True)
     monkeypatch.setattr(layer, "device_of", lambda index: H200)
     monkeypatch.setattr(layer, "launcher_of", lambda call: emulation.launcher())
@@ -276,7 +293,7 @@ def test_explain_names_kernels():
 
     gru, x = nn.GRU(32, 64, 2).bfloat16(), torch.zeros(5, 2, 32, dtype=torch.bfloat16)
     text = on_gpu(gru, x)
-    assert text.splitlines()[-1] == "cuDNN: runs it"
+    assert text.splitlines()[-1].startswith("cuDNN: runs it (nothing was measured on a stand-in;")
     assert "GPU engine: nothing was measured" in on_gpu(nn.GRU(32, 64).bfloat16(), x)
     with choice.forced(True):
         text = on_gpu(gru, x)

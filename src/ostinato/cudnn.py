@@ -38,7 +38,7 @@ def why_not(call: Call) -> str | None:
         has_nodes = not traced.why_not(call) or not onnx_node.why_not(call)
         if has_nodes or call.recompute:
             return "each layer runs by itself here"
-        if gpu.decide(call.of_layer(0, input), is_training=keeps(call)).is_ours:
+        if gpu.decide(call, is_training=keeps(call)).is_ours:
             return "our kernels run its layers"
     if counts is None or torch.compiler.is_compiling():
         return None

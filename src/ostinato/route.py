@@ -35,6 +35,7 @@ from ostinato import (
 )
 from ostinato.call import Call, Results, States, padded
 from ostinato.cuda import layer as gpu
+from ostinato.cuda import trial
 from ostinato.tensors import DTYPES, batch_of, check_call, keeps, reject_nested, require_tensor
 
 _log = logging.getLogger("ostinato")
@@ -363,11 +364,14 @@ def explain(call: Call) -> str:
     Returns a line for each backend up to the one that runs the call; of a stack whose layers run by
     themselves, such lines for each that differs from the one before.
     """
-    calls = [call]
-    if call.layers > 1 and not any(b.takes_stacks and b.why_not(call) is None for b in BACKENDS):
-        calls = [call.of_layer(k, call.input) for k in range(call.layers)]
-    texts = map(_explain_one, calls)
-    return "\n".join(text for text, _ in itertools.groupby(texts))
+    with trial.only_asked():
+        calls = [call]
+        if call.layers > 1 and not any(
+            backend.takes_stacks and backend.why_not(call) is None for backend in BACKENDS
+        ):
+            calls = [call.of_layer(k, call.input) for k in range(call.layers)]
+        texts = map(_explain_one, calls)
+        return "\n".join(text for text, _ in itertools.groupby(texts))
 
 
 def _explain_one(call: Call) -> str:
@@ -377,10 +381,18 @@ def _explain_one(call: Call) -> str:
             continue
         why_not = backend.why_not(call)
         if why_not is None:
-            detail = f": {gpu.detail(call)}" if backend.run is _gpu else ""
-            return "\n".join([*lines, f"{backend.name}: runs it{detail}"])
+            return "\n".join([*lines, f"{backend.name}: runs it{_detail(backend, call)}"])
         lines.append(f"{backend.name}: {why_not}")
     raise AssertionError("the reference serves every call")
+
+
+def _detail(backend: Backend, call: Call) -> str:
+    """Say with which kernels, and of a whole stack why not with ours."""
+    if backend.run is _gpu:
+        return f": {gpu.detail(call)}"
+    if call.layers > 1:
+        return f" ({gpu.decide(call, is_training=keeps(call)).reason})"
+    return ""
 
 
 traced.define(operators.library, run)

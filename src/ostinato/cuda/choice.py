@@ -1,9 +1,9 @@
 """Whether our kernels or cuDNN run a layer: what was measured on that kind of device says so.
 
 measured.json holds, for each device's name, the rows of `make bench-gpu`: by how much ours was
-faster than torch.nn. Ours runs where it was faster at every measured size around the asked one. A
-device or a kind of call that nobody measured runs torch's operator, so nobody is slower than with
-torch.nn. `benchmarks/gpu_report.py --choose` writes the file.
+faster than torch.nn. Ours runs where it was faster at every measured size around the asked one.
+`benchmarks/gpu_report.py --choose` writes the file. What it does not cover, a trial on the user's
+device answers (`ostinato.cuda.trial`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,15 @@ class Question(NamedTuple):
     batch: int
     form: str  # "padded", "packed" or "bidirectional"
     is_training: bool
+
+
+class Answer(NamedTuple):
+    """Whether our kernels are to run a layer, and why."""
+
+    is_ours: bool
+    reason: str
+    # Whether sizes on both sides of the asked one were measured. Otherwise a trial knows better.
+    is_covered: bool
 
 
 # None: as measured. Tests ask for one or the other, and so does the benchmark, which measures. All
@@ -54,13 +63,13 @@ def version() -> int:
     return _version
 
 
-def is_ours(device: str, question: Question) -> tuple[bool, str]:
+def is_ours(device: str, question: Question) -> Answer:
     """Say whether our kernels are to run a layer on a device of this name, and why."""
     if _forced is not None:
-        return _forced, "asked for by ostinato.cuda.choice.forced"
+        return Answer(_forced, "asked for by ostinato.cuda.choice.forced", True)
     rows = _measured().get(device)
     if rows is None:
-        return False, f"nothing was measured on {device}"
+        return Answer(False, f"nothing was measured on {device}", False)
     return answer(rows, question)
 
 
@@ -74,10 +83,11 @@ def is_known(device: str) -> bool:
     return device in _measured() if _forced is None else _forced
 
 
-def answer(rows: list[dict[str, Any]], question: Question) -> tuple[bool, str]:
+def answer(rows: list[dict[str, Any]], question: Question) -> Answer:
     """Say whether our kernels are to run, by the measured rows of a device, and why.
 
-    Each row has the fields of a question and `ratio`, the lower quartile of torch.nn / ours.
+    Each row has the fields of a question and `ratio`, the lower quartile of torch.nn / ours. Past
+    the last measured size that one speaks, but does not cover the asked one.
     """
     cell = CELLS[question.cell].timed_as or question.cell
     alike = (cell, question.math, question.form, question.is_training)
@@ -87,7 +97,7 @@ def answer(rows: list[dict[str, Any]], question: Question) -> tuple[bool, str]:
         if (row["cell"], row["math"], row["form"], row["is_training"]) == alike
     }
     if not ratios:
-        return False, "no such layer was measured on this device"
+        return Answer(False, "no such layer was measured on this device", False)
     around = [
         (hidden, batch)
         for hidden in _around(question.hidden, {hidden for hidden, _ in ratios})
@@ -95,10 +105,16 @@ def answer(rows: list[dict[str, Any]], question: Question) -> tuple[bool, str]:
     ]
     missing = [place for place in around if place not in ratios]
     if missing:
-        return False, "H {} at B {} was not measured on this device".format(*missing[0])
+        reason = "H {} at B {} was not measured on this device".format(*missing[0])
+        return Answer(False, reason, False)
     worst = min(around, key=lambda place: ratios[place])
     text = f"{ratios[worst]:.2f} times as fast as torch.nn at H {worst[0]}, B {worst[1]}"
-    return ratios[worst] > 1, f"measured {text}"
+    asked = question.hidden, question.batch
+    is_covered = all(
+        min(known) <= value <= max(known)
+        for value, known in zip(asked, zip(*around, strict=True), strict=True)
+    )
+    return Answer(ratios[worst] > 1, f"measured {text}", is_covered)
 
 
 def _around(value: int, known: set[int]) -> set[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from ostinato.call import Call, Results
 from ostinato.cells import CELLS
 from ostinato.check import shapes_of
-from ostinato.cuda import choice, launch, sequence
+from ostinato.cuda import choice, kept, launch, sequence, trial
 from ostinato.cuda.config import Config, Previous
 from ostinato.cuda.plan import Device, at_once, plan
 from ostinato.cuda.sequence import reserve_bytes
@@ -28,6 +29,7 @@ class Decision(NamedTuple):
 
     is_ours: bool
     reason: str
+    place: kept.Place | None = None  # where a trial would say more, if one may be run
 
 
 def math_of(dtype: torch.dtype) -> str | None:
@@ -46,10 +48,24 @@ def math_of(dtype: torch.dtype) -> str | None:
 
 
 def decide(call: Call, *, is_training: bool) -> Decision:
-    """Decide who runs a layer on CUDA tensors, which need not be checked yet.
+    """Decide who runs a layer or a stack on CUDA tensors, which need not be checked yet.
 
-    `is_training` says whether backward is to follow.
+    `is_training` says whether backward is to follow. What nobody measured is tried, if it may be.
+    A stack is decided as its first layer, but tried as a whole, since cuDNN runs it so.
     """
+    decision = _known(call.of_layer(0, call.input), call.layers, is_training)
+    if torch.compiler.is_compiling() or decision.place is None:
+        return decision
+    device = device_of_trials(call.input.device.index or 0)
+    refusal = trial.why_not(call, device)
+    if refusal is not None:
+        return Decision(decision.is_ours, f"{decision.reason}; {refusal}")
+    found = trial.run(call, decision.place, device)
+    return decision if found is None else Decision(*found)
+
+
+def _known(call: Call, layers: int, is_training: bool) -> Decision:
+    """Decide by what is known."""
     input, weights = call.input, call.weights
     math = math_of(input.dtype)
     if call.cell not in CELLS or input.dim() < 2:
@@ -58,7 +74,7 @@ def decide(call: Call, *, is_training: bool) -> Decision:
         return Decision(False, f"no kernel computes in {input.dtype}")
     count, rest = divmod(len(weights), 1 + call.bidirectional)
     weight_ih, weight_hh, *_ = (*weights, input, input)
-    if rest or count < 2 or weight_hh.dim() != 2:
+    if rest or count < 2 or weight_ih.dim() != 2 or weight_hh.dim() != 2:
         return Decision(False, "the weights are not those of a layer")
     if count != (4 if call.has_biases else 2):
         return Decision(False, "no kernel projects h (proj_size)")
@@ -70,7 +86,10 @@ def decide(call: Call, *, is_training: bool) -> Decision:
         return Decision(False, "a graph cannot capture how lengths come to the device")
     hidden = weight_hh.shape[1]
     steps = input.shape[0] if call.batch_sizes is None else len(call.batch_sizes)
-    batch = _COMPILED_BATCH if torch.compiler.is_compiling() else call.batch
+    sizes: tuple[int, int] | None = steps, weight_ih.shape[1]
+    batch = call.batch
+    if torch.compiler.is_compiling():
+        batch, sizes = _COMPILED_BATCH, None
     decision: Decision = _decide(
         call.cell,
         math,
@@ -82,6 +101,8 @@ def decide(call: Call, *, is_training: bool) -> Decision:
         call.is_cut or call.all_states or call.cell not in TORCH_OPERATORS,
         _is_sure(steps == 1),
         input.device.index or 0,
+        layers,
+        sizes,
     )
     return decision
 
@@ -115,7 +136,10 @@ def _decide(
     is_beyond_cudnn: bool,
     is_one_step: bool,
     index: int,
+    layers: int = 1,
+    sizes: tuple[int, int] | None = None,
 ) -> Decision:
+    """Decide by numbers alone; `sizes` are steps and input_size, or None in a compiled graph."""
     if not launch.available():
         return Decision(False, "cuda-core, NVRTC or a driver new enough for it is missing")
     device = device_of(index)
@@ -127,16 +151,36 @@ def _decide(
         return Decision(False, "one step reads its weights once, wherever they are kept")
     question = choice.Question(cell, math, hidden, batch, form, is_training)
     name = torch.cuda.get_device_name(index)
-    found, reason = choice.is_ours(name, question)
-    if found or not is_beyond_cudnn:
-        return Decision(found, reason)
-    # What cuDNN does not have is not compared with it, but was anything run on this device at all?
-    return Decision(choice.is_known(name), f"cuDNN has no such layer; {reason}")
+    found = choice.is_ours(name, question)
+    if is_beyond_cudnn:
+        reason = found.reason if found.is_ours else f"cuDNN has no such layer; {found.reason}"
+        if choice.is_forced() or choice.is_known(name):
+            # It is not compared with cuDNN. That some kernels were right on this device is enough.
+            return Decision(choice.is_known(name), reason)
+        found = found._replace(reason=reason)
+    elif found.is_covered:
+        return Decision(found.is_ours, found.reason)
+    layer = kept.Layer(
+        cell, math, hidden, form, is_training, 1 + bidirectional, layers, is_beyond_cudnn
+    )
+    place = None
+    if sizes is None:
+        known = trial.known_of_layer(device_of_trials(index), layer)
+    else:
+        place = kept.Place.of(layer, batch, *sizes)
+        known = trial.known(device_of_trials(index), place)
+    return Decision(found.is_ours, found.reason, place) if known is None else Decision(*known)
 
 
 # A compiled graph keeps the answer. torch's decorator would load the compiler, which takes as long
 # as the rest of torch.
 when_imported("torch._dynamo", lambda compiler: compiler.assume_constant_result(_decide))
+
+
+@functools.cache
+def device_of_trials(index: int) -> trial.TrialDevice:
+    """Return what trials ask of a device, by its index in torch."""
+    return trial.Gpu(index)
 
 
 _devices: dict[int, Device] = {}
