@@ -1,7 +1,7 @@
 """Ours beside torch.nn (cuDNN) on a GPU, interleaved in one process, after a check of the numbers.
 
 Usage: python benchmarks/gpu.py [--quick] [--peer-only] [--only "GRU bf16 H256,H512"]
-           [--budget-seconds 540] [--continue FILE.json] [--out DIR] [--list]
+           [--default] [--budget-seconds 540] [--continue FILE.json] [--out DIR] [--list]
 
 Both run the same parameters and input. Outputs, and in training every gradient, are compared with
 torch.nn in float64 first; the error of both stands in the row, and who is wrong is not timed. A row
@@ -132,6 +132,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a few dozen rows")
     parser.add_argument("--peer-only", action="store_true", help="torch.nn alone")
     parser.add_argument(
+        "--default", action="store_true", help="ours as a user gets it: nothing is forced"
+    )
+    parser.add_argument(
         "--only", action="append", default=[], help='rows with these words: "GRU bf16 H256,H512"'
     )
     parser.add_argument("--continue", dest="earlier", type=Path, help="keep the rows of this JSON")
@@ -159,7 +162,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     found = facts() | {
         "budget": options.budget_seconds,
-        "part": {"quick": options.quick, "only": options.only, "peer_only": options.peer_only},
+        "part": {
+            name: getattr(options, name) for name in ("quick", "only", "peer_only", "default")
+        },
         "micro": earlier.get("micro", {}) if options.no_micro else micro.in_a_process(),
         "rows": kept,
     }
@@ -167,12 +172,17 @@ def main(arguments: list[str] | None = None) -> int:
         import ostinato
 
         found["versions"]["ostinato"] = ostinato.__version__
-    partial = options.quick or options.only or options.peer_only
+    # What was not forced is nothing to choose by.
+    partial = options.quick or options.only or options.peer_only or options.default
     folder = options.out or ROOT / ("build/bench" if partial else "benchmarks/results")
 
     def run(case: GpuCase) -> dict[str, Any]:
         return measure(
-            case, seconds=options.seconds, peer_only=options.peer_only, kernels=options.kernels
+            case,
+            seconds=options.seconds,
+            peer_only=options.peer_only,
+            kernels=options.kernels,
+            default=options.default,
         )
 
     print(report.heading(found), flush=True)

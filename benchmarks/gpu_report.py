@@ -322,6 +322,7 @@ def stem(found: dict[str, Any]) -> str:
     """File name of a run: the device, and what part of the list it took."""
     part = found["part"]
     words = f"gpu {found['device']}" + " torch.nn alone" * part["peer_only"]
+    words += " by default" * part.get("default", False)
     words += " quick" * part["quick"] + " some" * bool(part["only"])
     return "-".join("".join(c if c.isalnum() else " " for c in words).lower().split())
 

@@ -200,9 +200,12 @@ def attempt(row: dict[str, Any], who: str) -> Iterator[None]:
 # ---- a row ----
 
 
-def ours(peer_only: bool) -> contextlib.AbstractContextManager[None]:
-    """Run our kernels wherever they fit: what is found so is what the library chooses by."""
-    if peer_only:
+def ours(peer_only: bool, default: bool) -> contextlib.AbstractContextManager[None]:
+    """Run our kernels wherever they fit: what is found so is what the library chooses by.
+
+    With `default` nothing is forced: what is found so is what a user gets.
+    """
+    if peer_only or default:
         return contextlib.nullcontext()
     from ostinato.cuda.choice import forced
 
@@ -216,6 +219,7 @@ def measure(
     seconds: float = 0.15,
     peer_only: bool = False,
     kernels: bool = False,
+    default: bool = False,
 ) -> dict[str, Any]:
     """Check and time one case.
 
@@ -226,6 +230,7 @@ def measure(
         seconds: for each participant.
         peer_only: torch.nn alone.
         kernels: record the names of the kernels that ran.
+        default: let the library choose between our kernels and torch's, by trials too.
 
     Returns:
         The row; what failed stands under "failed" by name.
@@ -233,7 +238,7 @@ def measure(
     row: dict[str, Any] = case.sizes() | {"relative_error": {}, "failed": {}}
     allow_tf32(case.precision == "tf32")
     torch.manual_seed(0)
-    with ours(peer_only), torch.set_grad_enabled(case.train), attempt(row, "row"):
+    with ours(peer_only, default), torch.set_grad_enabled(case.train), attempt(row, "row"):
         layers, x, seed = prepare(case, row, device, peer_only)
         calls = {name: make_call(layer, x, seed) for name, layer in layers.items()}
         exact = exact_call(case, layers[PEER], x, seed, device)

@@ -208,6 +208,18 @@ def test_the_ratio_is_torch_nn_over_ours(cell):
     assert gpu_row.measure(case, sample, device="cpu", seconds=0)["ratio"] == [3.0, 3.0, 3.0]
 
 
+def test_by_default_nothing_is_forced(monkeypatch):
+    from ostinato.cuda import choice
+
+    monkeypatch.setattr(choice, "forced", None)
+    case = GpuCase("GRU", "fp32", False, "padded", **SMALL)
+    row = gpu_row.measure(case, sampler([1.0]), device="cpu", default=True)
+    assert not row["failed"]
+    assert "ostinato" in row["microseconds"]
+    with pytest.raises(TypeError, match="NoneType"):
+        gpu_row.measure(case, sampler([1.0]), device="cpu")
+
+
 def test_torch_nn_alone_does_not_load_ours():
     case = GpuCase("GRU", "bf16", True, "padded", **SMALL)
     row = gpu_row.measure(case, sampler([1.0]), device="cpu", peer_only=True)
