@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ostinato import cpu, nn, plain, steps
+from ostinato import cpu, cuda, fast_path, nn, plain, steps
 from ostinato.call import Call
-from ostinato.cuda import choice, fast, layer, sequence
+from ostinato.cuda import choice, fast, layer, sequence, trial
 from support import stand_in
 from support.plain_calls import BATCH, FORMS, HIDDEN, SIZE, drawn, numbers
 
@@ -199,6 +199,45 @@ def test_who_runs_a_call_is_asked_once(silent, monkeypatch):
         assert silent["launch"] == launched
     module(*given)
     assert silent["launch"] == launched + 1
+
+
+def test_what_may_change_is_asked_again_and_layers_are_asked_as_a_stack(silent, monkeypatch):
+    decisions = [(False, "a place"), (True, "a place"), (True, None)]
+    asked = []
+
+    def decide(call, *, is_training):
+        asked.append((call.layers, call.stack))
+        is_ours, place = decisions[len(asked) - 1]
+        return layer.Decision(is_ours, "", place)
+
+    monkeypatch.setattr(layer, "decide", decide)
+    module, x, _, _ = drawn("GRU", "padded")
+    config = "gru", False, (SIZE, HIDDEN, 0, 1), True, False, 3
+    tensors = None, x.detach(), None, None, *module.parameters()
+    for is_served in (False, True, True, True):
+        assert (fast.forward(config, False, tensors) is not None) == is_served
+    assert asked == [(1, 3)] * 3
+    assert silent["launch"] == 3
+
+
+def test_switching_trials_off_lets_choices_be_asked_again():
+    before = choice.version()
+    with cuda.trials(False):
+        assert choice.version() == before + 1
+    assert choice.version() == before + 2
+
+
+def test_a_trial_times_what_a_call_of_the_user_s_takes(silent, monkeypatch):
+    monkeypatch.setattr(fast, "IS_OPEN", True)
+    module, x, _, _ = drawn("GRU", "padded")
+    call = module.call_of(x, None, None, None)
+    with choice.forced(False):
+        assert fast_path.layer(call) is None
+        output = trial.past_dispatcher(call).output
+    assert silent["launch"] == 1
+    output.float().sum().backward()
+    assert silent["launch"] == 2
+    assert not fast._ways or None in fast._ways.values()
 
 
 def test_ragged_rows_are_copied_once(silent, monkeypatch):

@@ -79,6 +79,7 @@ class Call(NamedTuple):
     all_states: bool = False  # whether states after every step are to be returned
     layers: int = 1
     dropout: float = 0.0  # share of a layer's output that the next one does not see
+    stack: int = 1  # how many layers the stack has that this layer is one of
 
     @classmethod
     def of(cls, *parameters: Any, **options: Any) -> Call:
@@ -216,6 +217,7 @@ class Call(NamedTuple):
             weights=self.weights[k * count : (k + 1) * count],
             layers=1,
             dropout=0.0,
+            stack=self.layers,
         )
 
 

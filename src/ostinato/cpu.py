@@ -253,7 +253,7 @@ def _plain(call: Call, ensemble: Ensemble | None) -> tuple[Config, bool, Any] | 
     masks = call.batch_sizes, call.lengths, call.resets
     parts = call.parts(call.tensors())
     is_cut = call.is_cut or any(state is not None for state in parts.reset_to)
-    config = call.cell, False, shape, call.has_biases, call.recompute
+    config = call.cell, False, shape, call.has_biases, call.recompute, call.stack
     return config, is_cut, to_tuple(masks, parts, is_cut)
 
 
@@ -262,7 +262,7 @@ def plain_forward(config: Config, keep: bool, tensors: tuple[Any, ...]) -> Any:
 
     `tensors` are in the order of `to_tuple`.
     """
-    cell, is_step, shape, has_biases, recompute = config
+    cell, is_step, shape, has_biases, recompute, _ = config
     options = has_biases, keep, recompute, thread_count()
     return _core.tensors_forward(NUMBERS.get(cell, -1), is_step, shape, tensors, *options)
 
@@ -281,6 +281,6 @@ def plain_backward(
     may be None where one step does not read it. `arrived` holds the gradients of output, of h_n but
     for one step, and of c_n where the cell has c; `wanted` has a flag for each of `tensors`.
     """
-    cell, is_step, shape, has_biases, recompute = config
+    cell, is_step, shape, has_biases, recompute, _ = config
     given: Any = (output, reserve, arrived, wanted, recompute, thread_count())
     return _core.tensors_backward(NUMBERS[cell], is_step, shape, tensors, has_biases, *given)

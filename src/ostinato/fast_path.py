@@ -20,6 +20,7 @@ from ostinato.call import Call, Results, Shape, padded
 from ostinato.cells import CELLS
 from ostinato.check import shape_of
 from ostinato.cuda import fast as gpu
+from ostinato.cuda import trial
 from ostinato.gradients import gradients, is_asked, is_beyond_engine
 from ostinato.plain import Config, has_cuts, of_tuple, to_tuple
 from ostinato.tensors import DTYPES, batch_of
@@ -85,7 +86,7 @@ def layer(call: Call) -> Results | None:
     cuts: tuple[Any, ...] = ()
     if call.is_cut or call.reset_to:
         cuts = call.lengths, call.resets, *padded(call.reset_to)
-    found = run(call.cell, shape, call.input, *arguments, cuts)
+    found = run(call.cell, shape, call.input, *arguments, cuts, stack=call.stack)
     if found is None:
         return None
     output, *last = found
@@ -104,20 +105,22 @@ def run(
     recompute: bool = False,
     cuts: tuple[Any, ...] = (),
     is_step: bool = False,
+    stack: int = 1,
 ) -> tuple[Tensor, Any, Any] | None:
     """Run a layer, or one step of a cell, at a tenth of the dispatcher's cost per call.
 
     The arguments are those of `ostinato.ops.layer`; `cuts` are nothing, or lengths, resets
     and the two states of resets. With `is_step` input is (B, I) or (I,), and states are (B, H) or
-    (H,), without dimensions for steps and directions. Everything is checked in C++ against `shape`,
-    the sizes that the module was made with.
+    (H,), without dimensions for steps and directions. `stack` says how many layers the stack has
+    that the layer is one of. Everything is checked in C++ against `shape`, the sizes that the
+    module was made with.
 
     Returns output, h_n and c_n, where h_n is None with `is_step`, and c_n but for an LSTM. Returns
     None instead of the three where somebody looks on, or where anything is not as expected.
     """
     if not cpu.IS_OPEN or not _is_alone():
         return None
-    config = cell, is_step, shape, has_biases, recompute
+    config = cell, is_step, shape, has_biases, recompute, stack
     tensors = batch_sizes, input, h_0, c_0, *weights, *cuts
     if torch.is_grad_enabled() and _any_requires_grad(*tensors):
         try:
@@ -172,7 +175,8 @@ def run_stack(
             return None
     for k, (h_0, c_0, *to) in enumerate(zip(*states, strict=True)):
         own = h_0, c_0, weights[k * count : (k + 1) * count], has_biases, recompute
-        found = run(cell, later if k else shape, input, batch_sizes, *own, (*masks, *to))
+        rest = *own, (*masks, *to), False, layers
+        found = run(cell, later if k else shape, input, batch_sizes, *rest)
         if found is None:
             return None
         input, *ends = found
@@ -266,7 +270,7 @@ class _FastPath(torch.autograd.Function):
 
 def _differentiate(ctx: Any, tensors: Any, output: Any, reserve: Any, arrived: Any) -> Any:
     """Differentiate where C++ does not: in any order, or many gradients at once."""
-    cell, is_step, shape, has_biases, recompute = ctx.config
+    cell, is_step, shape, has_biases, recompute, _ = ctx.config
     *_, directions = shape
     count = _weights(shape, has_biases)
     (batch_sizes, *cuts), parts = of_tuple(tensors, count)
@@ -287,3 +291,14 @@ def _differentiate(ctx: Any, tensors: Any, output: Any, reserve: Any, arrived: A
 # torch's own `Function.apply` first asks for transforms and what they left behind; the engine
 # declines these.
 _apply: Any = super(torch.autograd.Function, _FastPath).apply
+
+
+def _as_tried(call: Call) -> Results | None:
+    """Run a layer for a trial, which is to time what a call of the user's takes."""
+    if not gpu.IS_OPEN:
+        return None
+    with gpu.tried():
+        return layer(call)
+
+
+trial.past_dispatcher = _as_tried

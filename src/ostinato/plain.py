@@ -26,9 +26,9 @@ def _connect() -> bool:
 
 IS_OPEN = _connect()
 
-# cell, is_step, shape, has_biases, recompute. With is_step input and states have no dimensions for
-# steps and directions.
-Config = tuple[str, bool, Shape, bool, bool]
+# cell, is_step, shape, has_biases, recompute, and the layers of the stack that a layer is one of.
+# With is_step input and states have no dimensions for steps and directions.
+Config = tuple[str, bool, Shape, bool, bool, int]
 
 # Looked up once: a cell's whole call takes a few microseconds.
 NUMBERS = {name: cell.number for name, cell in CELLS.items()}

@@ -8,6 +8,9 @@ Legend: T steps, B batch, N packed rows.
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +28,19 @@ from ostinato.sizes import Sizes
 IS_OPEN = plain.IS_OPEN and torch.version.cuda is not None
 # Where C++ looks for tensors.
 _device_type = launch.DEVICE_TYPE
+
+
+_trying = threading.local()
+
+
+@contextlib.contextmanager
+def tried() -> Iterator[None]:
+    """Let our kernels run what they can, in this thread: a trial asks for them."""
+    _trying.is_on = True
+    try:
+        yield
+    finally:
+        _trying.is_on = False
 
 
 class _Way(NamedTuple):
@@ -50,7 +66,7 @@ class _Plain(NamedTuple):
 
 def _read(config: plain.Config, tensors: tuple[Any, ...], kept: Any = None) -> _Plain | None:
     """Let C++ read a call's tensors; None if it declines them."""
-    cell, is_step, shape, has_biases, _ = config
+    cell, is_step, shape, has_biases, _, stack = config
     if is_step:
         return None
     number = NUMBERS.get(cell, -1)
@@ -64,14 +80,16 @@ def _read(config: plain.Config, tensors: tuple[Any, ...], kept: Any = None) -> _
     states = len(CELLS[cell].states)
     initial, reset_to = tuple(parts.initial[:states]), tuple(parts.reset_to[:states])
     options = cell, has_biases, directions == 2, False, *masks, reset_to
-    call = Call(parts.input, batch_sizes, batch, initial, list(parts.weights), *options)
+    beyond: Any = (False, 1, 0.0, stack)  # all states, layers, dropout
+    front: Any = parts.input, batch_sizes, batch, initial, list(parts.weights)
+    call = Call(*front, *options, *beyond)
     sizes = Sizes(steps, rows, batch, inputs, hidden, projection, directions)
     return _Plain(call, sizes, device, is_ragged)
 
 
 def forward(config: plain.Config, keep: bool, tensors: tuple[Any, ...]) -> Any:
     """Run a layer as `ostinato.cpu.plain_forward` does, or return None where it is declined."""
-    *_, recompute = config
+    *_, recompute, _ = config
     if recompute and keep:
         return None
     read = _read(config, tensors)
@@ -94,15 +112,18 @@ def _way(config: plain.Config, keep: bool, read: _Plain) -> _Way | None:
     math = layer.math_of(call.input.dtype)
     ragged = call.batch_sizes is not None, call.lengths is not None, call.resets is not None
     key = config, keep, math, sizes.steps, sizes.batch, device, ragged, choice.version()
-    if key in _ways:
+    is_asked = not getattr(_trying, "is_on", False)
+    if is_asked and key in _ways:
         return _ways[key]
     found = None
-    if layer.decide(call, is_training=keep).is_ours:
+    decision = layer.decide(call, is_training=keep) if is_asked else None
+    if decision is None or decision.is_ours:
         kernel = layer.plan_of(call, sizes, is_backward=False)
         assert kernel is not None
         found = _Way(kernel, layer.launcher_of(call))
-    elif sequence.is_capturing():
-        return None  # another time there may be more to know
+    # Another time there may be more to know.
+    if decision is None or decision.place is not None or sequence.is_capturing():
+        return found
     if len(_ways) >= _MOST_WAYS:
         _ways.clear()
     _ways[key] = found

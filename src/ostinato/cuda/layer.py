@@ -51,15 +51,20 @@ def decide(call: Call, *, is_training: bool) -> Decision:
     """Decide who runs a layer or a stack on CUDA tensors, which need not be checked yet.
 
     `is_training` says whether backward is to follow. What nobody measured is tried, if it may be.
-    A stack is decided as its first layer, but tried as a whole, since cuDNN runs it so.
+    A stack is decided as its first layer, but tried as a whole, since cuDNN runs it so; its layers
+    then hear what is known of the whole. A decision with a place may be another one later.
     """
-    decision = _known(call.of_layer(0, call.input), call.layers, is_training)
+    layers = max(call.layers, call.stack)
+    decision = _known(call.of_layer(0, call.input), layers, is_training)
     if torch.compiler.is_compiling() or decision.place is None:
         return decision
     device = device_of_trials(call.input.device.index or 0)
     refusal = trial.why_not(call, device)
     if refusal is not None:
-        return Decision(decision.is_ours, f"{decision.reason}; {refusal}")
+        place = decision.place if trial.is_on() else None
+        return Decision(decision.is_ours, f"{decision.reason}; {refusal}", place)
+    if call.stack > 1:
+        return decision
     found = trial.run(call, decision.place, device)
     return decision if found is None else Decision(*found)
 
