@@ -10,7 +10,7 @@ import torch
 import ostinato
 from ostinato import cuda, nn, operators, route
 from ostinato.cuda import choice, launch, layer, sequence, trial
-from ostinato.cuda.plan import A100, H200, Device, at_once, configs, cycles, plan
+from ostinato.cuda.plan import A100, H200, Device, at_once, configs, nanoseconds, plan
 from ostinato.tensors import check_call
 from support import emulation
 from support.cells import FIRST_CELLS, MODULES
@@ -109,7 +109,7 @@ def test_every_plan_fits_its_device(device, math, cell, is_backward):
             assert config.exchange != "cluster" or device.has_clusters
             if config.exchange == "grid":
                 assert at_once(config, device) * config.blocks <= device.processors
-            few, many = (cycles(config, batch, 2, device) for batch in (1, 1000))
+            few, many = (nanoseconds(config, batch, 2, device) for batch in (1, 1000))
             assert 0 < few <= many
 
 

@@ -1,14 +1,17 @@
-"""Which kernel runs a layer: every one that fits, ordered by a model of a step's time.
+"""Which kernel runs a layer: of those that fit, the one whose modelled step is shortest.
 
-The model counts what docs/performance.md lists for a step: matrix instructions, reads of weights
-from shared memory, the cell, the exchange. Its constants are of Hopper and rough. It ranks plans of
-our own kernels against each other; whether ours or cuDNN runs is measured (`ostinato.cuda.choice`).
+The model counts what a step consists of (`Terms`): products, reads of weights from shared memory,
+the cell, the exchange. What each costs was fitted to 1,592 kernels on an H100 by
+benchmarks/plans.py; tests/test_cuda_plan.py holds how far plans are from the best measured ones.
+Measured were GRU and LSTM in bf16 and tf32, one direction, H 64 to 1024, B 1 to 256. For all else
+(RNN, fp16, strict fp32, other devices) the same constants are a guess. The model ranks our kernels
+against each other; whether ours or cuDNN runs is measured (`ostinato.cuda.choice`).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from ostinato.cuda.config import GROUP_ROWS, MATHS, Config
@@ -32,8 +35,60 @@ _MOST_SUMS = 8
 # Tiles of 16 units that a warp can work on, one after the other.
 _MOST_TILES = 20
 _GROUPS = (1, 2, 4, 8)
-# Clusters that a device of 132 multiprocessors runs at once: they do not cross its eight parts.
-_CLUSTERS = {2: 64, 4: 32, 8: 16, 16: 7}
+# Clusters that a device of 132 multiprocessors runs at once, if none has two blocks. They do not
+# cross its eight parts: on the H100, 32 clusters of 4 took two turns, 32 of 8 three.
+_CLUSTERS = {2: 66, 4: 31, 8: 15, 16: 7}
+# Registers of a thread beside the weights it holds, as compiled for sm_90; more where exact.
+_WORKING, _WORKING_EXACT = 72, 84
+# What each further block on a multiprocessor adds to the work of a step, for every four warps.
+_SHARING = 0.3
+# Half of an H100's second cache level: what does not fit is read from the far half.
+_NEAR_BYTES = 25_000_000
+# H of the kernels that were measured, and the most rows of both directions that measured.json has.
+_SWEPT = (64, 128, 256, 512, 1024)
+_MOST_ROWS = 512
+
+
+class Terms(NamedTuple):
+    """What a step consists of: how often, or what one costs in nanoseconds on an H100.
+
+    "For every four warps" means: a multiprocessor has four schedulers, so eight warps take twice.
+    """
+
+    group: float  # eight rows: addresses, loads, two barriers
+    cell: float  # a thread's pair of units, for every four warps
+    exact: float  # a pair whose activations are exact, forward
+    forward_product: float  # a fragment of weight_hh, for every four warps
+    backward_product: float
+    plain_product: float  # the same by fused multiply-adds
+    shared_fragment: float  # a fragment that a warp reads from shared memory
+    block: float  # waiting for the exchange, once a step
+    cluster: float
+    grid: float
+    push: float  # a thread's pair of units or sums, sent to a block of the cluster
+    grid_group: float  # eight rows, handed on through global memory
+    gathered: float  # KiB that a block gathers
+    far: float  # KiB of these that come from the far half of the second level
+
+
+# By benchmarks/plans.py from benchmarks/results/plans-nvidia-h100-80gb-hbm3.json. `plain_product`
+# was not measured: 4 * 1,024 multiply-adds, 128 a cycle of 1.755 GHz.
+H100_COSTS = Terms(
+    group=352,
+    cell=120,
+    exact=368,
+    forward_product=3.56,
+    backward_product=9.92,
+    plain_product=18.2,
+    shared_fragment=2.13,
+    block=400,
+    cluster=519,
+    grid=490,
+    push=14.1,
+    grid_group=450,
+    gathered=35.4,
+    far=132,
+)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -55,12 +110,14 @@ def plan(
         >>> found.exchange, found.rows
         ('block', 8)
     """
-    best: tuple[float, Config] | None = None
-    for config in configs(cell, math, hidden, is_backward, device):
-        cost = cycles(config, batch, directions, device)
-        if best is None or cost < best[0]:
-            best = cost, config
-    return None if best is None else best[1]
+    found = _with_enough_warps(configs(cell, math, hidden, is_backward, device))
+    if device.has_clusters and hidden in _SWEPT and batch * directions <= _MOST_ROWS:
+        found = [config for config in found if _is_of_a_measured_kind(config)] or found
+    return min(
+        found,
+        key=lambda config: nanoseconds(config, batch, directions, device),
+        default=None,
+    )
 
 
 def configs(
@@ -144,31 +201,99 @@ def overhead(config: Config) -> int:
     return 72 + more + 8 * words + 5 * gates * words + 8 * words * (pairs - 1)
 
 
-def cycles(config: Config, batch: int, directions: int, device: Device) -> float:
-    """Model the time of one step of the whole batch."""
-    gates, item, pairs = config.kind.gates, MATHS[config.math].bytes, _pairs(config)
-    products = max(config.fragments - config.resident, 0) * config.warps * 4.0
-    if MATHS[config.math].depth:
-        products += config.fragments * -(-config.warps // 4) * 12
-    else:
-        products += GROUP_ROWS * 4 * config.fragments * config.threads / 128
-    parts = config.sources if config.is_backward else config.slices * gates
-    work = products + 150 + pairs * (40 + 4 * parts)
-    if config.is_backward:
-        received, sent = GROUP_ROWS * config.padded * 4 * config.slices, config.fragments // 4
-    else:
-        received, sent = GROUP_ROWS * config.padded * item, pairs * config.blocks
-    exchange = {
-        "block": 40.0,
-        "cluster": 320 + received / 21 + 8 * sent,
-        "grid": 1300 + 2 * received / 48,
-    }[config.exchange]
-    step = max(work + exchange, config.groups * work)
-    return step * -(-config.loops(batch, directions) // at_once(config, device))
+def _with_enough_warps(found: Iterable[Config]) -> list[Config]:
+    """Return one configuration of each shape: the model does not tell numbers of warps apart.
+
+    It has the fewest warps, of 4 to 8, that are enough. Where none are, the most of these; where
+    only other numbers share the product evenly, the one that is nearest to these.
+
+    Args:
+        found: in the order of `configs`.
+    """
+    kept: dict[tuple[str | int, ...], Config] = {}
+    for config in found:
+        shape = config.exchange, config.blocks, config.units, config.groups
+        held = kept.get(shape)
+        if held is None or held.warps < 4 or (config.warps <= 8 and not _has_enough_warps(held)):
+            kept[shape] = config
+    return list(kept.values())
+
+
+def _has_enough_warps(config: Config) -> bool:
+    """Whether a thread has one pair of units, and a warp one tile or all weights in registers."""
+    if config.is_backward and MATHS[config.math].depth:
+        return _pairs(config) == 1 and _tiles(config) == 1
+    return _pairs(config) == 1 and config.resident == config.fragments
+
+
+def _is_of_a_measured_kind(config: Config) -> bool:
+    """Whether the sweep had such kernels; at its sizes no guess runs instead of them."""
+    is_small_grid = config.exchange == "grid" and config.units == 16
+    if config.groups > 1 or (config.exchange == "grid" and config.hidden > 512):
+        return is_small_grid
+    return config.exchange != "cluster" or config.blocks > 2
+
+
+def nanoseconds(
+    config: Config, batch: int, directions: int, device: Device, costs: Terms = H100_COSTS
+) -> float:
+    """Model the time of one step of the whole batch, as it would be at an H100's pace."""
+    found = counts(config, batch, directions, device)
+    return sum(count * cost for count, cost in zip(found, costs, strict=True))
+
+
+def counts(config: Config, batch: int, directions: int, device: Device) -> Terms:
+    """Count what one step of the whole batch consists of, one turn of the device after another."""
+    exchange, groups, depth = config.exchange, config.groups, MATHS[config.math].depth
+    pairs, fours, is_backward = _pairs(config), -(-config.warps // 4), config.is_backward
+    turns, guests = _turns(config, config.loops(batch, directions), device)
+    # A block beside others waits for the exchange as it would alone, but shares the schedulers.
+    work = turns + _SHARING * fours * guests
+    cell = pairs * min(batch, config.rows) / GROUP_ROWS * work
+    products = config.fragments * fours * groups * work
+    sent = config.padded * config.slices * GROUP_ROWS // 2 / config.threads
+    sent = sent if is_backward else pairs * config.blocks
+    gathered = config.exchange_bytes(1) / (config.blocks if is_backward else 1) / 2 / 1024 * turns
+    running = min(config.loops(batch, directions), at_once(config, device))
+    far = max(1 - _NEAR_BYTES / max(config.exchange_bytes(running), 1), 0)
+    return Terms(
+        group=groups * work,
+        cell=cell * fours,
+        exact=cell * (config.math != "bf16" and not is_backward),
+        forward_product=products * (depth > 0 and not is_backward),
+        backward_product=products * (depth > 0 and is_backward),
+        plain_product=products * (depth == 0),
+        shared_fragment=max(config.fragments - config.resident, 0) * config.warps * groups * work,
+        block=turns * (exchange == "block"),
+        cluster=turns * (exchange == "cluster"),
+        grid=turns * (exchange == "grid"),
+        push=sent * groups * turns * (exchange == "cluster"),
+        grid_group=groups * turns * (exchange == "grid"),
+        gathered=gathered,
+        far=gathered * far,
+    )
+
+
+def _turns(config: Config, loops: int, device: Device) -> tuple[int, int]:
+    """Return how many turns a device needs, and the further blocks on a multiprocessor, summed."""
+    once, together = at_once(config, device), _blocks_together(config, device)
+    full, rest = divmod(loops, once * together)
+    last = -(-rest // once)
+    return full + (last > 0), full * (together - 1) + max(last - 1, 0)
+
+
+def _blocks_together(config: Config, device: Device) -> int:
+    """Return how many blocks run on a multiprocessor at the same time."""
+    if config.exchange == "grid":  # so that all of a launch are on the device for sure
+        return 1
+    working = _WORKING if config.math == "bf16" else _WORKING_EXACT
+    registers = -(-min(working + 4 * config.resident, _limit(config)) // 8) * 8
+    by_memory = device.shared_bytes // config.shared_bytes
+    return max(min(_REGISTERS // (registers * config.threads), by_memory), 1)
 
 
 def at_once(config: Config, device: Device) -> int:
-    """Return how many loops a device runs at the same time."""
+    """Return how many loops a device runs at once, each multiprocessor for one block."""
     if config.exchange == "cluster":
         return max(_CLUSTERS[config.blocks] * device.processors // 132, 1)
     return device.processors // config.blocks
