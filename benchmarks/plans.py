@@ -9,10 +9,10 @@ batch size, and where the places judged were left out of the fit; then the kerne
 The second writes FILE.json from a sweep's raw records.
 
 A sweep ran each kernel alone on a device, timed by events over 128 steps (64 at H 1024), after its
-numbers were compared. The H100's had 40 layers (GRU and LSTM, bf16 and tf32, H 64 to 1024, forward
-and backward), B 1, 16, 64 and 256, padded, one direction, and every kernel that the model of that
-time ranked high for one of these batches. A row of FILE.json has a kernel's constants and its
-microseconds a step for each batch.
+numbers were compared. The H100's (2026-11-27, commit 9adf1c0) had 40 layers: GRU and LSTM, bf16 and
+tf32, H 64 to 1024, forward and backward, at B 1, 16, 64 and 256, padded, in one direction; of each
+the kernels that seemed sensible by the model of that time. A row of FILE.json has a kernel's
+constants and its microseconds a step for each batch.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from ostinato.cuda.plan import H100_COSTS, H200, Terms, configs, counts, plan
 SWEEP = Path(__file__).parent / "results/plans-nvidia-h100-80gb-hbm3.json"
 # An H100 SXM has an H200's multiprocessors, shared memory and clusters.
 DEVICE = H200
+# From where the fit begins.
+START = Terms(300, 100, 300, 3, 10, 18, 2, 300, 500, 500, 10, 500, 30, 100)
 Numbers = npt.NDArray[np.float64]
 
 
@@ -95,7 +97,9 @@ def fit(kernels: list[Kernel]) -> Terms:
 
     Least squares on the logarithm of time, by Gauss and Newton in the logarithm of the costs, which
     keeps these above zero. A kernel counts by how near the best of its place it is: what is four
-    times slower is never chosen, however wrong its model is. Terms that no kernel has stay.
+    times slower is never chosen, however wrong its model is. Terms that no kernel has stay. What
+    is no term (how many clusters run at once, registers, the price of sharing a multiprocessor, the
+    size of the near cache) was set by hand, with all kernels in sight.
     """
     places = by_place(kernels)
     table = np.array([_counts(k.config, k.batch) for k in kernels], float)
@@ -119,10 +123,6 @@ def fit(kernels: list[Kernel]) -> Terms:
 @functools.cache
 def _counts(config: Config, batch: int) -> Numbers:
     return np.array(counts(config, batch, 1, DEVICE), float)
-
-
-# From where the fit begins.
-START = Terms(300, 100, 300, 3, 10, 18, 2, 300, 500, 500, 10, 500, 30, 100)
 
 
 def losses(
