@@ -179,11 +179,18 @@ struct BackwardLoop {
     int rank;
     Task task;
 
+    // What a pair of units needs of memory at one step, and how its row began in the step that comes after it.
     struct Inputs {
         Raw<Element> dy, dcells, saved[largest(Cell::kSaved, 1)], previous_h, previous_c, h;
-        i64 place;
-        Start here, next;
-        bool is_active;
+        Start next;
+    };
+    // One block alone waits for nobody, so a turn's inputs are read a turn ahead, before a product that hides the latency. Where
+    // blocks wait for each other, that wait hides it, and the registers are left to the weights.
+    static constexpr bool kReadsAhead = kExchange == Exchange::kBlock;
+
+    // This thread's units in all that has a row for each row of x and is read, from forward's last step on.
+    struct Arrays {
+        Walk<const Element> dy, dcells, y, reserve;
     };
 
     OSTINATO_DEVICE auto& sums_of(int n, int group) {
@@ -274,9 +281,9 @@ struct BackwardLoop {
     }
 
     // The state that begins a piece of a row gets its gradient.
-    OSTINATO_DEVICE void leave(const Row& row, bool by_reset, int unit, Pair grad, void* to_first, float* to_reset) {
+    OSTINATO_DEVICE void leave(const Row& row, Start start, int unit, Pair grad, void* to_first, float* to_reset) {
         const int global = rank * kUnits + unit;
-        if (!by_reset) {
+        if (start == Start::kFirst) {
             if (to_first) store_units(state_row(static_cast<Element*>(to_first), loop, row.index), global, grad);
         } else if (to_reset) {
             float* const sums = state_row(to_reset, loop, row.index) + global;
@@ -285,69 +292,71 @@ struct BackwardLoop {
         }
     }
 
-    OSTINATO_DEVICE Raw<Element> load_row(const void* rows, i64 place, int unit) const {
-        const i64 at = (place * loop.batch.directions + loop.direction) * kHidden;
-        return load_units(static_cast<const Element*>(rows) + at, rank * kUnits + unit);
+    OSTINATO_DEVICE Arrays arrays() const {
+        const int directions = static_cast<int>(loop.batch.directions);
+        const i64 row = loop.steps ? loop.first_row(loop.time(loop.steps - 1)) : 0;
+        const auto walk = [&](const void* array, int values) {
+            const Element* const first = static_cast<const Element*>(array) + loop.direction * values * kHidden + rank * kUnits;
+            return Walk<const Element>(first, directions * values * kHidden, shared.rows, row);
+        };
+        return {walk(call.dy, 1), walk(call.dcells, 1), walk(call.y, 1), walk(call.reserve, Cell::kSaved)};
     }
-    OSTINATO_DEVICE Raw<Element> load_saved(i64 place, int slot, int unit) const {
-        const i64 at = ((place * loop.batch.directions + loop.direction) * Cell::kSaved + slot) * kHidden;
-        return load_units(static_cast<const Element*>(call.reserve) + at, rank * kUnits + unit);
+    OSTINATO_DEVICE Walk<Element> gradients() const {
+        constexpr int kValues = Cell::kGrads * kHidden;
+        const i64 row = loop.steps ? loop.first_row(loop.time(loop.steps - 1)) : 0;
+        Element* const first = static_cast<Element*>(call.dgates) + loop.direction * loop.batch.rows * kValues + rank * kUnits;
+        return {first, kValues, shared.rows, row};
     }
-    // forward saves c last.
-    OSTINATO_DEVICE Raw<Element> load_c(i64 place, int unit) const { return load_saved(place, Cell::kSaved - 1, unit); }
 
-    OSTINATO_DEVICE Raw<Element> load_initial(const void* states, const void* resets, const Row& row, bool by_reset,
+    OSTINATO_DEVICE Raw<Element> load_initial(const void* states, const void* resets, const Row& row, Start start,
                                               int unit) const {
-        const auto* from = static_cast<const Element*>(by_reset ? resets : states);
+        const auto* from = static_cast<const Element*>(start == Start::kReset ? resets : states);
         return from ? load_units(state_row(from, loop, row.index), rank * kUnits + unit) : Raw<Element>{};
     }
 
-    OSTINATO_DEVICE void load_inputs(int n, int group, Inputs (&inputs)[kPairs]) const {
-        const int s = loop.steps - 1 - n, t = loop.time(s), next = loop.time(s + 1), previous = loop.time(s - 1);
+    // At time t, which is where `from` is; `away` is from there to the step that the time loop takes next.
+    OSTINATO_DEVICE void load_inputs(const Arrays& from, int away, int t, int group, Inputs (&inputs)[kPairs]) const {
+        // Time passes the other way.
+        const int next = loop.direction ? t - 1 : t + 1;
         OSTINATO_UNROLL
         for (int e = 0; e < kPairs; e++) {
-            const int pair = pair_of(e);
+            const int pair = pair_of(e), unit = pair % (kUnits / 2) * 2, global = rank * kUnits + unit;
             if (!is_mine(pair)) continue;
             const Row row = shared.rows[group * kGroupRows + pair / (kUnits / 2)];
-            const int unit = pair % (kUnits / 2) * 2;
             Inputs& in = inputs[e];
-            in.is_active = loop.is_active(row, t);
-            if (!in.is_active) continue;
-            in.place = loop.place(row, t);
-            in.here = loop.start(row, t);
-            in.next = {false, false};
+            in.next = Start::kNot;
+            if (!loop.is_active(row, t)) continue;
+            const Start here = loop.start(row, t);
             if (loop.batch.flags && loop.is_active(row, next)) in.next = loop.start(row, next);
             const Raw<Element> none{};
-            in.dy = call.dy ? load_row(call.dy, in.place, unit) : none;
-            in.dcells = Cell::kHasC && call.dcells ? load_row(call.dcells, in.place, unit) : none;
+            in.dy = call.dy ? load_at(from.dy.at(row, unit), global) : none;
+            in.dcells = Cell::kHasC && call.dcells ? load_at(from.dcells.at(row, unit), global) : none;
+            const Element* const saved = from.reserve.at(row, unit);
             OSTINATO_UNROLL
-            for (int k = 0; k < Cell::kSaved; k++) in.saved[k] = load_saved(in.place, k, unit);
+            for (int k = 0; k < Cell::kSaved; k++) in.saved[k] = load_at(saved + k * kHidden, global);
             in.previous_h = in.previous_c = in.h = none;
-            if constexpr (Cell::kUsesOutput) in.h = load_row(call.y, in.place, unit);
-            if (in.here.is_start) {
-                if constexpr (Cell::kUsesPrevious)
-                    in.previous_h = load_initial(call.h_0, call.reset_h, row, in.here.by_reset, unit);
-                if constexpr (Cell::kHasC) in.previous_c = load_initial(call.c_0, call.reset_c, row, in.here.by_reset, unit);
+            const Element* const y = from.y.at(row, unit);
+            if constexpr (Cell::kUsesOutput) in.h = load_at(y, global);
+            if (here != Start::kNot) {
+                if constexpr (Cell::kUsesPrevious) in.previous_h = load_initial(call.h_0, call.reset_h, row, here, unit);
+                if constexpr (Cell::kHasC) in.previous_c = load_initial(call.c_0, call.reset_c, row, here, unit);
                 continue;
             }
-            const i64 before = loop.place(row, previous);
-            if constexpr (Cell::kUsesPrevious) in.previous_h = load_row(call.y, before, unit);
-            if constexpr (Cell::kHasC) in.previous_c = load_c(before, unit);
-            prefetch_step(before, rank * kUnits + unit);
+            if constexpr (Cell::kUsesPrevious) in.previous_h = load_at(from.y.shifted(y, away), global);
+            // forward saves c last.
+            const Element* const before = from.reserve.shifted(saved, away);
+            if constexpr (Cell::kHasC) in.previous_c = load_at(before + (Cell::kSaved - 1) * kHidden, global);
+            if (kReadsAhead && kGroups == 1) continue;
+            // Where less than a step lies between a read and its use, the step after goes into the second cache level, once for
+            // every 32 bytes.
+            if (!is_unit(global) || global % (32 / static_cast<int>(sizeof(Element)))) continue;
+            if (call.dy) prefetch(from.dy.shifted(from.dy.at(row, unit), away));
+            OSTINATO_UNROLL
+            for (int k = 0; k < Cell::kSaved; k++) prefetch(before + k * kHidden);
         }
     }
 
-    // Once for every 32 bytes.
-    OSTINATO_DEVICE void prefetch_step(i64 place, int global) const {
-        if (global >= kHidden || global % (32 / static_cast<int>(sizeof(Element)))) return;
-        const i64 at = place * loop.batch.directions + loop.direction;
-        if (call.dy) prefetch(static_cast<const Element*>(call.dy) + at * kHidden + global);
-        OSTINATO_UNROLL
-        for (int k = 0; k < Cell::kSaved; k++)
-            prefetch(static_cast<const Element*>(call.reserve) + (at * Cell::kSaved + k) * kHidden + global);
-    }
-
-    OSTINATO_DEVICE void step(int n, int group, const Inputs& in, int pair,
+    OSTINATO_DEVICE void step(int n, int t, int group, const Walk<Element>& dgates, const Inputs& in, int pair,
                               Operand (&grads)[kGroupRows][Product::kDepth + kRowPad<Math>]) {
         const int place = pair / (kUnits / 2), unit = pair % (kUnits / 2) * 2, r = group * kGroupRows + place;
         const Row row = shared.rows[r];
@@ -355,13 +364,13 @@ struct BackwardLoop {
         Value da[2][Cell::kGrads];
         OSTINATO_UNROLL
         for (int k = 0; k < Cell::kGrads; k++) da[0][k] = da[1][k] = 0.0f;
-        if (in.is_active) {
+        if (loop.is_active(row, t)) {
             const int c_row = Cell::kHasC ? r : 0;
-            if (in.next.is_start) {
-                leave(row, in.next.by_reset, unit, dh, call.dh_0, call.dreset_h);
+            if (in.next != Start::kNot) {
+                leave(row, in.next, unit, dh, call.dh_0, call.dreset_h);
                 dh = {0, 0};
                 if constexpr (Cell::kHasC) {
-                    leave(row, in.next.by_reset, unit, {shared.dc[r][unit], shared.dc[r][unit + 1]}, call.dc_0, call.dreset_c);
+                    leave(row, in.next, unit, {shared.dc[r][unit], shared.dc[r][unit + 1]}, call.dc_0, call.dreset_c);
                     keep(shared.dc[r], unit, {0, 0});
                 }
             }
@@ -384,11 +393,10 @@ struct BackwardLoop {
                 if constexpr (Cell::kHasC) shared.dc[r][unit + i] = dc.value;
             }
             dh = {direct[0], direct[1]};
-            Element* const to =
-                static_cast<Element*>(call.dgates) + (loop.direction * loop.batch.rows + in.place) * Cell::kGrads * kHidden;
+            Element* const to = dgates.at(row, unit);
             OSTINATO_UNROLL
             for (int k = 0; k < Cell::kGrads; k++)
-                store_units(to + position_of<Cell>(k) * kHidden, rank * kUnits + unit, Pair{da[0][k].value, da[1][k].value});
+                store_at(to + position_of<Cell>(k) * kHidden, rank * kUnits + unit, Pair{da[0][k].value, da[1][k].value});
         }
         keep(shared.dh[r], unit, dh);
         OSTINATO_UNROLL
@@ -421,10 +429,10 @@ struct BackwardLoop {
                 const int place = pair / (kUnits / 2), unit = pair % (kUnits / 2) * 2, r = group * kGroupRows + place;
                 const Row row = shared.rows[r];
                 if (row.index < 0) continue;
-                const bool by_reset = loop.begins_by_reset(row);
-                leave(row, by_reset, unit, arrived(loop.steps, group, place, unit), call.dh_0, call.dreset_h);
+                const Start start = loop.first_start(row);
+                leave(row, start, unit, arrived(loop.steps, group, place, unit), call.dh_0, call.dreset_h);
                 if constexpr (Cell::kHasC)
-                    leave(row, by_reset, unit, {shared.dc[r][unit], shared.dc[r][unit + 1]}, call.dc_0, call.dreset_c);
+                    leave(row, start, unit, {shared.dc[r][unit], shared.dc[r][unit + 1]}, call.dc_0, call.dreset_c);
             }
             if constexpr (kExchange == Exchange::kGrid) block_barrier();  // before the next group's sums overwrite these
         }
@@ -438,16 +446,27 @@ struct BackwardLoop {
         block_barrier();  // orders the gradients of the last states
         // Every block's barriers stand before anybody pushes.
         if constexpr (kExchange == Exchange::kCluster) cluster_barrier();
+        Arrays at = arrays();
+        Walk<Element> dgates = gradients();
+        const int turn = loop.direction ? 1 : -1;
+        Inputs inputs[kPairs];
+        int t = loop.time(loop.steps - 1), away = loop.rows_between(t, turn);
+        if (kReadsAhead) load_inputs(at, away, t, 0, inputs);
         OSTINATO_ROLLED
         for (int n = 0; n < loop.steps; n++) OSTINATO_ROLLED
         for (int group = 0; group < kGroups; group++) {
-            Inputs inputs[kPairs];
-            load_inputs(n, group, inputs);
+            if (!kReadsAhead) load_inputs(at, away, t, group, inputs);
             await(n, group);
             auto& grads = shared.grads[group % kHalves];
             OSTINATO_UNROLL
             for (int e = 0; e < kPairs; e++)
-                if (is_mine(pair_of(e))) step(n, group, inputs[e], pair_of(e), grads);
+                if (is_mine(pair_of(e))) step(n, t, group, dgates, inputs[e], pair_of(e), grads);
+            const bool is_last = group + 1 == kGroups;
+            if (is_last) {
+                at.dy.move(away), at.dcells.move(away), at.y.move(away), at.reserve.move(away), dgates.move(away);
+                t += turn, away = loop.rows_between(t, turn);
+            }
+            if (kReadsAhead) load_inputs(at, away, t, is_last ? 0 : group + 1, inputs);
             block_barrier();  // orders the gate gradients
             product.multiply(shared.weights, grads, [&](int slice, int tile, int unit, int row, Pair pair) {
                 send(n + 1, group, slice, tile, unit, row, pair);

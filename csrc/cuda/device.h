@@ -151,6 +151,20 @@ OSTINATO_DEVICE float to_tf32(float value) {
     return float_of(bits);
 }
 
+// The same number, of which the compiler knows nothing: what is computed from it is computed where it stands, not carried along
+// with every step of a loop.
+OSTINATO_DEVICE int opaque(int i) {
+    asm volatile("" : "+r"(i));
+    return i;
+}
+
+// A whole product of two numbers of 32 bits, one instruction, which adds what it is added to as well.
+OSTINATO_DEVICE i64 multiply_wide(int a, int b) {
+    i64 product;
+    asm("mul.wide.s32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+    return product;
+}
+
 // ---- global memory. Loads stay where they are written, so that they are under way while a barrier is awaited ----
 
 OSTINATO_DEVICE u8 load(const u8* p) {

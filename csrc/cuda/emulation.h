@@ -295,6 +295,9 @@ inline void multiply(float kind, float (&d)[4], const u32 (&a)[4], u32 b0, u32 b
     multiply_fragments<1>(kind, d, a, b0, b1);
 }
 
+inline int opaque(int i) { return i; }
+inline i64 multiply_wide(int a, int b) { return static_cast<i64>(a) * b; }
+
 // Aligned, or the device would fault.
 template <class Word>
 inline Word load(const Word* p) {

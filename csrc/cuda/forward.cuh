@@ -3,7 +3,9 @@
 //   await the state of all units  ->  weight_hh times state, each warp a part  ->  barrier  ->  cell  ->  send the own units on
 //
 // Traffic per step and group: the operands of 8 * H units come in over the exchange, 8 * G * kUnits of the input product are read
-// from memory (prefetched into the second cache level a step ahead, loaded before the exchange is awaited). Weights are read once.
+// from memory, a turn ahead. Weights are read once.
+//
+// A step of one block alone has few instructions beside addresses, so these are not computed anew: pointers move along (Walk).
 //
 // Registers: kResident fragments of four words; shared memory: ForwardShared, which config.py computes too (checked below).
 #pragma once
@@ -148,13 +150,8 @@ struct ForwardLoop {
     int rank;
     Task task;
 
-    // What a pair of units needs of memory at one step.
-    struct Inputs {
-        Raw<Element> gates[kGates];
-        i64 place;
-        Start next;
-        bool is_active;
-    };
+    // What a pair of units needs of the input product at one step.
+    using Gates = Raw<Element>[kGates];
 
     OSTINATO_DEVICE Operand (&state_of(int s, int group)) [kGroupRows][kPadded + kRowPad<Math>] {
         if constexpr (kExchange == Exchange::kGrid) return shared.state[0];
@@ -221,9 +218,9 @@ struct ForwardLoop {
         }
     }
 
-    OSTINATO_DEVICE Pair initial(const void* states, const void* resets, const Row& row, bool by_reset, int unit) const {
+    OSTINATO_DEVICE Pair initial(const void* states, const void* resets, const Row& row, Start start, int unit) const {
         if (row.index < 0) return {0, 0};
-        const auto* from = static_cast<const Element*>(by_reset ? resets : states);
+        const auto* from = static_cast<const Element*>(start == Start::kReset ? resets : states);
         return load_pair(state_row(from, loop, row.index), rank * kUnits + unit);
     }
 
@@ -246,87 +243,115 @@ struct ForwardLoop {
         for (int pair = thread_index(); pair < kGroupPairs; pair += kThreads) {
             const int place = pair / (kUnits / 2), unit = pair % (kUnits / 2) * 2, r = group * kGroupRows + place;
             const Row row = shared.rows[r];
-            const bool by_reset = loop.begins_by_reset(row);
-            const Pair h = initial(call.h_0, call.reset_h, row, by_reset, unit);
+            const Start start = loop.first_start(row);
+            const Pair h = initial(call.h_0, call.reset_h, row, start, unit);
             keep(shared.h[r], unit, h);
-            if constexpr (Cell::kHasC) keep(shared.c[r], unit, initial(call.c_0, call.reset_c, row, by_reset, unit));
+            if constexpr (Cell::kHasC) keep(shared.c[r], unit, initial(call.c_0, call.reset_c, row, start, unit));
             if (loop.steps) send(0, group, place, unit, h);
         }
     }
 
-    OSTINATO_DEVICE const Element* gates_at(i64 place) const {
-        return static_cast<const Element*>(call.gates_x) + (loop.direction * loop.batch.rows + place) * kGates * kHidden;
+    // This thread's units in all that has a row for each row of x, from the first step on.
+    struct Arrays {
+        Walk<const Element> gates;
+        Walk<Element> y, reserve, cells;
+    };
+    OSTINATO_DEVICE Arrays arrays() const {
+        const int directions = static_cast<int>(loop.batch.directions);
+        const i64 row = loop.steps ? loop.first_row(loop.time(0)) : 0;
+        const auto* const gates = static_cast<const Element*>(call.gates_x);
+        const auto output = [&](void* array, int values) {
+            Element* const first = static_cast<Element*>(array) + loop.direction * values * kHidden + rank * kUnits;
+            return Walk<Element>(first, directions * values * kHidden, shared.rows, row);
+        };
+        return {
+            {gates + loop.direction * loop.batch.rows * kGates * kHidden + rank * kUnits, kGates * kHidden, shared.rows, row},
+            output(call.y, 1),
+            output(call.reserve, Cell::kSaved),
+            output(call.cells, 1)};
     }
 
-    OSTINATO_DEVICE void load_inputs(int s, int group, Inputs (&inputs)[kPairs]) const {
-        const int t = loop.time(s), next = loop.time(s + 1);
+    // Of a pair at time t, which is where `from` is.
+    OSTINATO_DEVICE void load_gates(const Walk<const Element>& from, int t, int group, int pair, Gates& gates) const {
+        const int unit = pair % (kUnits / 2) * 2;
+        const Row row = shared.rows[group * kGroupRows + pair / (kUnits / 2)];
+        if (!loop.is_active(row, t)) return;
+        const Element* const at = from.at(row, unit);
+        OSTINATO_UNROLL
+        for (int g = 0; g < kGates; g++) gates[g] = load_at(at + g * kHidden, rank * kUnits + unit);
+    }
+
+    // How the rows of a group begin at time `next`. With several groups less than a step lies between a read of the input product
+    // and its use, so that of `next` goes into the second cache level.
+    OSTINATO_DEVICE void look_ahead(const Walk<const Element>& from, int away, int t, int next, int group,
+                                    Start (&starts)[kPairs]) const {
         OSTINATO_UNROLL
         for (int e = 0; e < kPairs; e++) {
-            const int pair = pair_of(e);
-            if (!is_mine(pair)) continue;
+            const int pair = pair_of(e), unit = pair % (kUnits / 2) * 2, global = rank * kUnits + unit;
+            starts[e] = Start::kNot;
+            if (!is_mine(pair) || !(kGroups > 1 || loop.batch.flags)) continue;
             const Row row = shared.rows[group * kGroupRows + pair / (kUnits / 2)];
-            const int unit = rank * kUnits + pair % (kUnits / 2) * 2;
-            Inputs& in = inputs[e];
-            in.is_active = loop.is_active(row, t);
-            in.next = {false, false};
-            if (!in.is_active) continue;
-            in.place = loop.place(row, t);
-            OSTINATO_UNROLL
-            for (int g = 0; g < kGates; g++) in.gates[g] = load_units(gates_at(in.place) + g * kHidden, unit);
-            if (!loop.is_active(row, next)) continue;
-            if (loop.batch.flags) in.next = loop.start(row, next);
+            if (!loop.is_active(row, t) || !loop.is_active(row, next)) continue;
+            if (loop.batch.flags) starts[e] = loop.start(row, next);
             // Once for every 32 bytes.
-            if (unit < kHidden && unit % (32 / static_cast<int>(sizeof(Element))) == 0) {
+            if (kGroups > 1 && global < kHidden && global % (32 / static_cast<int>(sizeof(Element))) == 0) {
+                const Element* const at = from.shifted(from.at(row, unit), away);
                 OSTINATO_UNROLL
-                for (int g = 0; g < kGates; g++) prefetch(gates_at(loop.place(row, next)) + g * kHidden + unit);
+                for (int g = 0; g < kGates; g++) prefetch(at + g * kHidden);
             }
         }
     }
 
-    OSTINATO_DEVICE void step(int s, int group, const Inputs& in, int pair,
-                              const float (&sums)[Shared::Product::kSlices][kGates][kGroupRows][kUnits + 4]) {
+    // `next` is how the row begins after this step. load() reads what the next turn needs of the input product as soon as this one has
+    // used its own: it is on its way for a whole turn, and takes no other registers.
+    template <class Load>
+    OSTINATO_DEVICE void step(int s, int t, int group, const Arrays& arrays, const Gates& gates, Start next, int pair,
+                              const float (&sums)[Shared::Product::kSlices][kGates][kGroupRows][kUnits + 4], Load load) {
         const int place = pair / (kUnits / 2), unit = pair % (kUnits / 2) * 2, r = group * kGroupRows + place;
         const Row row = shared.rows[r];
         Pair h{shared.h[r][unit], shared.h[r][unit + 1]};
-        if (in.is_active) {
-            const i64 saved_at = (in.place * loop.batch.directions + loop.direction) * Cell::kSaved * kHidden;
-            Element* const saved_row = static_cast<Element*>(call.reserve) + saved_at;
+        if (!loop.is_active(row, t)) {
+            load();
+        } else {
+            Value a[2][kGates], x[2] = {0.0f, 0.0f};
+            OSTINATO_UNROLL
+            for (int i = 0; i < 2; i++) OSTINATO_UNROLL
+            for (int g = 0; g < kGates; g++) {
+                float sum = shared.bias[g][unit + i];
+                OSTINATO_UNROLL
+                for (int slice = 0; slice < Shared::Product::kSlices; slice++) sum += sums[slice][g][place][unit + i];
+                const Pair input = widen(gates[g]);
+                const float from_x = i ? input.b : input.a;
+                if (g < Cell::kJoint)
+                    sum += from_x;
+                else
+                    x[i] = from_x + shared.bias[kGates][unit + i];
+                a[i][g] = sum;
+            }
+            load();
             float next_h[2], next_c[2] = {0, 0};
             Value saved[2][largest(Cell::kSaved, 1)];
             OSTINATO_UNROLL
             for (int i = 0; i < 2; i++) {
-                Value a[kGates], x = 0.0f, c = Cell::kHasC ? shared.c[Cell::kHasC ? r : 0][unit + i] : 0.0f;
-                OSTINATO_UNROLL
-                for (int g = 0; g < kGates; g++) {
-                    float sum = shared.bias[g][unit + i];
-                    OSTINATO_UNROLL
-                    for (int slice = 0; slice < Shared::Product::kSlices; slice++) sum += sums[slice][g][place][unit + i];
-                    const Pair input = widen(in.gates[g]);
-                    const float from_x = i ? input.b : input.a;
-                    if (g < Cell::kJoint)
-                        sum += from_x;
-                    else
-                        x = from_x + shared.bias[kGates][unit + i];
-                    a[g] = sum;
-                }
-                next_h[i] = Cell::forward(a, x, Value(i ? h.b : h.a), c, saved[i]).value;
+                Value c = Cell::kHasC ? shared.c[Cell::kHasC ? r : 0][unit + i] : 0.0f;
+                next_h[i] = Cell::forward(a[i], x[i], Value(i ? h.b : h.a), c, saved[i]).value;
                 next_c[i] = c.value;
             }
             h = {next_h[0], next_h[1]};
             Pair c{next_c[0], next_c[1]};
             const int global = rank * kUnits + unit;
-            const i64 at = (in.place * loop.batch.directions + loop.direction) * kHidden;
-            store_units(static_cast<Element*>(call.y) + at, global, h);
+            store_at(arrays.y.at(row, unit), global, h);
             if (call.reserve) {
+                Element* const to = arrays.reserve.at(row, unit);
                 OSTINATO_UNROLL
                 for (int k = 0; k < Cell::kSaved; k++)
-                    store_units(saved_row + k * kHidden, global, Pair{saved[0][k].value, saved[1][k].value});
+                    store_at(to + k * kHidden, global, Pair{saved[0][k].value, saved[1][k].value});
             }
-            if (in.next.is_start) h = initial(call.h_0, call.reset_h, row, in.next.by_reset, unit);
+            if (next != Start::kNot) h = initial(call.h_0, call.reset_h, row, next, unit);
             keep(shared.h[r], unit, h);
             if constexpr (Cell::kHasC) {
-                if (call.cells) store_units(static_cast<Element*>(call.cells) + at, global, c);
-                if (in.next.is_start) c = initial(call.c_0, call.reset_c, row, in.next.by_reset, unit);
+                if (call.cells) store_at(arrays.cells.at(row, unit), global, c);
+                if (next != Start::kNot) c = initial(call.c_0, call.reset_c, row, next, unit);
                 keep(shared.c[r], unit, c);
             }
         }
@@ -360,18 +385,34 @@ struct ForwardLoop {
         begin();
         product.load(shared.weights, static_cast<const Element*>(call.weight_hh), rank);
         block_barrier();  // orders biases, states and, of one block alone, what it sent itself
+        Arrays at = arrays();
+        Gates gates[kPairs] = {};
+        OSTINATO_UNROLL
+        for (int e = 0; e < kPairs; e++)
+            if (is_mine(pair_of(e))) load_gates(at.gates, loop.time(0), 0, pair_of(e), gates[e]);
         OSTINATO_ROLLED
-        for (int s = 0; s < loop.steps; s++) OSTINATO_ROLLED
-        for (int group = 0; group < kGroups; group++) {
-            Inputs inputs[kPairs];
-            load_inputs(s, group, inputs);
-            await(s, group);
-            auto& sums = shared.sums[group % Shared::kSums];
-            product.multiply(shared.weights, state_of(s, group), sums);
-            block_barrier();  // orders the sums
-            OSTINATO_UNROLL
-            for (int e = 0; e < kPairs; e++)
-                if (is_mine(pair_of(e))) step(s, group, inputs[e], pair_of(e), sums);
+        for (int s = 0, t = loop.time(0), turn = loop.direction ? -1 : 1; s < loop.steps; s++, t += turn) {
+            const int next = t + turn, away = loop.rows_between(t, turn);
+            OSTINATO_ROLLED
+            for (int group = 0; group < kGroups; group++) {
+                Start starts[kPairs];
+                look_ahead(at.gates, away, t, next, group, starts);
+                await(s, group);
+                auto& sums = shared.sums[group % Shared::kSums];
+                product.multiply(shared.weights, state_of(s, group), sums);
+                block_barrier();  // orders the sums
+                const bool is_last = group + 1 == kGroups;
+                if (is_last) at.gates.move(away);
+                OSTINATO_UNROLL
+                for (int e = 0; e < kPairs; e++) {
+                    const int pair = pair_of(e);
+                    const auto load = [&] {
+                        load_gates(at.gates, is_last ? next : t, is_last ? 0 : group + 1, pair, gates[e]);
+                    };
+                    if (is_mine(pair)) step(s, t, group, at, gates[e], starts[e], pair, sums, load);
+                }
+            }
+            at.y.move(away), at.reserve.move(away), at.cells.move(away);
         }
         end();
         // Nobody leaves while its shared memory may still be written.

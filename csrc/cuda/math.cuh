@@ -92,18 +92,29 @@ struct Raw<T, false> {
     typename WordsOf<T>::One a, b;
 };
 
-// Units u and u + 1 of a row of kHidden; zero past its end.
-template <class T>
-OSTINATO_DEVICE Raw<T> load_units(const T* row, int u) {
+// Units u and u + 1 of a row of kHidden, which lie at `from`; zero where they do not exist, as is_there(u) says.
+template <class T, class IsThere>
+OSTINATO_DEVICE Raw<T> load_two(const T* from, int u, IsThere is_there) {
     using One = typename WordsOf<T>::One;
     Raw<T> raw{};
     if constexpr (kIsEven) {
-        if (u < kHidden) raw.both = load(reinterpret_cast<const typename WordsOf<T>::Two*>(row + u));
+        if (is_there(u)) raw.both = load(reinterpret_cast<const typename WordsOf<T>::Two*>(from));
     } else {
-        if (u < kHidden) raw.a = load(reinterpret_cast<const One*>(row + u));
-        if (u + 1 < kHidden) raw.b = load(reinterpret_cast<const One*>(row + u + 1));
+        if (is_there(u)) raw.a = load(reinterpret_cast<const One*>(from));
+        if (is_there(u + 1)) raw.b = load(reinterpret_cast<const One*>(from + 1));
     }
     return raw;
+}
+// Units of a block's part.
+template <class T>
+OSTINATO_DEVICE Raw<T> load_at(const T* from, int u) {
+    return load_two(from, u, [](int unit) { return is_unit(unit); });
+}
+// Any of a row. Weights are read so: with the question left out where it needs no answer, the compiler has the addresses of all of
+// them at once, which takes more registers than there are.
+template <class T>
+OSTINATO_DEVICE Raw<T> load_units(const T* row, int u) {
+    return load_two(row + u, u, [](int unit) { return unit < kHidden; });
 }
 template <class T>
 OSTINATO_DEVICE Pair widen(Raw<T> raw) {
@@ -127,15 +138,19 @@ OSTINATO_DEVICE Pair load_pair(const T* row, int u) {
 }
 
 template <class T>
-OSTINATO_DEVICE void store_units(T* row, int u, Pair pair) {
+OSTINATO_DEVICE void store_at(T* to, int u, Pair pair) {
     T a, b;
     narrow(pair.a, a), narrow(pair.b, b);
     if constexpr (kIsEven) {
-        if (u < kHidden) *reinterpret_cast<typename WordsOf<T>::Two*>(row + u) = join(word_of(a), word_of(b));
+        if (is_unit(u)) *reinterpret_cast<typename WordsOf<T>::Two*>(to) = join(word_of(a), word_of(b));
     } else {
-        if (u < kHidden) row[u] = a;
-        if (u + 1 < kHidden) row[u + 1] = b;
+        if (is_unit(u)) to[0] = a;
+        if (is_unit(u + 1)) to[1] = b;
     }
+}
+template <class T>
+OSTINATO_DEVICE void store_units(T* row, int u, Pair pair) {
+    store_at(row + u, u, pair);
 }
 
 // ---- weights on the chip ----

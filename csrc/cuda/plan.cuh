@@ -26,6 +26,8 @@ constexpr int kRows = kGroups * kGroupRows;
 constexpr int kThreads = kWarps * 32;
 constexpr int kPadded = kBlocks * kUnits;
 constexpr bool kIsEven = kHidden % 2 == 0;  // pairs of units are aligned
+// Whether a unit of a block's part exists; where H has no padding, all do.
+OSTINATO_DEVICE bool is_unit(int unit) { return kPadded == kHidden || unit < kHidden; }
 
 static_assert(kUnits % 16 == 0 && kPadded >= kHidden, "units of a block");
 static_assert(kExchange != Exchange::kBlock || kBlocks == 1, "one block alone");

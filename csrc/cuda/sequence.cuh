@@ -32,14 +32,15 @@ OSTINATO_DEVICE Task task_of(i64 first, i64 batch) {
     return {loop % tiles, loop / tiles, launched};
 }
 
+// Whether 0 <= i < end, of an end that is not negative.
+OSTINATO_DEVICE bool is_within(int i, int end) { return static_cast<u32>(i) < static_cast<u32>(end); }
+
 struct Row {
     int index, length;  // of the batch; no steps where there is no such row
 };
 
-// How a piece of a row begins: at `is_start`, from the states of resets if `by_reset`, otherwise from h_0 and c_0.
-struct Start {
-    bool is_start, by_reset;
-};
+// How a piece of a row begins, if one does: from h_0 and c_0, or from the states of resets.
+enum class Start { kNot, kFirst, kReset };
 
 struct Loop {
     Batch batch;
@@ -64,21 +65,54 @@ struct Loop {
 
     OSTINATO_DEVICE int time(int s) const { return direction ? steps - 1 - s : s; }
     // The row of x, y and all that has a row per step. The row must be active.
-    OSTINATO_DEVICE i64 place(const Row& row, int t) const {
-        return (batch.offsets ? batch.offsets[t] : t * batch.batch) + row.index;
+    OSTINATO_DEVICE i64 place(const Row& row, int t) const { return first_row(t) + row.index; }
+    OSTINATO_DEVICE i64 first_row(int t) const { return batch.offsets ? batch.offsets[t] : t * batch.batch; }
+    // How many rows of x lie from time t to time t + turn, which is beside it: at most B, so 32 bits. Nothing is read by the
+    // result where that time is no step.
+    OSTINATO_DEVICE int rows_between(int t, int turn) const {
+        if (!batch.offsets) return turn * static_cast<int>(batch.batch);
+        const i64* const here = batch.offsets + opaque(t);
+        return is_within(t + turn, steps) ? static_cast<int>(here[turn] - here[0]) : 0;
     }
-    OSTINATO_DEVICE bool is_active(const Row& row, int t) const { return t >= 0 && t < row.length; }
+    OSTINATO_DEVICE bool is_active(const Row& row, int t) const { return is_within(t, row.length); }
 
-    // Whether in this direction an active row begins at time t.
+    // How in this direction an active row begins at time t.
     OSTINATO_DEVICE Start start(const Row& row, int t) const {
         const bool is_end = direction ? t == row.length - 1 : t == 0;
         // Forward a row is cut before this step, in reverse before the one it comes from; where it ends, it comes from nowhere.
-        const bool is_cut = batch.flags && !(direction && is_end) && load(batch.flags + place(row, t + direction));
-        return {is_end || is_cut, is_cut};
+        const bool is_cut = batch.flags && !(direction && is_end) && load(batch.flags + place(row, opaque(t) + direction));
+        return is_cut ? Start::kReset : is_end ? Start::kFirst : Start::kNot;
     }
     // How the row begins altogether.
-    OSTINATO_DEVICE bool begins_by_reset(const Row& row) const {
-        return !direction && row.length > 0 && start(row, 0).by_reset;
+    OSTINATO_DEVICE Start first_start(const Row& row) const {
+        return !direction && row.length > 0 ? start(row, 0) : Start::kFirst;
+    }
+};
+
+// Whether all pairs of a thread are of the same units, and of the same row.
+constexpr bool kIsOneUnit = kThreads % (kUnits / 2) == 0, kIsOneRow = kGroups == 1 && kPairs == 1;
+
+// A thread's own units in an array that has a row for each row of x. The time loop moves `first` from step to step; from there to a
+// row of the batch, as to the next step, it is one instruction: 32 bits times 32, added to 64. Where the thread has one row, `first`
+// is already there. So steps of plain and of packed rows differ in how far a step lies from the next, and share the rest.
+template <class T>
+struct Walk {
+    T* first;
+    int bytes;  // of a row
+
+    // `array`: the units of this block in the first of all rows; `row`: that of x where the step begins.
+    OSTINATO_DEVICE Walk(T* array, int elements, const Row* rows, i64 row)
+        : first(array), bytes(elements * static_cast<int>(sizeof(T))) {
+        if (kIsOneRow && thread_index() < kGroupPairs) row += rows[thread_index() / (kUnits / 2)].index;
+        first += row * elements + (kIsOneUnit ? thread_index() % (kUnits / 2) * 2 : 0);
+    }
+    OSTINATO_DEVICE T* shifted(T* from, int rows) const {
+        char* const to = const_cast<char*>(reinterpret_cast<const char*>(from)) + multiply_wide(rows, bytes);
+        return reinterpret_cast<T*>(to);
+    }
+    OSTINATO_DEVICE void move(int rows) { first = shifted(first, rows); }
+    OSTINATO_DEVICE T* at(const Row& row, int unit) const {
+        return (kIsOneRow ? first : shifted(first, row.index)) + (kIsOneUnit ? 0 : unit);
     }
 };
 
