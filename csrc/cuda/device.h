@@ -92,7 +92,8 @@ OSTINATO_DEVICE u32 remote_address(const void* own, u32 rank) {
     return address;
 }
 
-// Stores a value at the place that `own` has in block `rank` of the cluster, and counts its bytes at that block's barrier.
+// Stores a value at the place that `own` has in block `rank` of the cluster, and counts its bytes at that block's barrier. Who waits
+// there finds the value; what this thread did before, it orders for nobody.
 OSTINATO_DEVICE void push(void* own, u32 value, u64* barrier, u32 rank) {
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(remote_address(own, rank)),
                  "r"(value), "r"(remote_address(barrier, rank))

@@ -192,6 +192,11 @@ struct ForwardLoop {
             // With several groups the barrier between product and cell of another one has ordered this.
             if (kGroups == 1) block_barrier();
         } else if constexpr (kExchange == Exchange::kCluster) {
+            // With one group, orders the last cell's reads of the sums before the product that writes them again. That its pushes
+            // have come says so too, since they were computed from these reads; but by PTX's memory model the arrival of a push
+            // releases the pushed bytes, and nothing says that it releases what its thread did before. The other blocks are
+            // awaited far longer than this.
+            if (kGroups == 1) block_barrier();
             transaction_wait(&shared.arrived[s % 2][group], s / 2 % 2);
             if (thread_index() == 0 && s + 1 < loop.steps) expect(s + 1, group);
         } else {
