@@ -32,17 +32,23 @@ SHAPES = {
     "grid of 8, two groups": (125, 8, 16, 2, 2, 2, "grid"),
     "grid of 12, three times four sums": (190, 12, 16, 1, 1, 5, "grid"),
 }
+# The same, and rows of a group: tiles of several eights.
+WIDE = {
+    "block, sixteen rows": (45, 1, 48, 3, 1, 2, "block", 16),
+    "cluster of 4, two groups of 16 rows": (61, 4, 16, 2, 2, 99, "cluster", 16),
+    "grid of 4, 32 rows": (64, 4, 16, 4, 1, 3, "grid", 32),
+    "grid of 3, two groups of 16 rows": (48, 3, 16, 2, 2, 99, "grid", 16),
+}
 
 
 def pair(cell, math, shape):
     """The kernels of both time loops, with as many warps as share their products evenly."""
-    hidden, blocks, units, warps, groups, resident, exchange = shape
+    hidden, blocks, units, warps, groups, resident, exchange, *rows = shape
     found = []
     for is_backward in (False, True):
         for count in (warps, 2, 1, 4, 3, 6, 8):
-            config = Config(
-                cell, math, hidden, blocks, units, count, groups, resident, exchange, is_backward
-            )
+            front = cell, math, hidden, blocks, units, count, groups
+            config = Config(*front, resident, exchange, is_backward, *rows)
             if config.is_even:
                 break
         if math == "fp32":
@@ -61,6 +67,12 @@ CASES = [
     for k, math in enumerate(MATHS)
     if (i + j + k) % 2 == 0 and not (math != "fp32" and cell == "rnn_relu")
 ]
+CASES += [
+    (cell, math, shape, KINDS[(2 * i + j) % len(KINDS)], (i + j) % 4)
+    for i, shape in enumerate(WIDE)
+    for j, (cell, math) in enumerate((("gru", "bf16"), ("lstm", "tf32")))
+]
+SHAPES |= WIDE
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +201,9 @@ def test_few_rows_no_states_no_biases(cell, kind, steps, batch, directions):
 
 
 @pytest.mark.usefixtures("built")
-@pytest.mark.parametrize("shape", ["block, two groups", "cluster of 4, two groups", "grid of 4"])
+@pytest.mark.parametrize(
+    "shape", ["block, two groups", "cluster of 4, two groups", "grid of 4", "grid of 4, 32 rows"]
+)
 def test_a_row_has_the_bits_it_has_anywhere(shape):
     forward, backward = pair("lstm", "bf16", SHAPES[shape])
     call = emulation.draw("lstm", forward.hidden, batch=forward.rows + 3, math="bf16")

@@ -1,4 +1,4 @@
-// The time loop backward, from the last step that forward took to the first. Each step of a group of eight rows:
+// The time loop backward, from the last step that forward took to the first. Each step of a group of rows:
 //
 //   await dL/dh  ->  cell: gate gradients of the own units, kept in memory  ->  barrier  ->  their product with weight_hh  ->
 //   send every block the part of dL/dh that its units get from here
@@ -25,7 +25,7 @@ struct Backward {
     void* dgates;  // [D, N, kGrads * H], slots as position_of has them
     void *dh_0, *dc_0;  // [D, B, H]; where rows begin anew, a row may have no part in them: zeros beforehand
     float *dreset_h, *dreset_c;  // [D, B, H], zeros beforehand; what belongs to the states of resets is added
-    void* exchange;  // with Exchange::kGrid words [loops of a launch, groups, 2, kBlocks, sources, 8, kUnits], zeros
+    void* exchange;  // with Exchange::kGrid words [loops of a launch, groups, 2, kBlocks, sources, kGroupRows, kUnits], zeros
 };
 
 // ---- gate gradients times weight_hh ----
@@ -37,7 +37,8 @@ struct BackwardProduct {
     static constexpr int kDepth = Cell::kGates * kUnits, kTiles = kPadded / 16, kSlices = largest(kWarps / kTiles, 1);
     static constexpr int kTilesEach = kTiles * kSlices / kWarps, kSteps = kDepth / largest(Math::kDepth, 1) / kSlices;
     static constexpr int kCount = kTilesEach * kSteps;
-    static constexpr int kAtOnce = divisor_within(4, kTilesEach), kChains = chains_of(kAtOnce, kSteps);
+    static constexpr int kAtOnce = divisor_within(largest(4 / kEights, 1), kTilesEach);
+    static constexpr int kChains = chains_of(kAtOnce * kEights, kSteps);
     static_assert(kTilesEach * kWarps == kTiles * kSlices && kSteps * kSlices * Math::kDepth == kDepth, "warps share evenly");
     using Held = Fragments<kCount>;
     using Operand = typename Math::Operand;
@@ -72,23 +73,24 @@ struct BackwardProduct {
         const int lane = thread_index() % 32, is_odd = lane / 4 % 2;
         OSTINATO_UNROLL
         for (int first = 0; first < kTilesEach; first += kAtOnce) {
-            float sum[kAtOnce][kChains][4] = {};
+            float sum[kAtOnce][kChains][kEights][4] = {};
             OSTINATO_UNROLL
             for (int k = 0; k < kSteps; k++) {
-                u32 b0, b1;
+                u32 b[kEights][2];
                 if (k % steps_ahead(kAtOnce) == 0) schedule_barrier();
-                read_rows<Math>(grads[0], kDepth + kRowPad<Math>, (slice * kSteps + k) * Math::kDepth, b0, b1);
+                read_rows<Math>(grads[0], kDepth + kRowPad<Math>, (slice * kSteps + k) * Math::kDepth, b);
                 OSTINATO_UNROLL
                 for (int i = 0; i < kAtOnce; i++)
-                    ostinato::multiply<Math>(fragments, shared, first * kSteps + k * kAtOnce + i, sum[i][k % kChains], b0, b1);
+                    ostinato::multiply<Math>(fragments, shared, first * kSteps + k * kAtOnce + i, sum[i][k % kChains], b);
             }
             OSTINATO_UNROLL
             for (int i = 0; i < kAtOnce; i++) OSTINATO_UNROLL
+            for (int e = 0; e < kEights; e++) OSTINATO_UNROLL
             for (int half = 0; half < 2; half++) {
-                const float a = total(sum[i], 2 * half), b = total(sum[i], 2 * half + 1);
+                const float a = total(sum[i], e, 2 * half), b = total(sum[i], e, 2 * half + 1);
                 const float other = shuffle_xor(is_odd ? a : b, 4);
-                const int unit = half * 8 + lane / 4 - is_odd;
-                emit(slice, first_tile + first + i, unit, lane % 4 * 2 + is_odd, is_odd ? Pair{other, b} : Pair{a, other});
+                const int unit = half * 8 + lane / 4 - is_odd, row = e * 8 + lane % 4 * 2 + is_odd;
+                emit(slice, first_tile + first + i, unit, row, is_odd ? Pair{other, b} : Pair{a, other});
             }
         }
     }

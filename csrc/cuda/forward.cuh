@@ -1,8 +1,8 @@
-// The time loop forward. Each step of a group of eight rows:
+// The time loop forward. Each step of a group of rows:
 //
 //   await the state of all units  ->  weight_hh times state, each warp a part  ->  barrier  ->  cell  ->  send the own units on
 //
-// Traffic per step and group: the operands of 8 * H units come in over the exchange, 8 * G * kUnits of the input product are read
+// Traffic per step and eight rows: the operands of 8 * H units come in over the exchange, 8 * G * kUnits of the input product are read
 // from memory, a turn ahead. Weights are read once.
 //
 // A step of one block alone has few instructions beside addresses, so these are not computed anew: pointers move along (Walk).
@@ -24,7 +24,7 @@ struct Forward {
     void *h_n, *c_n;  // [D, B, H]
     void* reserve;  // [N, D, kSaved, H] for backward, or null
     void* cells;  // [N, D * H], c after every step, or null
-    void* exchange;  // with Exchange::kGrid words [loops of a launch, groups, 2, 8, kPadded], zeros
+    void* exchange;  // with Exchange::kGrid words [loops of a launch, groups, 2, kGroupRows, kPadded], zeros
 };
 
 // ---- weight_hh times state ----
@@ -35,7 +35,7 @@ struct ForwardProduct {
     static constexpr int kTiles = kUnits / 16, kSlices = kWarps / kTiles, kSteps = kPadded / largest(Math::kDepth, 1) / kSlices;
     static constexpr int kCount = kSteps * Cell::kGates;
     static_assert(kTiles * kSlices == kWarps && kSteps * kSlices * Math::kDepth == kPadded, "warps share the product evenly");
-    static constexpr int kChains = chains_of(Cell::kGates, kSteps);
+    static constexpr int kChains = chains_of(Cell::kGates * kEights, kSteps);
     using Held = Fragments<kCount>;
     using Operand = typename Math::Operand;
     Held fragments;
@@ -60,20 +60,21 @@ struct ForwardProduct {
 
     OSTINATO_DEVICE void multiply(const Fragment* shared, const Operand (&state)[kGroupRows][kPadded + kRowPad<Math>],
                                   float (&sums)[kSlices][Cell::kGates][kGroupRows][kUnits + 4]) const {
-        float sum[Cell::kGates][kChains][4] = {};
+        float sum[Cell::kGates][kChains][kEights][4] = {};
         OSTINATO_UNROLL
         for (int k = 0; k < kSteps; k++) {
-            u32 b0, b1;
+            u32 b[kEights][2];
             if (k % steps_ahead(Cell::kGates) == 0) schedule_barrier();
-            read_rows<Math>(state[0], kPadded + kRowPad<Math>, (slice * kSteps + k) * Math::kDepth, b0, b1);
+            read_rows<Math>(state[0], kPadded + kRowPad<Math>, (slice * kSteps + k) * Math::kDepth, b);
             OSTINATO_UNROLL
             for (int g = 0; g < Cell::kGates; g++)
-                ostinato::multiply<Math>(fragments, shared, k * Cell::kGates + g, sum[g][k % kChains], b0, b1);
+                ostinato::multiply<Math>(fragments, shared, k * Cell::kGates + g, sum[g][k % kChains], b);
         }
         const int lane = thread_index() % 32, unit = tile * 16 + lane / 4, row = lane % 4 * 2;
         OSTINATO_UNROLL
         for (int g = 0; g < Cell::kGates; g++) OSTINATO_UNROLL
-        for (int i = 0; i < 4; i++) sums[slice][g][row + i % 2][unit + i / 2 * 8] = total(sum[g], i);
+        for (int e = 0; e < kEights; e++) OSTINATO_UNROLL
+        for (int i = 0; i < 4; i++) sums[slice][g][e * 8 + row + i % 2][unit + i / 2 * 8] = total(sum[g], e, i);
     }
 };
 

@@ -199,17 +199,20 @@ OSTINATO_DEVICE void read_tile(u32 (&words)[4], int row, int k, Word word) {
     for (int i = 0; i < 4; i++) words[i] = word(row + lane / 4 + i % 2 * 8, k + lane % 4 * width + i / 2 * 4 * width);
 }
 
-// sums += fragment i times the right operand; i is a constant after unrolling.
+// sums += fragment i times the right operand of each eight; i is a constant after unrolling.
 template <class Math, int kCount>
-OSTINATO_DEVICE void multiply(const Fragments<kCount>& fragments, const Fragment* shared, int i, float (&sums)[4], u32 b0,
-                              u32 b1) {
+OSTINATO_DEVICE void multiply(const Fragments<kCount>& fragments, const Fragment* shared, int i, float (&sums)[kEights][4],
+                              const u32 (&b)[kEights][2]) {
     using Operand = typename Math::Operand;
     constexpr int kHeld = Fragments<kCount>::kHeld;
     if (i < kHeld) {
-        multiply(Operand(), sums, fragments.held[i < kHeld ? i : 0], b0, b1);
+        OSTINATO_UNROLL
+        for (int e = 0; e < kEights; e++) multiply(Operand(), sums[e], fragments.held[i < kHeld ? i : 0], b[e][0], b[e][1]);
     } else {
         if ((i - kHeld) % 4 == 0) schedule_barrier();  // four on their way, or they would take all registers
-        multiply(Operand(), sums, Fragments<kCount>::shared_at(shared, i).words, b0, b1);
+        const Fragment fragment = Fragments<kCount>::shared_at(shared, i);
+        OSTINATO_UNROLL
+        for (int e = 0; e < kEights; e++) multiply(Operand(), sums[e], fragment.words, b[e][0], b[e][1]);
     }
 }
 
@@ -218,24 +221,28 @@ constexpr int chains_of(int sums, int steps) { return divisor_within(sums < 4 ? 
 
 // The sums of all chains, in one order.
 template <int kChains>
-OSTINATO_DEVICE float total(const float (&sums)[kChains][4], int i) {
-    float sum = sums[0][i];
+OSTINATO_DEVICE float total(const float (&sums)[kChains][kEights][4], int eight, int i) {
+    float sum = sums[0][eight][i];
     OSTINATO_UNROLL
-    for (int chain = 1; chain < kChains; chain++) sum += sums[chain][i];
+    for (int chain = 1; chain < kChains; chain++) sum += sums[chain][eight][i];
     return sum;
 }
 
-// The words of the right operand, eight rows of operands with this many to a row, that a thread holds of columns k to k + kDepth.
+// The words of the right operand, kGroupRows rows of operands with this many to a row, that a thread holds of columns k to
+// k + kDepth.
 template <class Math>
-OSTINATO_DEVICE void read_rows(const typename Math::Operand* rows, int stride, int k, u32& b0, u32& b1) {
+OSTINATO_DEVICE void read_rows(const typename Math::Operand* rows, int stride, int k, u32 (&b)[kEights][2]) {
     const int lane = thread_index() % 32, width = Math::kDepth / 8;
-    const auto* from = rows + lane / 4 * stride + k + lane % 4 * width;
-    b0 = *reinterpret_cast<const u32*>(from);
-    b1 = *reinterpret_cast<const u32*>(from + 4 * width);
+    OSTINATO_UNROLL
+    for (int e = 0; e < kEights; e++) {
+        const auto* from = rows + (e * 8 + lane / 4) * stride + k + lane % 4 * width;
+        b[e][0] = *reinterpret_cast<const u32*>(from);
+        b[e][1] = *reinterpret_cast<const u32*>(from + 4 * width);
+    }
 }
 
 // For how many steps in k the right operand is on its way at once: for all of them it would take all registers.
-constexpr int steps_ahead(int sums) { return sums < 3 ? 8 : 4; }
+constexpr int steps_ahead(int sums) { return kEights > 1 ? largest(4 / kEights, 1) : sums < 3 ? 8 : 4; }
 
 // ---- products by fused multiply-adds ----
 
@@ -245,7 +252,7 @@ template <int kSums, int kFours>
 struct RowProduct {
     using Held = Fragments<kSums * kFours>;
     // A weight that is read from shared memory serves all rows; with all of them in registers, few sums leave the most.
-    static constexpr int kAtOnce = Held::kShared ? kGroupRows : 2, kFoursHeld = Held::kHeld / kSums;
+    static constexpr int kAtOnce = Held::kShared ? 8 : 2, kFoursHeld = Held::kHeld / kSums;
     static_assert(!Held::kShared || Held::kHeld % kSums == 0, "whole steps in registers");
     Held fragments;
 

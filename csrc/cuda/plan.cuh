@@ -1,8 +1,9 @@
 // The constants of one kernel, from macros that src/ostinato/cuda/config.py sets.
 //
-// A batch tile is kRows rows in kGroups groups of eight. kBlocks blocks share its loop, each owning kUnits units of the padded
+// A batch tile is kRows rows in kGroups groups of kGroupRows. kBlocks blocks share its loop, each owning kUnits units of the padded
 // hidden size and, of weight_hh, what these units need. Groups take turns in a step, so that the exchange of one passes while
-// another is computed.
+// another is computed. A group is one or more eights, the rows of an instruction: weights that are read, barriers and the exchange
+// serve all of a group at once.
 #pragma once
 
 #include "device.h"
@@ -21,7 +22,7 @@ constexpr int kHidden = OSTINATO_HIDDEN, kBlocks = OSTINATO_BLOCKS, kUnits = OST
 constexpr int kGroups = OSTINATO_GROUPS, kResident = OSTINATO_RESIDENT;
 constexpr Exchange kExchange = Exchange::OSTINATO_EXCHANGE;
 
-constexpr int kGroupRows = 8;
+constexpr int kGroupRows = OSTINATO_GROUP_ROWS, kEights = kGroupRows / 8;
 constexpr int kRows = kGroups * kGroupRows;
 constexpr int kThreads = kWarps * 32;
 constexpr int kPadded = kBlocks * kUnits;
@@ -29,6 +30,7 @@ constexpr bool kIsEven = kHidden % 2 == 0;  // pairs of units are aligned
 // Whether a unit of a block's part exists; where H has no padding, all do.
 OSTINATO_DEVICE bool is_unit(int unit) { return kPadded == kHidden || unit < kHidden; }
 
+static_assert(kEights * 8 == kGroupRows, "whole eights");
 static_assert(kUnits % 16 == 0 && kPadded >= kHidden, "units of a block");
 static_assert(kExchange != Exchange::kBlock || kBlocks == 1, "one block alone");
 static_assert(kGroups == 1 || kGroups % 2 == 0, "halves alternate");

@@ -12,8 +12,6 @@ from typing import ClassVar, NamedTuple
 
 from ostinato.cells import CELLS, Cell
 
-GROUP_ROWS = 8
-
 
 class Math(NamedTuple):
     """In which precision products are computed."""
@@ -41,10 +39,11 @@ class Config(NamedTuple):
     blocks: int  # that run a batch tile together
     units: int  # of one block
     warps: int
-    groups: int  # of eight rows, to a tile
+    groups: int  # of so many rows, to a tile
     resident: int  # fragments in registers, at most
     exchange: str  # "block", "cluster" or "grid"
     is_backward: bool
+    group_rows: int = 8  # one or more eights: those of a tensor instruction
 
     @property
     def kind(self) -> Cell:
@@ -69,7 +68,7 @@ class Config(NamedTuple):
     @property
     def rows(self) -> int:
         """Rows of a batch tile."""
-        return self.groups * GROUP_ROWS
+        return self.groups * self.group_rows
 
     @property
     def padded(self) -> int:
@@ -92,6 +91,7 @@ class Config(NamedTuple):
             "OSTINATO_UNITS": self.units,
             "OSTINATO_WARPS": self.warps,
             "OSTINATO_GROUPS": self.groups,
+            "OSTINATO_GROUP_ROWS": self.group_rows,
             "OSTINATO_RESIDENT": self.resident,
             "OSTINATO_EXCHANGE": _EXCHANGES[self.exchange],
             "OSTINATO_BACKWARD": int(self.is_backward),
@@ -115,7 +115,8 @@ class Config(NamedTuple):
         if not MATHS[self.math].depth:
             return self.padded * self.slices // self.threads
         tiles = self.padded // 16 * self.slices // self.warps
-        return next(count for count in (4, 3, 2, 1) if tiles % count == 0)
+        most = max(4 * 8 // self.group_rows, 1)
+        return next(count for count in range(most, 0, -1) if tiles % count == 0)
 
     @property
     def fragments(self) -> int:
@@ -148,7 +149,7 @@ class Config(NamedTuple):
     @property
     def _reads(self) -> int:
         """Reads of 16 bytes that one source's words of a group take in backward."""
-        return GROUP_ROWS * self.units * self._word_bytes // 16
+        return self.group_rows * self.units * self._word_bytes // 16
 
     @property
     def _word_bytes(self) -> int:
@@ -163,17 +164,20 @@ class Config(NamedTuple):
         halves = 2 if self.groups > 1 else 1
         buffers = 2 if self.exchange == "cluster" else 1
         is_grid, has_c = self.exchange == "grid", self.kind.has_c
-        sums = GROUP_ROWS * (self.units + 4) * 4
+        sums = self.group_rows * (self.units + 4) * 4
         states = self.rows * self.units * 4
         weights = (max(self.fragments - self.resident, 0) * self.threads + 1) * 16
         size = 0
         if self.is_backward:
-            size += halves * GROUP_ROWS * (gates * self.units + pad) * item
+            size += halves * self.group_rows * (gates * self.units + pad) * item
             size += (1 if is_grid else buffers * self.groups) * self.sources * sums
             size = _align(size, 16) + weights
         else:
             size += (
-                (1 if is_grid else buffers * self.groups) * GROUP_ROWS * (self.padded + pad) * item
+                (1 if is_grid else buffers * self.groups)
+                * self.group_rows
+                * (self.padded + pad)
+                * item
             )
             size += (1 if is_grid else halves) * self.slices * gates * sums
             size = _align(size, 16) + weights
@@ -203,7 +207,7 @@ class Config(NamedTuple):
         if self.exchange != "grid":
             return 0
         units = self.padded * (self.blocks * self.slices if self.is_backward else 1)
-        return loops * self.groups * 2 * GROUP_ROWS * units * self._word_bytes
+        return loops * self.groups * 2 * self.group_rows * units * self._word_bytes
 
 
 @dataclass(frozen=True)
