@@ -173,13 +173,21 @@ PARTS: dict[str, Callable[[Place], object]] = {
 
 
 def judge(places: dict[Place, dict[Config, float]]) -> dict[Place, tuple[float, Config]]:
-    """Return the losses of what a layer would run, where that was measured."""
+    """Return the losses of what a layer would run, where that was measured.
+
+    How many fragments registers hold is left aside: it follows from the rest, by what a compiler
+    needs, and a few more or less cost little.
+    """
     found = {}
     for place, times in places.items():
-        chosen = plan_of(place)
-        if chosen in times:
-            found[place] = times[chosen] / min(times.values()), chosen
+        chosen, by_shape = plan_of(place), {_shape(c): time for c, time in times.items()}
+        if chosen is not None and _shape(chosen) in by_shape:
+            found[place] = by_shape[_shape(chosen)] / min(times.values()), chosen
     return found
+
+
+def _shape(config: Config) -> Config:
+    return config._replace(resident=0)
 
 
 def to_measure(
@@ -192,7 +200,7 @@ def to_measure(
         modelled = {config: float(_counts(config, place.batch) @ cost) for config in found}
         first = min(modelled, key=modelled.__getitem__)
         chosen = plan_of(place)
-        if first not in times and chosen is not None:
+        if _shape(first) not in set(map(_shape, times)) and chosen is not None:
             yield place, first, modelled[chosen] / modelled[first]
 
 

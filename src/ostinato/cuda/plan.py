@@ -205,17 +205,22 @@ def overhead(config: Config) -> int:
     """Registers beside the weights; tests/test_cuda_report.py holds that nothing spills."""
     gates, pairs, words = config.kind.gates, _pairs(config), MATHS[config.math].bytes // 2
     if not MATHS[config.math].depth:
-        return 104 + 56 * (pairs - 1) if config.is_backward else 94 + 16 * (pairs - 1)
+        if config.is_backward:
+            return 104 + 56 * (pairs - 1)
+        return 94 + 16 * (pairs - 1) + 12 * (gates == 1 and config.exchange == "grid")
     eights = config.group_rows // 8
-    # Gathering; a lone gate, whose product the compiler reads far ahead; exact activations.
-    more = 10 * (config.exchange == "grid") + 64 * (gates == 1 and not config.is_backward)
+    # Gathering; few gates, whose product the compiler reads far ahead; exact activations.
+    more = 10 * (config.exchange == "grid") + 64 * (gates < 3 and not config.is_backward)
     more += (8 if config.is_backward else 20) * (config.math != "bf16")
     # Sums of further eights, and what they are multiplied with.
     more += (4 * (config.width if config.is_backward else gates) + 6) * (eights - 1)
     if config.is_backward:
-        if config.exchange == "grid":
+        tiles = _tiles(config)
+        if config.exchange != "grid":
+            # What a warp's tiles share, which it keeps beside their sums.
+            more += (4 * (tiles > 3) + 8 * (tiles > 4)) * (words == 1)
+        else:
             # Where a warp's many tiles go; of 16 units, in steps that the compiler knows.
-            tiles = _tiles(config)
             more += 24 + 2 * tiles if config.units > 16 else 16 * (tiles > 8)
         return 92 + more + 8 * gates + 8 * words + 28 * words * (pairs - 1)
     return 72 + more + 8 * words + 5 * gates * words + 8 * words * (pairs - 1)
