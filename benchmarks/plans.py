@@ -246,7 +246,8 @@ def _place(p: Place) -> str:
 
 
 def _name(c: Config) -> str:
-    return f"{c.exchange} {c.blocks} x {c.units} units, {c.warps} warps, {c.groups} groups"
+    rows = f"{c.groups} groups" + f" of {c.group_rows} rows" * (c.group_rows > 8)
+    return f"{c.exchange} {c.blocks} x {c.units} units, {c.warps} warps, {rows}"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -97,7 +98,7 @@ def test_an_unmeasured_device_runs_cudnn_unless_asked():
 @pytest.mark.parametrize("is_backward", [False, True])
 @pytest.mark.parametrize("cell", FIRST_CELLS)
 @pytest.mark.parametrize("math", ["bf16", "fp16", "tf32", "fp32"])
-@pytest.mark.parametrize("device", [H200, A100, Device(84, 101_376, False)])
+@pytest.mark.parametrize("device", [H200, A100, Device(84, 101_376, 0), Device(170, 101_376, 8)])
 def test_every_plan_fits_its_device(device, math, cell, is_backward):
     for hidden in (1, 16, 100, 128, 257):
         for config in configs(cell, math, hidden, is_backward, device):
@@ -106,7 +107,7 @@ def test_every_plan_fits_its_device(device, math, cell, is_backward):
             assert config.padded >= hidden
             assert config.threads <= 1024
             assert 0 <= config.resident <= config.fragments
-            assert config.exchange != "cluster" or device.has_clusters
+            assert config.exchange != "cluster" or config.blocks <= device.cluster
             if config.exchange == "grid":
                 assert at_once(config, device) * config.blocks <= device.processors
             few, many = (nanoseconds(config, batch, 2, device) for batch in (1, 1000))
@@ -124,7 +125,7 @@ def test_sizes_that_a_plan_serves():
                     assert (found is None) == too_large
     assert plan("gru", "bf16", 4096, 16, 1, False, H200) is None
     assert plan("gru", "bf16", 2048, 4096, 2, False, H200) is not None
-    assert plan("gru", "bf16", 64, 16, 1, False, Device(0, 0, False)) is None
+    assert plan("gru", "bf16", 64, 16, 1, False, layer.NO_DEVICE) is None
 
 
 def test_the_kernels_take_what_the_host_gives():
@@ -202,6 +203,34 @@ def test_who_runs_a_layer():
         huge = call._replace(weights=[large, large], bidirectional=False, has_biases=False)
         assert "no forward kernel of this size" in layer.decide(huge, is_training=True).reason
     assert not layer.decide(call._replace(lengths=torch.ones(5)), is_training=False).is_ours
+
+
+@pytest.mark.parametrize(
+    ("capability", "shared", "expected"),
+    [
+        ((7, 5), 65_536, layer.NO_DEVICE),
+        ((8, 0), 166_912, Device(100, 166_912, 0)),
+        ((8, 9), 101_376, Device(100, 101_376, 0)),
+        ((9, 0), 232_448, Device(100, 232_448, 16)),
+        ((10, 0), 232_448, Device(100, 232_448, 16)),
+        ((12, 0), 101_376, Device(100, 101_376, 8)),
+    ],
+)
+def test_what_plans_know_of_a_device(monkeypatch, capability, shared, expected):
+    major, minor = capability
+    properties = SimpleNamespace(
+        major=major, minor=minor, multi_processor_count=100, shared_memory_per_block_optin=shared
+    )
+    monkeypatch.setattr(layer, "_devices", {})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    assert layer.device_of(0) == expected
+
+
+@pytest.mark.usefixtures("gpu")
+def test_an_older_device_is_told_apart(monkeypatch):
+    monkeypatch.setattr(layer, "device_of", lambda index: layer.NO_DEVICE)
+    decision = layer.decide(emulation.draw("gru", 16, math="bf16"), is_training=False)
+    assert "sm_80 or later" in decision.reason
 
 
 @pytest.mark.usefixtures("gpu")

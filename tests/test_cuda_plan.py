@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from ostinato.cuda import plan
 from ostinato.cuda.plan import H100_COSTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,10 +31,35 @@ def test_the_sweep_is_whole():
     assert all(kernel.nanoseconds > 0 for kernel in KERNELS)
 
 
+@pytest.fixture
+def eights(monkeypatch):
+    """Plans of groups of eight rows alone, which are all that a device has run."""
+    monkeypatch.setattr(plan, "_FEW_ROWS", 10**9)
+    plan.plan.cache_clear()
+    yield
+    plan.plan.cache_clear()
+
+
+@pytest.mark.usefixtures("eights")
 def test_every_plan_of_the_sweep_is_a_measured_kernel_and_near_the_best():
     judged = plans.judge(PLACES)
     assert judged.keys() == PLACES.keys()
     hold(judged)
+
+
+def test_wider_groups_are_planned_where_cudnn_was_faster_than_eights():
+    judged = plans.judge(PLACES)
+    wide = PLACES.keys() - judged.keys()
+    assert {place._replace(cell="", is_backward=False) for place in wide} == {
+        plans.Place("", "bf16", 1024, 256, False)
+    }
+    assert len(wide) == 4
+    for place in wide:
+        config = plans.plan_of(place)
+        assert config.group_rows > 8
+        times = PLACES[place]
+        # By the model, which has not seen them.
+        assert plan.nanoseconds(config, place.batch, 1, plans.DEVICE) < 0.6 * min(times.values())
 
 
 def test_the_model_ranks_measured_kernels_of_every_kind():

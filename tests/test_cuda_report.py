@@ -11,12 +11,20 @@ import pytest
 
 from ostinato.cuda import compiler
 from ostinato.cuda.config import Previous
-from ostinato.cuda.plan import A100, H200, plan
+from ostinato.cuda.plan import A100, H200, Device, configs, plan
 from support.cells import FIRST_CELLS
 
 pytest.importorskip("cuda.core", reason="cuda-core is not installed")
 
 ARCHITECTURES = {"sm_90a": H200, "sm_80": A100}
+# Multiprocessors, shared memory and clusters of a card of each; sm_75 and older have no kernels.
+OTHERS = {
+    "sm_86": Device(82, 101_376, 0),  # RTX 3090
+    "sm_89": Device(128, 101_376, 0),  # RTX 4090
+    "sm_100": Device(148, 232_448, 16),  # B200
+    "sm_120": Device(170, 101_376, 8),  # RTX 5090
+}
+DEVICES = ARCHITECTURES | OTHERS
 MATHS = ("bf16", "fp16", "tf32", "fp32")
 # The benchmark's sizes, and one that no power of two divides.
 SIZES = (64, 112, 128, 160, 192, 256, 512, 768, 1024, 2048)
@@ -30,7 +38,7 @@ def plans(cell, math, hidden, arch):
     found = {}
     for batch, directions in WALKS if arch == "sm_90a" else WALKS[1:2]:
         for is_backward in (False, True):
-            device = ARCHITECTURES[arch]
+            device = DEVICES[arch]
             config = plan(cell, math, hidden, batch, directions, is_backward, device)
             if config is not None:
                 found.setdefault(config, []).append(batch)
@@ -61,7 +69,36 @@ LAYERS += [
 @pytest.mark.parametrize(("cell", "math", "hidden"), LAYERS)
 def test_no_kernel_spills(cell, math, hidden, arch):
     # What is not served is said in docs/architecture.md, and held by test_cuda_layer.py.
-    configs = plans(cell, math, hidden, arch)
+    report(cell, math, hidden, arch, plans(cell, math, hidden, arch))
+
+
+# Of the other architectures a cell, a precision and a few sizes each, in turns.
+@pytest.mark.parametrize("arch", OTHERS)
+@pytest.mark.parametrize("hidden", [128, 512, 1024])
+def test_no_kernel_spills_on_another_architecture(arch, hidden):
+    turn = list(OTHERS).index(arch) + hidden // 512
+    cell, math = FIRST_CELLS[turn % len(FIRST_CELLS)], MATHS[turn % len(MATHS)]
+    report(cell, math, hidden, arch, plans(cell, math, hidden, arch))
+
+
+# Tiles of more than eight rows, of which plans take few.
+@pytest.mark.parametrize("rows", [16, 32])
+@pytest.mark.parametrize("math", ["bf16", "tf32"])
+@pytest.mark.parametrize("cell", FIRST_CELLS)
+def test_no_kernel_of_wide_tiles_spills(cell, math, rows):
+    chosen = {}
+    for is_backward in (False, True):
+        found = [
+            config
+            for config in configs(cell, math, 512, is_backward, H200, (rows,))
+            if config.warps in (4, 8)
+        ]
+        chosen.update({config: [256] for config in found[:: len(found) // 3 + 1]})
+    report(cell, math, 512, "sm_90a", chosen)
+
+
+def report(cell, math, hidden, arch, configs):
+    """Compile kernels, print what they take, and hold that they spill nothing."""
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         compiled = list(pool.map(lambda config: compiler.compile(config, arch), configs))
     for (config, batches), found in zip(configs.items(), compiled, strict=True):
@@ -75,7 +112,7 @@ def test_no_kernel_spills(cell, math, hidden, arch):
         )
         assert max(found.spill_stores, found.spill_loads, found.stack_bytes) == 0
         assert found.registers * config.threads <= 65_536
-        assert config.shared_bytes <= ARCHITECTURES[arch].shared_bytes
+        assert config.shared_bytes <= DEVICES[arch].shared_bytes
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100", "sm_120"])

@@ -148,6 +148,8 @@ def _decide(
     if not launch.available():
         return Decision(False, "cuda-core, NVRTC or a driver new enough for it is missing")
     device = device_of(index)
+    if device == NO_DEVICE:
+        return Decision(False, "our kernels need a device of sm_80 or later")
     for is_backward in (False, True)[: 1 + is_training]:
         if plan(cell, math, hidden, batch, 1 + bidirectional, is_backward, device) is None:
             direction = "backward" if is_backward else "forward"
@@ -188,6 +190,8 @@ def device_of_trials(index: int) -> trial.TrialDevice:
     return trial.Gpu(index)
 
 
+# One without the instructions that our kernels are made of.
+NO_DEVICE = Device(0, 0, 0)
 _devices: dict[int, Device] = {}
 
 
@@ -197,10 +201,11 @@ def device_of(index: int) -> Device:
     if found is None:
         properties = torch.cuda.get_device_properties(index)
         shared = getattr(properties, "shared_memory_per_block_optin", 48 * 1024)
-        has_clusters = (properties.major, properties.minor) == (9, 0)
-        found = Device(properties.multi_processor_count, shared, has_clusters)
+        # From sm_90 on there are clusters of 8; of 16 where data centres have them.
+        cluster = {9: 16, 10: 16}.get(properties.major, 8 if properties.major > 10 else 0)
+        found = Device(properties.multi_processor_count, shared, cluster)
         if properties.major < 8:
-            found = Device(0, 0, False)
+            found = NO_DEVICE
         _devices[index] = found
     return found
 

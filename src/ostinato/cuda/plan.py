@@ -23,11 +23,11 @@ class Device(NamedTuple):
 
     processors: int
     shared_bytes: int  # that one block may have
-    has_clusters: bool
+    cluster: int  # blocks of the largest cluster, 0 where there are none
 
 
-H200 = Device(132, 232_448, True)
-A100 = Device(108, 166_912, False)
+H200 = Device(132, 232_448, 16)
+A100 = Device(108, 166_912, 0)
 
 _REGISTERS = 65_536  # of a multiprocessor
 _WARPS = range(1, 17)
@@ -119,7 +119,7 @@ def plan(
     sizes = _GROUP_ROWS if rows > _FEW_ROWS else _GROUP_ROWS[:1]
     found = _with_enough_warps(configs(cell, math, hidden, is_backward, device, sizes))
     eights = [config for config in found if config.group_rows == 8]
-    if device.has_clusters and hidden in _SWEPT and rows <= _MOST_ROWS:
+    if device.cluster and hidden in _SWEPT and rows <= _MOST_ROWS:
         eights = [config for config in eights if _is_of_a_measured_kind(config)] or eights
 
     def time(config: Config) -> float:
@@ -160,8 +160,8 @@ def configs(
 def _shapes(math: str, hidden: int, device: Device) -> Iterator[tuple[str, int, int]]:
     sixteens = -(-hidden // 16)
     yield "block", 1, sixteens * 16
-    if device.has_clusters:
-        for blocks in _CLUSTERS:
+    for blocks in _CLUSTERS:
+        if blocks <= device.cluster:
             units = -(-sixteens // blocks)
             if (blocks - 1) * units < sixteens:
                 yield "cluster", blocks, units * 16
