@@ -5,8 +5,8 @@
 A block that opens with ```python runs; the blocks of one file share their names, as a reader would
 type them one after the other. A link to a file of ours must lead to it, and its #anchor to a
 heading there. Links to the web are left alone. A table between `<!-- ratios: FILE.json -->` and
-`<!-- end of ratios -->` has rows of that benchmark's result; one between `<!-- figures: ... -->` is
-its summary.
+`<!-- end of ratios -->` has rows of that benchmark's result, or of one on a GPU; one between
+`<!-- figures: ... -->` is its summary.
 """
 
 import json
@@ -61,6 +61,8 @@ def broken_links(page: Path) -> list[str]:
 
 def measured_cells(found: dict[str, Any], head: list[str]) -> dict[tuple[str, str], list[str]]:
     """Writes each measured row as a table with these columns has it, by layer and shape."""
+    if "device" in found:
+        return gpu_cells(found)
     peers = [title.removesuffix(" / ours") for title in head[2:]]
     return {
         (row["name"], row["shape"]): [
@@ -68,6 +70,17 @@ def measured_cells(found: dict[str, Any], head: list[str]) -> dict[tuple[str, st
         ]
         for row in found["rows"]
     }
+
+
+def gpu_cells(found: dict[str, Any]) -> dict[tuple[str, str], list[str]]:
+    """Writes the rows of a GPU's result: torch.nn / ours of calls and, where it is known, graphs."""
+    cells = {}
+    for row in found["rows"]:
+        shape = f"T{row['steps']} B{row['batch']} H{row['hidden']}"
+        layer = f"{row['cell']} {row['precision']} {row['kind']} {row['form']}"
+        graph = (row.get("graph") or {}).get("ratio")
+        cells[layer, shape] = [f"{row['ratio'][1]:.2f}", f"{graph[1]:.2f}" if graph else ""]
+    return cells
 
 
 def wrong_figures(text: str) -> list[str]:
