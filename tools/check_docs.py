@@ -73,7 +73,7 @@ def measured_cells(found: dict[str, Any], head: list[str]) -> dict[tuple[str, st
 
 
 def gpu_cells(found: dict[str, Any]) -> dict[tuple[str, str], list[str]]:
-    """Writes the rows of a GPU's result: torch.nn / ours of calls and, where it is known, graphs."""
+    """Writes rows of a GPU: torch.nn / ours of calls and, where it was measured, of graphs."""
     cells = {}
     for row in found["rows"]:
         shape = f"T{row['steps']} B{row['batch']} H{row['hidden']}"
