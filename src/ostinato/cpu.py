@@ -257,14 +257,19 @@ def _plain(call: Call, ensemble: Ensemble | None) -> tuple[Config, bool, Any] | 
     return config, is_cut, to_tuple(masks, parts, is_cut)
 
 
+# Looked up once, as all here: a cell's whole call takes a few microseconds.
+_num_threads = torch.get_num_threads
+
+
 def plain_forward(config: Config, keep: bool, tensors: tuple[Any, ...]) -> Any:
     """Return output, h_n, c_n and what is kept for backward, or None if these are declined.
 
     `tensors` are in the order of `to_tuple`.
     """
     cell, is_step, shape, has_biases, recompute, _ = config
-    options = has_biases, keep, recompute, thread_count()
-    return _core.tensors_forward(NUMBERS.get(cell, -1), is_step, shape, tensors, *options)
+    threads = _core.forced_threads or _num_threads()
+    number, options = NUMBERS.get(cell, -1), (has_biases, keep, recompute, threads)
+    return _core.tensors_forward(number, is_step, shape, tensors, *options)
 
 
 def plain_backward(
@@ -282,5 +287,6 @@ def plain_backward(
     for one step, and of c_n where the cell has c; `wanted` has a flag for each of `tensors`.
     """
     cell, is_step, shape, has_biases, recompute, _ = config
-    given: Any = (output, reserve, arrived, wanted, recompute, thread_count())
+    threads = _core.forced_threads or _num_threads()
+    given: Any = (output, reserve, arrived, wanted, recompute, threads)
     return _core.tensors_backward(NUMBERS[cell], is_step, shape, tensors, has_biases, *given)
