@@ -2,7 +2,7 @@
 
     python tools/gpu_bundle.py FOLDER [--arch sm_90a] [--minutes 15]
 
-It writes into FOLDER what the cache of a user's home holds, for the kernels that `make bench-gpu`
+It writes into FOLDER, until the minutes are over, what the cache of a user's home holds, for the kernels that `make bench-gpu`
 and the tests of the GPU engine ask for, the first ones of the benchmark first. There
 XDG_CACHE_HOME=FOLDER finds them, if NVRTC is of the same version. No GPU takes part.
 """
@@ -27,8 +27,8 @@ from ostinato.cuda.plan import A100, H200, plan
 
 DEVICES = {"sm_90a": H200, "sm_80": A100}
 # What the tests draw, in sizes and rows (tests/test_gpu.py, tests/support/plain_calls.py).
-SIZES = (4, 8, 16, 61, 64, 128, 160, 192, 256, 512, 768, 1024, 2048)
-ROWS = (1, 2, 3, 4, 5, 8, 9, 16, 24, 64, 200)
+SIZES = (4, 8, 16, 61, 64, 128, 192, 256, 512, 768, 1024, 2048)
+ROWS = (5, 16, 24, 64, 200)
 MATHS = ("bf16", "fp16", "tf32", "fp32")
 
 
@@ -58,10 +58,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=15.0, help="when to begin no more")
     options = parser.parse_args()
     os.environ["XDG_CACHE_HOME"] = str(options.folder.resolve())
-    end, configs = (
-        time.monotonic() + 60 * options.minutes,
-        list(dict.fromkeys(wanted(options.arch))),
-    )
+    configs = list(dict.fromkeys(wanted(options.arch)))
+    end = time.monotonic() + 60 * options.minutes
 
     def build(config: Config | Previous) -> bool:
         if time.monotonic() > end:
@@ -74,7 +72,7 @@ def main() -> int:
     major, minor = compiler.nvrtc_version()
     made_of = f"{made} of {len(configs)} kernels for {options.arch}"
     print(f"{options.folder}: {made_of}, NVRTC {major}.{minor}")
-    return made < len(configs)
+    return made == 0
 
 
 if __name__ == "__main__":
