@@ -74,8 +74,10 @@ def count(run, driver, times=200):
 
     driver.clear()
     sys.setprofile(entered)
-    run()
-    sys.setprofile(None)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
     launches, asked = driver["launch"], sum(driver.values())
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 from ostinato.cuda import compiler
 from ostinato.cuda.config import Config
-from ostinato.cuda.plan import H200, configs, cycles
+from ostinato.cuda.plan import H200, configs, nanoseconds
 
 # Cell, precision, H and exchange: where a step is short, the addresses are most of it.
 KERNELS = (
@@ -66,7 +66,7 @@ def config_of(cell: str, math: str, hidden: int, exchange: str, is_backward: boo
     """Choose the plan of this exchange whose modelled time is shortest."""
     found = configs(cell, math, hidden, is_backward, H200)
     return min(
-        (c for c in found if c.exchange == exchange), key=lambda c: cycles(c, BATCH, 1, H200)
+        (c for c in found if c.exchange == exchange), key=lambda c: nanoseconds(c, BATCH, 1, H200)
     )
 
 

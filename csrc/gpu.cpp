@@ -10,10 +10,11 @@ namespace {
 
 // ---- the driver, by its stable binary interface: docs.nvidia.com/cuda/cuda-driver-api ----
 
-struct LaunchAttribute {
+struct alignas(8) LaunchAttribute {
     uint32_t id, padding;
     uint32_t value[16];
 };
+static_assert(sizeof(LaunchAttribute) == 72, "CUlaunchAttribute");
 constexpr uint32_t kCooperative = 2, kClusterDimension = 4;
 
 struct LaunchConfig {
@@ -22,6 +23,7 @@ struct LaunchConfig {
     LaunchAttribute* attributes;
     uint32_t attribute_count;
 };
+static_assert(sizeof(LaunchConfig) == 56, "CUlaunchConfig");
 
 struct Driver {
     int (*launch)(const LaunchConfig*, void* function, void** parameters, void** extra) = nullptr;
@@ -131,10 +133,11 @@ private:
 // cell has c, c_n, each of which may be None.
 nb::object plain_sizes(int cell, std::array<int64_t, 4> expected, nb::handle arrays, bool has_biases, nb::handle kept,
                        int32_t device_type) {
-    Layer layer{static_cast<Cell>(cell), false, has_biases, arrays, Reader::for_gpu(device_type)};
+    Layer layer{static_cast<Cell>(cell), false, has_biases, arrays, Reader::for_gpu(device_type, expected[1] % 2 == 0)};
     const auto& projection = expected[2];
     if (projection || !layer.read(expected) || layer.reader.dtype == Dtype::kFloat64) return nb::none();
     const Sizes& z = layer.sizes;
+    if (z.steps > INT32_MAX || z.batch > INT32_MAX) return nb::none();  // kernels count in 32 bits
     if (!kept.is_none()) {
         if (!is_tuple(kept, 3)) return nb::none();
         const nb::handle arrived = PyTuple_GetItem(kept.ptr(), 2);

@@ -74,8 +74,8 @@ inline bool is_dense(const DlTensor& t) {
 class Reader {
 public:
     Reader() = default;
-    // For the GPU engine nothing is copied, and arrays lie so that pairs of numbers can be read.
-    static Reader for_gpu(int32_t device_type) { return Reader(device_type); }
+    // For the GPU engine nothing is copied. Where it reads pairs of numbers, arrays are to lie for that.
+    static Reader for_gpu(int32_t device_type, bool reads_pairs) { return Reader(device_type, reads_pairs); }
 
     const bool is_cpu = true;
     bool accepts = g_torch.exchange != nullptr;
@@ -125,7 +125,7 @@ public:
     }
 
 private:
-    explicit Reader(int32_t device_type) : is_cpu(false), type_(device_type) {}
+    Reader(int32_t device_type, bool reads_pairs) : is_cpu(false), type_(device_type), reads_pairs_(reads_pairs) {}
 
     // Vectorcall may write before its first argument.
     PyObject** objects(PyObject* self) {
@@ -171,7 +171,9 @@ private:
         return true;
     }
 
-    static bool is_aligned(const DlTensor& t) { return reinterpret_cast<uintptr_t>(t.data) % (t.dtype.bits / 4) == 0; }
+    bool is_aligned(const DlTensor& t) const {
+        return !reads_pairs_ || reinterpret_cast<uintptr_t>(t.data) % (t.dtype.bits / 4) == 0;
+    }
 
     static bool view(PyObject* object, int32_t type, DlTensor& out) {
         if (g_torch.exchange->view(object, &out) != 0) {
@@ -192,6 +194,7 @@ private:
 
     static constexpr int kCopies = 12;
     const int32_t type_ = kDlCpu;
+    const bool reads_pairs_ = false;
     bool first_ = true;
     int kept_ = 0;
     nb::object copies_[kCopies];

@@ -3,7 +3,6 @@
 import contextlib
 import pathlib
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from ostinato import cpu, cuda, fast_path, nn, plain, steps
 from ostinato.call import Call
 from ostinato.cuda import choice, fast, layer, sequence, trial
 from support import stand_in
-from support.plain_calls import BATCH, FORMS, HIDDEN, SIZE, drawn, numbers
+from support.plain_calls import BATCH, FORMS, HIDDEN, SIZE, STEPS, drawn, numbers
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 import host
@@ -158,15 +157,19 @@ def test_inference_that_could_recompute_is_served(silent):
 def test_a_cell_goes_to_torch_s_own(monkeypatch):
     cell = nn.GRUCell(3, 4)
     call = Call(torch.zeros(2, 3), None, 0, (None,), list(cell.parameters()), "gru", True, False)
-    on_gpu = call._replace(input=SimpleNamespace(is_cpu=False, is_cuda=True))
     assert not steps._is_torch_s(call)
-    assert steps._is_torch_s(on_gpu)
-    assert torch.func.vmap(lambda _: torch.tensor(steps._is_torch_s(on_gpu)))(
-        torch.zeros(2)
-    ).tolist() == [False, False]
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "is_on_gpu", lambda input: True)
+        assert steps._is_torch_s(call)
+        mapped = torch.func.vmap(lambda _: torch.tensor(steps._is_torch_s(call)))
+        assert mapped(torch.zeros(2)).tolist() == [False, False]
+        # What it is given is checked before, in our words.
+        with pytest.raises(ValueError, match="GRUCell input dtype"):
+            cell(torch.zeros(2, 3, dtype=torch.float64))
     # Its numbers are torch.nn's.
     monkeypatch.setattr(steps, "_is_torch_s", lambda call: True)
     monkeypatch.setattr(cpu, "IS_OPEN", False)
+    monkeypatch.setattr(steps, "is_on_gpu", lambda input: True)
     theirs = torch.nn.GRUCell(3, 4)
     theirs.load_state_dict(cell.state_dict())
     x, h = torch.randn(2, 3), torch.randn(2, 4)
@@ -252,7 +255,8 @@ def test_ragged_rows_are_copied_once(silent, monkeypatch):
     counts.numpy()[:] = [4, 3, 3, 1, 1]
     module(*given)
     assert len(copied) == 2
-    found = sequence.rows_of(Call(x, counts, 4, (None,), [], "gru", True, False))
+    call = Call(x, counts, 4, (None,), [], "gru", True, False)
+    found = sequence.rows_of(call, may_keep=True)
     assert found.offsets.tolist() == [0, 4, 7, 10, 11]
     assert found.lengths.tolist() == [5, 3, 3, 1]
     # Another stream does not wait for the first one's copies.
@@ -262,6 +266,45 @@ def test_ragged_rows_are_copied_once(silent, monkeypatch):
     for n in range(2 * sequence._MOST_RAGGED):
         module(x, lengths=[5, 1, 1 + n // 5 % 5, 1 + n % 5])
     assert len(sequence._ragged) <= sequence._MOST_RAGGED
+
+
+def test_a_layer_of_an_odd_size_may_lie_anywhere(silent):
+    module = nn.GRU(SIZE, 61)
+    for name, weight in list(module.named_parameters()):
+        module.register_parameter(name, torch.nn.Parameter(shifted(weight.data)))
+    with torch.no_grad():
+        module(torch.zeros(STEPS, BATCH, SIZE))
+    assert silent["launch"] == 1
+
+
+def test_modes_and_default_devices_do_not_meet_what_a_layer_is_made_of(silent):
+    seen = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    module, _, given, _ = drawn("GRU", "packed")
+    with torch.no_grad(), Watch():
+        module(*given)
+    assert torch.nn.functional.linear not in seen
+    with torch.no_grad(), torch.device("meta"):
+        module(*given)
+    assert silent["launch"] == 2
+
+
+def test_the_operator_keeps_nothing_and_is_not_captured(silent, monkeypatch):
+    """A compiled graph is replayed for other lengths, and owns the memory of what ran in it."""
+    monkeypatch.setattr(sequence, "_ragged", {})
+    module, _, given, _ = drawn("GRU", "packed")
+    call = module._call(module._weights(), given[0].data, given[0].batch_sizes, (None,), None)
+    with torch.no_grad():
+        layer.forward(call, keep=False)
+        assert not sequence._ragged
+        monkeypatch.setattr(sequence, "is_capturing", lambda: True)
+        with pytest.raises(RuntimeError, match="cannot capture"):
+            layer.forward(call, keep=False)
 
 
 def test_a_graph_captures_ragged_rows_that_are_at_hand(silent, monkeypatch):

@@ -70,7 +70,7 @@ class Machine:
             cuGetProcAddress=self.address,
         )
         kernel = SimpleNamespace(
-            handle="handle",
+            handle=1,
         )
         self.core = SimpleNamespace(
             Device=lambda index: SimpleNamespace(set_current=self.record(f"bind {index}", None)),
@@ -125,7 +125,7 @@ def machine(monkeypatch):
     machine = Machine()
     monkeypatch.setattr(compiler, "core", lambda: machine.core)
     monkeypatch.setattr(launch, "_driver", lambda: machine.driver)
-    monkeypatch.setattr(launch, "_driver_version", lambda: (13, 0))
+    monkeypatch.setattr(launch, "driver_version", lambda: (13, 0))
     monkeypatch.setattr(launch, "_loaded", {})
     monkeypatch.setattr(launch, "_connect", launch._connect.__wrapped__)
     monkeypatch.setattr(launch, "DEVICE_TYPE", stand_in.CPU)
@@ -192,7 +192,7 @@ def test_threads_that_load_at_once_get_one_kernel(machine, monkeypatch):
 )
 def test_what_a_kernel_is_allowed(machine, config, expected):
     launch.load(config, 1)
-    asked = [(*attribute, "handle", "device 1", "on 1") for attribute in expected]
+    asked = [(*attribute, 1, "device 1", "on 1") for attribute in expected]
     assert machine.of("set") == asked
 
 
@@ -205,7 +205,7 @@ def test_a_kernel_is_all_there_before_its_first_launch_and_captures_go_on(machin
 
 
 def test_an_old_driver_is_not_asked_for_what_it_does_not_know(machine, monkeypatch):
-    monkeypatch.setattr(launch, "_driver_version", lambda: (12, 3))
+    monkeypatch.setattr(launch, "driver_version", lambda: (12, 3))
     launch.load(Config(), 0)
     assert "get function" in machine.names()
     assert "load function" not in machine.names()
@@ -385,7 +385,7 @@ def test_the_driver_must_know_what_the_compiler_makes(
     available, machine, monkeypatch, caplog, compiler_version, driver_version, expected
 ):
     monkeypatch.setattr(compiler, "nvrtc_version", lambda: compiler_version)
-    monkeypatch.setattr(launch, "_driver_version", lambda: driver_version)
+    monkeypatch.setattr(launch, "driver_version", lambda: driver_version)
     assert available() == expected
     assert ("CUDA 12" in caplog.text) != expected
 

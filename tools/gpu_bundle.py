@@ -2,9 +2,10 @@
 
     python tools/gpu_bundle.py FOLDER [--arch sm_90a] [--minutes 15]
 
-It writes into FOLDER, until the minutes are over, what the cache of a user's home holds, for the kernels that `make bench-gpu`
-and the tests of the GPU engine ask for, the first ones of the benchmark first. There
-XDG_CACHE_HOME=FOLDER finds them, if NVRTC is of the same version. No GPU takes part.
+It writes into FOLDER what the cache of a user's home holds, until the minutes are over, for the
+kernels that `make bench-gpu` and the tests of the GPU engine ask for, the first ones of the
+benchmark first. There XDG_CACHE_HOME=FOLDER finds them, if NVRTC is of the same version. No GPU
+takes part.
 """
 
 from __future__ import annotations

@@ -69,6 +69,9 @@ def run(command: list[str], limit: float) -> tuple[collections.Counter[str], str
         os.killpg(process.pid, signal.SIGKILL)
         printed, _ = process.communicate()
         ended = f"ended after {limit:.0f} s"
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     print(printed, end="", flush=True)
     counts: collections.Counter[str] = collections.Counter()
     for line in printed.splitlines()[-40:]:

@@ -55,7 +55,7 @@ def why_not(call: Call) -> str | None:
     if has_torch_function((*call.arrays(),)):
         return "a class of tensors, or a mode, has its own way with functions"
     if call.input.device.type == "cuda":
-        return "on a GPU it is a short cut to the GPU engine"
+        return "on a GPU it runs what the GPU engine would run"
     if call.input.device.type != "cpu" or call.input.dtype not in DTYPES:
         return "it runs float32, float64, bfloat16 and float16 on the CPU"
     if shape_of(call) is None:

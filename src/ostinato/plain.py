@@ -38,7 +38,7 @@ _NO_CUTS = (None, None, *[None] * len(STATES))
 
 
 def to_tuple(masks: Sequence[Any], parts: Parts, is_cut: bool, absent: Any = None) -> Any:
-    """Return the arrays of a call as C++ takes them (csrc/tensors.cpp), or one entry for each.
+    """Return the arrays of a call as C++ takes them (csrc/plain.h), or one entry for each.
 
     `masks` are batch_sizes, lengths and resets; what cuts rows comes last, and only if `is_cut`.
     """

@@ -35,6 +35,11 @@ _TORCH_STEPS: dict[str, Callable[..., Any]] = {
 }
 
 
+def is_on_gpu(input: Any) -> bool:
+    """Whether a cell's input is a tensor on a GPU."""
+    return isinstance(input, torch.Tensor) and input.is_cuda
+
+
 def torch_step(call: Call) -> States | None:
     """Run one step by torch's operator: on a GPU, and where one gradient of torch.func is at work.
 
@@ -59,9 +64,9 @@ def torch_step(call: Call) -> States | None:
 def _is_torch_s(call: Call) -> bool:
     if call.cell not in _TORCH_STEPS:
         return False
-    if call.input.is_cpu:
-        return transforms.is_one_gradient()
-    return call.input.is_cuda and not is_traced() and not transforms.is_active()
+    if is_on_gpu(call.input):
+        return not is_traced() and not transforms.is_active()
+    return transforms.is_one_gradient() and bool(call.input.is_cpu)
 
 
 def why(call: Call) -> str | None:

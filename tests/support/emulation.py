@@ -136,7 +136,8 @@ def draw(
 def forward(config, call, schedule=0):
     """Return results, c of every step too, and reserve."""
     launch, call = launcher(schedule), sequence.dense(call._replace(all_states=True))
-    return sequence.forward(call, check_call(call), config, launch, keep=True)
+    rows = sequence.rows_of(call, may_keep=False)
+    return sequence.forward(call, check_call(call), rows, config, launch, keep=True)
 
 
 def backward(config, call, arrived, output, reserve, schedule=0):
@@ -144,7 +145,8 @@ def backward(config, call, arrived, output, reserve, schedule=0):
     wanted = [tensor is not None for tensor in call.tensors()]
     launch, call = launcher(schedule), sequence.dense(call)
     sizes, arrived = check_call(call), sequence.dense_results(arrived)
-    return sequence.backward(call, sizes, config, launch, arrived, output, reserve, wanted)
+    rows = sequence.rows_of(call, may_keep=False)
+    return sequence.backward(call, sizes, rows, config, launch, arrived, output, reserve, wanted)
 
 
 def cut_layer(call):

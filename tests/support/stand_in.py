@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import ctypes
+import subprocess
 import unittest.mock
 
 import torch
@@ -64,7 +65,7 @@ class Driver:
         self.asked = collections.Counter()
         self.context, self.stack, self.error = CONTEXT, [], 0
         self.kernels = []  # by their handles, from 1 on
-        self.last = None
+        self.last = self.failure = None
         self._functions = (
             _LAUNCH(self._launch),
             _CURRENT(self._current),
@@ -79,9 +80,14 @@ class Driver:
         self.asked["launch"] += 1
         self.last = config[0]
         self.context_of_last = self.context
-        if not self.error:
+        if self.error:
+            return self.error
+        try:
             self.run(self.kernels[function - 1], config[0], parameters)
-        return self.error
+        except (RuntimeError, subprocess.CalledProcessError) as error:  # lost if it left here
+            self.failure = error
+            return 719
+        return 0
 
     def run(self, kernel, config, parameters):
         """Run a launch."""
@@ -142,6 +148,7 @@ def _in_place(driver):
         (sequence, "is_capturing", lambda: False),
         (torch.cuda, "get_device_name", lambda index: "a stand-in"),
         (fast, "_device_type", CPU),
+        (fast, "_is_here", lambda tensor: True),
         (fast, "_ways", {}),
         (fast_path, "_forward", fast.forward),
         (fast_path, "_backward", fast.backward),
@@ -151,6 +158,8 @@ def _in_place(driver):
             stack.enter_context(unittest.mock.patch.object(owner, name, value))
         stack.enter_context(choice.forced(True))
         yield driver
+    if driver.failure:
+        raise driver.failure
 
 
 @contextlib.contextmanager

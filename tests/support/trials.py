@@ -8,6 +8,7 @@ import torch
 import ostinato.ops  # noqa: F401, it registers the operator
 from ostinato.call import Call
 from ostinato.cuda import kept, trial
+from ostinato.cuda import layer as layer_module
 
 # Seconds of torch's and ours.
 FASTER, SLOWER = (2e-3, 1e-3), (1e-3, 2e-3)
@@ -29,9 +30,13 @@ class Recorded(trial.Gpu):
         self.samples = []
         self.runs = 0
         self.is_captured = False
+        self.lives = True
 
     def is_capturing(self):
         return self.is_captured
+
+    def is_alive(self):
+        return self.lives
 
     def _here(self, do):
         return do
@@ -56,6 +61,7 @@ def place_of(call, math="bf16", is_training=False):
     layer = kept.Layer(
         *(call.cell, math, weight_hh.shape[1], form, is_training),
         *(1 + call.bidirectional, call.layers, call.is_cut or call.all_states),
+        layer_module._has(call),
     )
     steps = len(call.input if call.batch_sizes is None else call.batch_sizes)
     return kept.Place.of(layer, call.batch, steps, call.input.shape[-1])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,10 @@ from ostinato.sizes import Sizes
 IS_OPEN = plain.IS_OPEN and torch.version.cuda is not None
 # Where C++ looks for tensors.
 _device_type = launch.DEVICE_TYPE
+
+
+def _is_here(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and tensor.is_cuda
 
 
 _trying = threading.local()
@@ -53,6 +57,7 @@ class _Way(NamedTuple):
 # By what a choice depends on; None where another backend runs the call.
 _ways: dict[tuple[Any, ...], _Way | None] = {}
 _MOST_WAYS = 4096
+_ASK: Final = "nobody was asked"
 
 
 class _Plain(NamedTuple):
@@ -66,7 +71,7 @@ class _Plain(NamedTuple):
 
 def _read(config: plain.Config, tensors: tuple[Any, ...], kept: Any = None) -> _Plain | None:
     """Let C++ read a call's tensors; None if it declines them."""
-    cell, is_step, shape, has_biases, _, stack = config
+    cell, is_step, shape, has_biases, recompute, stack = config
     if is_step:
         return None
     number = NUMBERS.get(cell, -1)
@@ -79,7 +84,7 @@ def _read(config: plain.Config, tensors: tuple[Any, ...], kept: Any = None) -> _
     (batch_sizes, *masks), parts = of_tuple(tensors, count)
     states = len(CELLS[cell].states)
     initial, reset_to = tuple(parts.initial[:states]), tuple(parts.reset_to[:states])
-    options = cell, has_biases, directions == 2, False, *masks, reset_to
+    options = cell, has_biases, directions == 2, recompute, *masks, reset_to
     beyond: Any = (False, 1, 0.0, stack)  # all states, layers, dropout
     front: Any = parts.input, batch_sizes, batch, initial, list(parts.weights)
     call = Call(*front, *options, *beyond)
@@ -101,7 +106,10 @@ def forward(config: plain.Config, keep: bool, tensors: tuple[Any, ...]) -> Any:
     way = _way(config, keep, read)
     if way is None:
         return None
-    results, reserve = sequence.forward(call, sizes, way.forward, way.launcher, keep)
+    # Modes of functions are not to see what a layer is made of.
+    with torch._C.DisableTorchFunction():
+        rows = sequence.rows_of(call, may_keep=True)
+        results, reserve = sequence.forward(call, sizes, rows, way.forward, way.launcher, keep)
     h_n, c_n = padded(results.last)
     return results.output, h_n, c_n, reserve
 
@@ -113,8 +121,9 @@ def _way(config: plain.Config, keep: bool, read: _Plain) -> _Way | None:
     ragged = call.batch_sizes is not None, call.lengths is not None, call.resets is not None
     key = config, keep, math, sizes.steps, sizes.batch, device, ragged, choice.version()
     is_asked = not getattr(_trying, "is_on", False)
-    if is_asked and key in _ways:
-        return _ways[key]
+    known = _ways.get(key, _ASK)
+    if is_asked and not isinstance(known, str):
+        return known
     found = None
     decision = layer.decide(call, is_training=keep) if is_asked else None
     if decision is None or decision.is_ours:
@@ -142,6 +151,9 @@ def backward(
 
     The call is one that `forward` ran. Who runs such a call now is not asked.
     """
+    _, is_step, *_ = config
+    if is_step or not _is_here(output):
+        return None
     dense = sequence.dense_results(Results.of(arrived, len(arrived) - 1))
     read = _read(config, tensors, (output, reserve, tuple(dense.flat())))
     if read is None:
@@ -150,7 +162,10 @@ def backward(
     _, asked = of_tuple(wanted, len(call.weights))
     flags = call.padded_parts(asked.padded()).flat()
     kernel = layer.plan_of(call, sizes, is_backward=True)
-    assert kernel is not None
-    launcher = layer.launcher_of(call)
-    found = sequence.backward(call, sizes, kernel, launcher, dense, output, reserve, flags)
+    if kernel is None:  # the precision was switched meanwhile, and has no kernel of this size
+        return None
+    given = layer.launcher_of(call), dense, output, reserve, flags
+    with torch._C.DisableTorchFunction():
+        rows = sequence.rows_of(call, may_keep=True)
+        found = sequence.backward(call, sizes, rows, kernel, *given)
     return to_tuple((None,) * 3, call.parts(found), has_cuts(tensors, len(call.weights)))

@@ -31,6 +31,7 @@ class Layer(NamedTuple):
     directions: int
     layers: int  # L of a stack that runs as a whole, or 1
     is_beyond_cudnn: bool  # whether the reference alone serves it beside our kernels
+    has: str = ""  # what a call may have or not: biases, lengths, resets, all states
 
 
 class Place(NamedTuple):
@@ -39,7 +40,7 @@ class Place(NamedTuple):
     layer: Layer
     batch: int
     steps: int
-    size: int  # I
+    size: int  # I, or 1 of a stack, whose layers differ in it
 
     @classmethod
     def of(cls, layer: Layer, batch: int, steps: int, size: int) -> Place:
@@ -50,7 +51,8 @@ class Place(NamedTuple):
             >>> Place.of(layer, 30, 100, 1)[1:]
             (32, 128, 1)
         """
-        return cls(layer, *(1 << max(value - 1, 0).bit_length() for value in (batch, steps, size)))
+        sizes = batch, steps, size if layer.layers == 1 else 1
+        return cls(layer, *(1 << max(value - 1, 0).bit_length() for value in sizes))
 
 
 class Kept(NamedTuple):

@@ -84,7 +84,7 @@ def available() -> bool:
     advice = "torch's cuDNN operator serves GPUs: pip install ostinato[cuda] for kernels of ours"
     try:
         compiler.core()
-        version, driver = compiler.nvrtc_version(), _driver_version()
+        version, driver = compiler.nvrtc_version(), driver_version()
     except (ImportError, RuntimeError) as error:
         _log.warning("%s (%s)", advice, error)
         return False
@@ -168,13 +168,14 @@ def _load(config: Launchable, device_index: int) -> Loaded:
             _checked(f"cuKernelSetAttribute({name}, {value}) of {config}", result)
         # The driver loads lazily; a first launch may be one that a graph captures.
         function = _checked("cuKernelGetFunction", driver.cuKernelGetFunction(kernel.handle))
-        if _driver_version() >= (12, 4):
+        if driver_version() >= (12, 4):
             _checked("cuFuncLoad", driver.cuFuncLoad(function))
         context = _checked("cuCtxGetCurrent", driver.cuCtxGetCurrent())
         _connect()
     shape = config.threads, config.blocks if config.exchange == "cluster" else 1
     options = *shape, config.shared_bytes, config.exchange == "grid"
-    entry = _core.GpuKernel(int(function), int(context), DEVICE_TYPE, device_index, *options)
+    # The driver takes a kernel's handle for a function's; what was set above is set of that one.
+    entry = _core.GpuKernel(int(kernel.handle), int(context), DEVICE_TYPE, device_index, *options)
     return Loaded(config, device_index, compiled, kernel, entry)
 
 
@@ -187,7 +188,10 @@ def _connect() -> None:
     found = []
     for name, version in _FUNCTIONS.items():
         result = driver.cuGetProcAddress(name.encode(), version, flag)
-        found.append(int(_checked(f"cuGetProcAddress({name})", result)))
+        address = int(_checked(f"cuGetProcAddress({name})", result))
+        if not address:
+            raise RuntimeError(f"cuGetProcAddress({name}): expected an address, got none")
+        found.append(address)
     _core.connect_driver(*found)
 
 
@@ -248,7 +252,8 @@ def _driver() -> Any:
 
 
 @functools.cache
-def _driver_version() -> tuple[int, int]:
+def driver_version() -> tuple[int, int]:
+    """Ask the driver which version of CUDA it serves, major and minor."""
     version = _checked("cuDriverGetVersion", _driver().cuDriverGetVersion())
     return version // 1000, version % 1000 // 10
 

@@ -54,7 +54,7 @@ def decide(call: Call, *, is_training: bool) -> Decision:
     A stack is decided as its first layer, but tried as a whole, since cuDNN runs it so; its layers
     then hear what is known of the whole. A decision with a place may be another one later.
     """
-    layers = max(call.layers, call.stack)
+    layers = _layers(call)
     decision = _known(call.of_layer(0, call.input), layers, is_training)
     if torch.compiler.is_compiling() or decision.place is None:
         return decision
@@ -63,10 +63,28 @@ def decide(call: Call, *, is_training: bool) -> Decision:
     if refusal is not None:
         place = decision.place if trial.is_on() else None
         return Decision(decision.is_ours, f"{decision.reason}; {refusal}", place)
-    if call.stack > 1:
+    if layers > 1 and call.stack > 1:
         return decision
     found = trial.run(call, decision.place, device)
     return decision if found is None else Decision(*found)
+
+
+def _layers(call: Call) -> int:
+    """Return how many layers are decided together: those of a stack that cuDNN would run whole."""
+    if call.is_cut or call.all_states or call.recompute:
+        return 1
+    return max(call.layers, call.stack)
+
+
+def _has(call: Call) -> str:
+    """Name what a call has, of what a kernel is to be right about."""
+    there = {
+        "biases": call.has_biases,
+        "lengths": call.lengths is not None,
+        "resets": call.resets is not None,
+        "states": call.all_states,
+    }
+    return " ".join(name for name, is_there in there.items() if is_there)
 
 
 def _known(call: Call, layers: int, is_training: bool) -> Decision:
@@ -87,7 +105,7 @@ def _known(call: Call, layers: int, is_training: bool) -> Decision:
         return Decision(False, "there is nothing to compute")
     if not all(t is None or t.layout is torch.strided for t in call.tensors()):
         return Decision(False, "not all tensors are strided")
-    if _form(call) == "packed" and _is_capturing() and not sequence.is_at_hand(call):
+    if _form(call) == "packed" and _is_capturing():
         return Decision(False, "a graph cannot capture how lengths come to the device")
     hidden = weight_hh.shape[1]
     steps = input.shape[0] if call.batch_sizes is None else len(call.batch_sizes)
@@ -108,6 +126,7 @@ def _known(call: Call, layers: int, is_training: bool) -> Decision:
         input.device.index or 0,
         layers,
         sizes,
+        _has(call),
     )
     return decision
 
@@ -143,6 +162,7 @@ def _decide(
     index: int,
     layers: int = 1,
     sizes: tuple[int, int] | None = None,
+    has: str = "",
 ) -> Decision:
     """Decide by numbers alone; `sizes` are steps and input_size, or None in a compiled graph."""
     if not launch.available():
@@ -150,26 +170,31 @@ def _decide(
     device = device_of(index)
     if device == NO_DEVICE:
         return Decision(False, "our kernels need a device of sm_80 or later")
+    is_wide = False
     for is_backward in (False, True)[: 1 + is_training]:
-        if plan(cell, math, hidden, batch, 1 + bidirectional, is_backward, device) is None:
+        kernel = plan(cell, math, hidden, batch, 1 + bidirectional, is_backward, device)
+        if kernel is None:
             direction = "backward" if is_backward else "forward"
             return Decision(False, f"no {direction} kernel of this size fits the device")
+        is_wide = is_wide or kernel.group_rows > 8
     if is_one_step and not is_beyond_cudnn and not choice.is_forced():
         return Decision(False, "one step reads its weights once, wherever they are kept")
     question = choice.Question(cell, math, hidden, batch, form, is_training)
     name = torch.cuda.get_device_name(index)
     found = choice.is_ours(name, question)
+    if is_wide and not choice.is_forced():
+        # What was measured had groups of eight rows.
+        found = found._replace(is_ours=False, is_covered=False)
     if is_beyond_cudnn:
         reason = found.reason if found.is_ours else f"cuDNN has no such layer; {found.reason}"
-        if choice.is_forced() or choice.is_known(name):
+        if choice.is_forced() or (choice.is_known(name) and not is_wide):
             # It is not compared with cuDNN. That some kernels were right on this device is enough.
             return Decision(choice.is_known(name), reason)
         found = found._replace(reason=reason)
     elif found.is_covered:
         return Decision(found.is_ours, found.reason)
-    layer = kept.Layer(
-        cell, math, hidden, form, is_training, 1 + bidirectional, layers, is_beyond_cudnn
-    )
+    about = cell, math, hidden, form, is_training, 1 + bidirectional, layers, is_beyond_cudnn, has
+    layer = kept.Layer(*about)
     place = None
     if sizes is None:
         known = trial.known_of_layer(device_of_trials(index), layer)
@@ -228,9 +253,9 @@ def forward(call: Call, keep: bool) -> tuple[Results, Tensor]:
     config = _config(call, sizes, is_backward=False)
     if not sizes.rows:
         return _of_no_rows(call, sizes)
-    results, reserve = sequence.forward(
-        sequence.dense(call), sizes, config, launcher_of(call), keep
-    )
+    rows, given = sequence.rows_of(call, may_keep=False), sequence.dense(call)
+    launcher = launcher_of(call)
+    results, reserve = sequence.forward(given, sizes, rows, config, launcher, keep)
     return results, call.input.new_empty(0, dtype=torch.uint8) if reserve is None else reserve
 
 
@@ -250,8 +275,8 @@ def backward(
         return _gradients_of_no_rows(call, arrived, wanted)
     launcher, given = launcher_of(call), sequence.dense(call)
     dense = sequence.dense_results(Results(output, ())).output, reserve, wanted
-    results = sequence.dense_results(arrived)
-    return sequence.backward(given, sizes, config, launcher, results, *dense)
+    results, rows = sequence.dense_results(arrived), sequence.rows_of(given, may_keep=False)
+    return sequence.backward(given, sizes, rows, config, launcher, results, *dense)
 
 
 def _of_no_rows(call: Call, sizes: Sizes) -> tuple[Results, Tensor]:

@@ -46,14 +46,20 @@ class Rows(NamedTuple):
 _PLAIN = Rows()
 
 
-def rows_of(call: Call) -> Rows:
-    """Describe the rows of a call."""
+def rows_of(call: Call, may_keep: bool) -> Rows:
+    """Describe the rows of a call.
+
+    With `may_keep` what ragged rows have on the device is kept for other calls. Within a compiled
+    graph it may not: its memory could be the graph's, and it would be replayed for other lengths.
+    """
     if call.batch_sizes is None and call.lengths is None:
         found = _PLAIN
-    elif call.batch_sizes is not None:
-        found = _kept(call.input, call.batch_sizes, call.batch)
+    elif may_keep:
+        found = _kept(call.input, *_counts(call))
+    elif is_capturing():
+        raise RuntimeError("a graph cannot capture how lengths come to the device")
     else:
-        found = _kept(call.input, call.lengths, 0)
+        found = _copied(call.input.device, *_counts(call))
     if call.resets is not None:
         found = found._replace(flags=call.resets.reshape(-1).view(torch.uint8))
     return found
@@ -61,9 +67,10 @@ def rows_of(call: Call) -> Rows:
 
 # What ragged batches have on the device, by the bytes of their counts: what is given again, as in
 # every layer and in backward, is copied once. By stream too, since another would not wait for the
-# copy. Those that a graph has captured are kept for as long as it may be replayed.
+# copy. Those that a graph has captured stay, since nobody says when it is gone.
 _ragged: dict[tuple[bytes, int, int], dict[int, Rows]] = {}
 _captured: list[Rows] = []
+_ragged_lock = threading.Lock()
 _MOST_RAGGED = 64
 
 
@@ -83,7 +90,7 @@ def _key(input: Tensor, counts: Tensor, batch: int) -> tuple[bytes, int, int]:
 
 
 def _kept(input: Tensor, counts: Tensor, batch: int) -> Rows:
-    """Return the rows of batch_sizes of so many rows, or of lengths, where `batch` is 0."""
+    """Return ragged rows. `counts` are batch_sizes or, where `batch` is 0, lengths."""
     key = _key(input, counts, batch)
     by_stream = _ragged.get(key)
     if by_stream and is_capturing():
@@ -92,13 +99,17 @@ def _kept(input: Tensor, counts: Tensor, batch: int) -> Rows:
         if not any(found is each for each in _captured):
             _captured.append(found)
         return found
+    if is_capturing():
+        raise RuntimeError("a graph cannot capture how lengths come to the device")
     stream = stream_of(input.get_device())
     if by_stream and stream in by_stream:
         return by_stream[stream]
     found = _copied(input.device, counts, batch)
-    if len(_ragged) >= _MOST_RAGGED:
-        _ragged.pop(next(iter(_ragged)), None)
-    _ragged.setdefault(key, {})[stream] = found
+    with _ragged_lock:
+        if len(_ragged) >= _MOST_RAGGED:
+            del _ragged[next(iter(_ragged))]
+        # A copy, because another thread may look into what is there.
+        _ragged[key] = {**_ragged.get(key, {}), stream: found}
     return found
 
 
@@ -111,7 +122,7 @@ def _copied(device: torch.device, counts: Tensor, batch: int) -> Rows:
     if not batch:
         order = counts.argsort(descending=True, stable=True)
         return Rows(None, there(counts, torch.int32), there(order, torch.int32))
-    lengths = (counts[:, None] > torch.arange(batch)).sum(0)
+    lengths = (counts[:, None] > torch.arange(batch, device="cpu")).sum(0)
     return Rows(there(counts.cumsum(0) - counts, torch.int64), there(lengths, torch.int32))
 
 
@@ -127,7 +138,7 @@ def stream_of(device_index: int) -> int:
 
 
 def forward(
-    call: Call, sizes: Sizes, config: Config, launch: Launcher, keep: bool
+    call: Call, sizes: Sizes, rows: Rows, config: Config, launch: Launcher, keep: bool
 ) -> tuple[Results, Tensor | None]:
     """Run a layer; return its results, and what is kept for backward, if anything is.
 
@@ -135,7 +146,7 @@ def forward(
     `config` is of a forward kernel for its cell, precision and hidden size. `keep` says whether
     backward is to follow.
     """
-    x, rows, directions = call.input, rows_of(call), sizes.directions
+    x, directions = call.input, sizes.directions
     gates_x = _input_products(call, sizes, config.math)
     # Past the end of a row nothing is written.
     make = x.new_empty if call.lengths is None else x.new_zeros
@@ -177,6 +188,7 @@ def _flat(call: Call, sizes: Sizes) -> Tensor:
 def backward(
     call: Call,
     sizes: Sizes,
+    rows: Rows,
     config: Config,
     launch: Launcher,
     arrived: Results,
@@ -191,7 +203,7 @@ def backward(
     `call.tensors()`.
     """
     x, hidden, directions = call.input, sizes.hidden, sizes.directions
-    rows, asked, kind = rows_of(call), call.parts(wanted), call.kind
+    asked, kind = call.parts(wanted), call.kind
     # Where a row has no step or no first piece, nothing is written.
     make = x.new_empty if call.lengths is None else x.new_zeros
     shape = sizes.rows, kind.grads * hidden
@@ -208,8 +220,11 @@ def backward(
     weights_hh = _by_direction(call, directions)[:2]
     given = *weights_hh, *_states(call), output, reserve, arrived.output, *d_every, *d_last
     _launch(config, launch, sizes, rows, x, (*given, dgates, *d_states))
+    previous, count = None, len(call.weights) // directions
+    if rows is not _PLAIN and any(asked.weights[1::count]):
+        previous = _previous(call, sizes, rows, launch, output)
     with products_in(config.math, x):
-        dx, dweights = _products(call, sizes, rows, launch, dgates, output, asked)
+        dx, dweights = _products(call, sizes, previous, dgates, output, asked)
     rounded = tuple([None if t is None else t.to(x.dtype) for t in reset_to])
     return Parts(dx, initial, rounded, dweights).flat()
 
@@ -273,8 +288,7 @@ def _launch(
 def _products(
     call: Call,
     sizes: Sizes,
-    rows: Rows,
-    launch: Launcher,
+    previous: Tensor | None,
     dgates: Tensor,
     output: Tensor,
     wanted: Parts,
@@ -282,9 +296,6 @@ def _products(
     """Return the gradients of input and weights, products over all steps."""
     hidden, gates, directions = sizes.hidden, call.kind.gates, sizes.directions
     flat, count = _flat(call, sizes), len(call.weights) // directions
-    previous = None
-    if any(wanted.weights[1::count]) and rows != _PLAIN:
-        previous = _previous(call, sizes, rows, launch, output)
     dx: Tensor | None = None
     dweights: list[Tensor | None] = []
     for d in range(directions):
@@ -416,7 +427,8 @@ def products_in(math: str, input: Tensor) -> contextlib.AbstractContextManager[N
 @contextlib.contextmanager
 def _switched(precision: str, input: Tensor) -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
-    with without_autocast(input), _precision:
+    is_autocast = torch._C._is_any_autocast_enabled()
+    with without_autocast(input) if is_autocast else _as_it_is, _precision:
         before = matmul.fp32_precision
         matmul.fp32_precision = precision
         try:

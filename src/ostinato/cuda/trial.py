@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ostinato import __version__, reference_backend, torch_operator
 from ostinato.call import Call, Results
-from ostinato.cuda import choice, compiler, kept
+from ostinato.cuda import choice, compiler, kept, launch
 from ostinato.cuda.kept import Kept, Place
 from ostinato.tensors import check_call, is_recorded, keeps
 
@@ -119,7 +119,10 @@ class TrialDevice(Protocol):
         """Stands for all that an answer depends on beside its place: device, driver, versions."""
 
     def is_capturing(self) -> bool:
-        """Whether a graph records what runs now."""
+        """Whether a graph records what runs now, or nobody may wait for the device."""
+
+    def is_alive(self) -> bool:
+        """Whether the device does what it is asked, after a trial has failed."""
 
     def alone(self, do: Callable[[], _T]) -> _T:
         """Do something on the current stream, out of sight of the caller's modes and hooks."""
@@ -164,14 +167,22 @@ class Gpu:
             "kernels": compiler.sources(compiler.text_folder()),
             "host": {
                 path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-                for path in sorted(here.glob("*.py"))
+                for path in sorted([*here.glob("*.py"), *here.parent.glob("*.py")])
             },
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def is_capturing(self) -> bool:
-        """Whether the current stream is being captured."""
-        return torch.cuda.is_current_stream_capturing()
+        """Whether the current stream is being captured, or torch is told to refuse waits."""
+        return torch.cuda.is_current_stream_capturing() or torch.cuda.get_sync_debug_mode() > 0
+
+    def is_alive(self) -> bool:
+        """Wait for the device, which says so if a kernel has broken it."""
+        try:
+            torch.cuda.synchronize(self.index)
+        except RuntimeError:
+            return False
+        return True
 
     def alone(self, do: Callable[[], _T]) -> _T:
         """Do something on a new thread, where no mode, hook or region of the caller's stands.
@@ -218,14 +229,13 @@ class Gpu:
         return float(start.elapsed_time(end)) / 1e3 / calls
 
 
-def _driver_release() -> tuple[str, int]:
+def _driver_release() -> tuple[str, tuple[int, int]]:
     """Name the driver: its release, where the system tells it, and what it serves of CUDA."""
-    switch: Any = torch._C
     try:
         release = Path("/proc/driver/nvidia/version").read_text("utf-8").partition("\n")[0]
     except OSError:
         release = ""
-    return release, switch._cuda_getDriverVersion()
+    return release, launch.driver_version()
 
 
 # ---- whether to try ----
@@ -259,7 +269,7 @@ def why_not(call: Call, device: TrialDevice) -> str | None:
     if not torch.backends.cudnn.enabled:
         return "no trial without cuDNN (torch.backends.cudnn.enabled)"
     if device.is_capturing():
-        return "no trial while a graph is captured"
+        return "no trial while a graph is captured, or where nobody may wait for the device"
     return None
 
 
@@ -295,7 +305,11 @@ def _told(call: Call, place: Place, device: TrialDevice) -> Kept:
     except torch.OutOfMemoryError:
         _log.warning("no memory for a trial, so that %s's runs in this process: %s", other, what)
         return kept.remember(device.identity, place, Kept(False, "a trial had too little memory"))
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:
+        # A trial is nobody's wish: it may not end a call that cuDNN serves.
+        if not device.is_alive():
+            what = f"{device.name}: a trial of our kernels broke it"
+            raise RuntimeError(f"{what}: {error}") from error
         _log.warning(
             "a trial failed, so that %s's runs in this process: %s: %s", other, what, error
         )
@@ -384,9 +398,10 @@ class _Draw:
             reset_to=tuple(self._between(t, 1.0) for t in parts.reset_to),
             weights=[self._between(t, bound) for t in parts.weights],
         )
-        for new, old in zip(drawn.flat(), parts.flat(), strict=True):
+        for new in drawn.flat():
             if new is not None:
-                new.requires_grad_(self._is_training and old.requires_grad)
+                # Whoever is answered by this trial may want what the first caller did not.
+                new.requires_grad_(self._is_training)
         # What dropout draws is cuDNN's own.
         return call.with_tensors(drawn.flat())._replace(dropout=0.0, recompute=False)
 

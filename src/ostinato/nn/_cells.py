@@ -86,8 +86,8 @@ class _Cell(Neighbour, torch.nn.modules.rnn.RNNCellBase):
         """Check the arguments in the order of torch and run one step.
 
         `weights` are what `_weights` found, input is (B, I) or (I,), states are (B, H) or (H,), or
-        None. Returns the next states, shaped as these: no views, and backward does not read them,
-        so that they may be changed or detached in place.
+        None. Returns the next states, shaped as these: no views, and on a CPU backward does not
+        read them, so that they may be changed or detached in place.
         """
         dim = self._check_dims(input, states)
         if dim == 1:
@@ -102,7 +102,7 @@ class _Cell(Neighbour, torch.nn.modules.rnn.RNNCellBase):
             states = tuple(rest)
         # On its own arrays, without dimensions for steps and directions.
         call = Call(input, None, 0, states, list(weights), cell, len(weights) == 4, False)
-        if not is_autocast:
+        if not is_autocast and not steps.is_on_gpu(input):
             found = steps.torch_step(call)
             if found is not None:
                 return self._shaped(found, dim)
@@ -149,7 +149,9 @@ class _Cell(Neighbour, torch.nn.modules.rnn.RNNCellBase):
 
     def _run(self, call: Call, dim: int, *, is_declined: bool) -> States:
         """Run one step, by operators or as a layer."""
-        found = steps.one_step(call)
+        found = steps.torch_step(call) if steps.is_on_gpu(call.input) else None
+        if found is None:
+            found = steps.one_step(call)
         if found is not None:
             return self._shaped(found, dim)
         # Not the output, which backward may read: h_n is memory of its own in every backend.
