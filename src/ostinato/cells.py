@@ -53,7 +53,7 @@ class Cell:
 
     @property
     def recomputed(self) -> int:
-        """How many of the values saved are kept where backward computes the gates again: c."""
+        """How many of `saved` are still kept where backward computes the others again: c."""
         return len(self.states) - 1
 
 

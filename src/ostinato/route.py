@@ -50,7 +50,7 @@ class Backend(NamedTuple):
     why_not: Callable[[Call], str | None]
     run: Callable[[Call], Results | None]  # None where it declines after all
     takes_stacks: bool = False
-    # Whether `run` is asked at once: it declines sooner than `why_not` says why.
+    # Whether `run` is called without asking `why_not`: to decline costs less than to say why.
     declines: bool = False
     compiles: bool = True  # whether a compiler, which pays for each line, may meet it
     recomputes: bool = True  # whether backward can compute the gates again by itself
