@@ -4,6 +4,7 @@ import functools
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch._inductor import metrics
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from ostinato import nn
+from ostinato.tensors import without_autocast
 from support.cells import LAYERS
 from support.devices import engine_dtype, on_cpu
 from support.samples import close
@@ -307,3 +309,15 @@ def test_export(strict):
     targets = [str(node.target) for node in exported.graph.nodes]
     assert sum("ostinato" in target for target in targets) == 7
     compare(exported.module()(x, h_0), model(x, h_0))
+
+
+def test_no_question_is_asked_that_an_older_torch_cannot_compile(monkeypatch):
+    """The compiler of torch 2.10 to 2.12 cannot trace whether a device has autocast."""
+
+    def refuse(kind):
+        raise AssertionError(kind)
+
+    monkeypatch.setattr(torch.amp, "is_autocast_available", refuse)
+    for kind in ("cpu", "cuda"):
+        region = without_autocast(SimpleNamespace(device=torch.device(kind)))
+        assert region.device == kind

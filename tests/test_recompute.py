@@ -164,6 +164,21 @@ def test_functorch_sees_through():
         assert torch.func.grad(lambda x, m=module: m(x)[0].sum())(x).shape == x.shape
 
 
+def test_torch_func_differentiates_what_the_reference_computes_again():
+    """As on a GPU: torch.func knows no hooks of saved tensors, which a checkpoint sets."""
+    gru = nn.GRU(3, 4, memory="recompute", dtype=torch.complex64)
+    weights, x = dict(gru.named_parameters()), torch.randn(3, 5, 2, 3, dtype=torch.complex64)
+
+    def loss(weights, x):
+        return torch.func.functional_call(gru, weights, (x,))[0].abs().square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x)
+    for k, sample in enumerate(x):
+        expected = torch.autograd.grad(loss(weights, sample), [*weights.values()])
+        for mine, other in zip(found.values(), expected, strict=True):
+            torch.testing.assert_close(mine[k], other)
+
+
 def test_it_is_told_and_carried_along():
     layer = nn.GRU(3, 4, memory="recompute")
     assert repr(layer) == "GRU(3, 4, memory=recompute)"
