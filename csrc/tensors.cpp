@@ -33,8 +33,10 @@ nb::object layer_forward(int cell, bool is_step, std::array<int64_t, 4> expected
     const Sizes& z = layer.sizes;
     const bool has_c = traits_of(layer.cell).has_c;
     const Fresh y = layer.new_output();
-    const Fresh h_n = is_step ? Fresh() : layer.new_state(layer.at(kH0), z.output());
-    const Fresh c_n = has_c ? layer.new_state(layer.at(kC0), z.hidden) : Fresh();
+    const bool is_like_y = z.steps == 1 && z.directions == 1 && !z.batch_sizes;
+    const Fresh h_n = is_step ? Fresh() : layer.new_state(layer.at(kH0), z.output(), is_like_y ? &y : nullptr);
+    const Fresh* const twin = z.projection ? nullptr : is_step ? &y : &h_n;
+    const Fresh c_n = has_c ? layer.new_state(layer.at(kC0), z.hidden, twin) : Fresh();
     const int64_t kept = keep ? reserve_bytes(layer.cell, layer.reader.dtype, z) : 0;
     const Fresh reserve = kept ? Fresh(layer.at(kInput), {kept / stored_bytes(layer.reader.dtype)}) : Fresh();
 
