@@ -34,12 +34,16 @@ def ours():
 @contextlib.contextmanager
 def precisely(math):
     """Let recurrent layers multiply float32 in TF32 where `math` says so, else in float32."""
-    switch = torch.backends.cudnn.rnn
-    before, switch.fp32_precision = switch.fp32_precision, "tf32" if math == "tf32" else "ieee"
+    switch, name = torch.backends.cudnn.rnn, "fp32_precision"
+    value = "tf32" if math == "tf32" else "ieee"
+    if not hasattr(switch, name):  # one switch for all of cuDNN, in older versions of torch
+        switch, name, value = torch.backends.cudnn, "allow_tf32", math == "tf32"
+    before = getattr(switch, name)
+    setattr(switch, name, value)
     try:
         yield
     finally:
-        switch.fp32_precision = before
+        setattr(switch, name, before)
 
 
 @pytest.fixture(params=["tf32", "fp32"])

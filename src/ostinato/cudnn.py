@@ -27,7 +27,7 @@ def why_not(call: Call) -> str | None:
         return "the tensors are not on a GPU"
     if call.cell not in TORCH_OPERATORS:
         return "torch has no operator for this cell"
-    if call.is_cut or call.all_states:
+    if gpu.is_cut(call) or call.all_states:
         return "it has no resets and no lengths, and returns the last c alone"
     if not input.dtype.is_floating_point or not input.numel():
         return "it takes real numbers, and at least one"

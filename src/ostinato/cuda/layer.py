@@ -69,9 +69,14 @@ def decide(call: Call, *, is_training: bool) -> Decision:
     return decision if found is None else Decision(*found)
 
 
+def is_cut(call: Call) -> bool:
+    """Return `call.is_cut`. The compiler of torch 2.10 cannot branch on a property of a tuple."""
+    return call.lengths is not None or call.resets is not None
+
+
 def _layers(call: Call) -> int:
     """Return how many layers are decided together: those of a stack that cuDNN would run whole."""
-    if call.is_cut or call.all_states or call.recompute:
+    if is_cut(call) or call.all_states or call.recompute:
         return 1
     return max(call.layers, call.stack)
 
@@ -121,7 +126,7 @@ def _known(call: Call, layers: int, is_training: bool) -> Decision:
         call.bidirectional,
         _form(call),
         is_training,
-        call.is_cut or call.all_states or call.cell not in TORCH_OPERATORS,
+        is_cut(call) or call.all_states or call.cell not in TORCH_OPERATORS,
         _is_sure(steps == 1),
         input.device.index or 0,
         layers,
