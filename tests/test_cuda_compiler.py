@@ -16,6 +16,7 @@ pytest.importorskip("cuda.core", reason="cuda-core is not installed")
 
 from ostinato.cuda import compiler
 from ostinato.cuda.compiler import CompileError
+from support.folders import NO_FOLDERS
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "#pragma once\n#define DEV __device__ __forceinline__\n"
@@ -259,21 +260,7 @@ def test_a_file_that_others_may_write_is_not_taken(text, cache, compilations):
     assert file.stat().st_mode & 0o777 == 0o600
 
 
-def a_file(base):
-    base.write_text("no folder")
-
-
-def read_only(base):
-    if os.geteuid() == 0:
-        pytest.skip("root may write everywhere")
-    base.mkdir(mode=0o500)
-
-
-def full(base):
-    base.symlink_to("/proc/self")
-
-
-@pytest.mark.parametrize("make", [a_file, read_only, full])
+@pytest.mark.parametrize("make", NO_FOLDERS)
 def test_without_a_folder_to_write_it_works_and_says_so_once(
     text, tmp_path, compilations, caplog, make
 ):

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
-OWN = ("gpu", "cudnn", "cuda_launch", "cuda_trial", "bench_gpu")
+OWN = ("gpu", "cudnn", "cuda_launch", "cuda_decisions", "bench_gpu")
 SHARES = 4
 # A warning that another version of torch gives is no failure here.
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o")

@@ -12,8 +12,8 @@ CPU_ALONE = {
     "the package, its commands and documents": "bench documents init main report",
     "no operator of torch's runs, which is cuDNN's way": "torchs_operators",
     "they choose their devices themselves": (
-        "bench_gpu cuda_compiler cuda_fast cuda_kernels cuda_launch cuda_layer cuda_report "
-        "cuda_trial gpu"
+        "bench_gpu cuda_compiler cuda_decisions cuda_fast cuda_kept cuda_kernels cuda_launch "
+        "cuda_layer cuda_report cuda_trial gpu"
     ),
 }
 REASONS = {f"test_{name}": why for why, names in CPU_ALONE.items() for name in names.split()}

@@ -81,3 +81,23 @@ def in_a_process(times, kill=False):
     device, call = Recorded(times), gru()
     found = trial.run(call, place_of(call), device)
     return found, len(device.samples)
+
+
+def without_answers(tmp_path, monkeypatch):
+    """Begin as a user who has none, in a process that has none; return where files will be."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(kept._TRIALS, "has_told", False)
+    forget(monkeypatch)
+    return tmp_path / "cache/ostinato/trials"
+
+
+def forget(monkeypatch):
+    """Begin a process."""
+    monkeypatch.setattr(kept, "_known", {})
+    monkeypatch.setattr(kept, "_absent", set())
+
+
+def tried(device, call=None, **place):
+    """Run a trial of a small GRU, or of a call."""
+    call = gru() if call is None else call
+    return trial.run(call, place_of(call, **place), device)

@@ -18,7 +18,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ostinato.call import Call, Parts, Results
+from ostinato import arrays
+from ostinato.arrays import STATES
+from ostinato.call import Call, Parts, Results, padded
 from ostinato.cuda.config import Config, Previous
 from ostinato.sizes import Sizes
 from ostinato.tensors import without_autocast
@@ -158,9 +160,9 @@ def forward(
     c_n = x.new_empty(state) if call.kind.has_c else None
     cells = make(wide) if c_n is not None and call.all_states else None
     reserve = make(reserve_bytes(call, sizes), dtype=torch.uint8) if keep else None
-    states = _states(call)
-    given = *_by_direction(call, directions), *states, output, h_n, c_n, reserve, cells
-    _launch(config, launch, sizes, rows, x, (gates_x, *given))
+    given = {"gates_x": gates_x, **_by_direction(call, directions), **_states(call)}
+    given |= {"output": output, "h_n": h_n, "c_n": c_n, "reserve": reserve, "cells": cells}
+    _launch(config, launch, sizes, rows, x, tuple([given[name] for name in FORWARD]))
     last = (h_n,) if c_n is None else (h_n, c_n)
     return Results(output, last, () if cells is None else (cells,)), reserve
 
@@ -214,12 +216,11 @@ def backward(
     reset_to = [
         x.new_zeros(state, dtype=torch.float32) if want else None for want in asked.reset_to
     ]
-    none = (None,) * (1 - kind.has_c)
-    d_last, d_every = (*arrived.last, *none), arrived.every or (None,)
-    d_states = *initial, *none, *reset_to, *none
-    weights_hh = _by_direction(call, directions)[:2]
-    given = *weights_hh, *_states(call), output, reserve, arrived.output, *d_every, *d_last
-    _launch(config, launch, sizes, rows, x, (*given, dgates, *d_states))
+    given = {"output": output, "reserve": reserve, "dgates": dgates, "grad_output": arrived.output}
+    given |= {**_by_direction(call, directions), **_states(call)}
+    for names, grads in zip(_GRADS, (arrived.every, arrived.last, initial, reset_to), strict=True):
+        given.update(zip(names, padded(grads, first=len(STATES) - len(names)), strict=True))
+    _launch(config, launch, sizes, rows, x, tuple([given[name] for name in BACKWARD]))
     previous, count = None, len(call.weights) // directions
     if rows is not _PLAIN and any(asked.weights[1::count]):
         previous = _previous(call, sizes, rows, launch, output)
@@ -242,21 +243,35 @@ BACKWARD = (
 )
 
 
-def _by_direction(call: Call, directions: int) -> tuple[Tensor | None, ...]:
-    """Return weight_hh, bias_ih and bias_hh, each of both directions; one stands for both."""
+# Gradients of the states behind h after every step, of the last, and of those that begin.
+_GRADS = tuple(
+    tuple(f"grad_{array.name}" for array in table)
+    for table in (arrays.EVERY, arrays.LAST, arrays.INITIAL, arrays.RESET_TO)
+)
+
+
+def _by_direction(call: Call, directions: int) -> dict[str, Tensor | None]:
+    """Name weight_hh and the biases of both directions; one stands for both."""
     count = len(call.weights) // directions
     _, hh, *biases = call.weights[:count]
     _, hh_reverse, *biases_reverse = call.weights[-count:]
-    if not biases:
-        return hh, hh_reverse, None, None, None, None
-    (ih, both), (ih_reverse, both_reverse) = biases, biases_reverse
-    return hh, hh_reverse, ih, ih_reverse, both, both_reverse
+    (ih, both), (ih_reverse, both_reverse) = biases or _NONE, biases_reverse or _NONE
+    return {
+        "weight_hh": hh,
+        "bias_ih": ih,
+        "bias_hh": both,
+        "weight_hh_reverse": hh_reverse,
+        "bias_ih_reverse": ih_reverse,
+        "bias_hh_reverse": both_reverse,
+    }
 
 
-def _states(call: Call) -> tuple[Tensor | None, ...]:
-    """Return h_0, c_0 and the states of resets, None for what there is not."""
-    none = (None,) * (1 - call.kind.has_c)
-    return *call.initial, *none, *(call.reset_to or (None,) * len(call.initial)), *none
+_NONE = (None, None)
+
+
+def _states(call: Call) -> dict[str, Tensor | None]:
+    """Name h_0, c_0 and the states of resets, None for what there is not."""
+    return dict(zip(_GIVEN, (*padded(call.initial), *padded(call.reset_to)), strict=True))
 
 
 def _launch(
@@ -367,7 +382,7 @@ def _previous(call: Call, sizes: Sizes, rows: Rows, launch: Launcher, output: Te
     """Return the state before each step, (D, N, H), or (N, H) of one direction."""
     shape = sizes.rows, sizes.hidden
     found = output.new_empty(shape if sizes.directions == 1 else (sizes.directions, *shape))
-    h_0, _, reset_h, _ = _states(call)
+    (h_0, *_), (reset_h, *_) = call.initial, call.reset_to or (None,)
     numbers = sizes.steps, sizes.rows, sizes.batch, sizes.directions, sizes.hidden
     marks = rows.offsets, rows.lengths, rows.flags
     launch(
