@@ -1,9 +1,10 @@
 // One step of each cell, forward and backward, over a value type V: the only gate arithmetic in C++ and in CUDA.
 // Equation numbers are those of docs/math.md.
 //
-// V is a lane vector on the CPU (cpu/vec.h) or a scalar on the GPU. It brings +, -, *, mixed with plain numbers, and
-// fma(a, b, c), sigmoid, tanh, sigmoid_times_tanh (one division), relu, where_positive. No standard headers, so that NVRTC
-// takes this file as it is.
+// V is a lane vector on the CPU (cpu/vec.h, cpu/functions.h) or a scalar on the GPU (cuda/device.h). It brings +, -, *, /,
+// mixed with plain numbers, and fma(a, b, c), sigmoid, tanh, sigmoid_times_tanh (one division), relu, where_positive; for cells
+// of users' own also exp, log, sqrt, rsqrt, erf, softplus, abs, minimum, maximum, masks (lt, le, gt, ge, eq, ne, logical_and,
+// logical_or, logical_not) and select(mask, a, b). No standard headers, so that NVRTC takes this file as it is.
 //
 // A time loop (cpu/sequence.h) drives a cell through the constants below and never names a gate:
 //   kGates   rows of weight_hh per unit, in torch's order.
@@ -26,6 +27,24 @@ namespace ostinato {
 // Anonymous, because this header is compiled once per instruction set and no copy may replace another at link time.
 namespace {
 
+// Products with the slope of an activation, in terms of its output y; and c - a * b, rounded once.
+template <class V>
+OSTINATO_CELL V sigmoid_slope(V g, V y) {
+    return g * (y * (V(1) - y));
+}
+template <class V>
+OSTINATO_CELL V tanh_slope(V g, V y) {
+    return g * fma(-y, y, V(1));
+}
+template <class V>
+OSTINATO_CELL V relu_slope(V g, V y) {
+    return where_positive(y, g);
+}
+template <class V>
+OSTINATO_CELL V fnma(V a, V b, V c) {
+    return fma(-a, b, c);
+}
+
 // Elman network, equation 2: h' = tanh(a) or relu(a).
 template <bool kRelu>
 struct Rnn {
@@ -45,9 +64,9 @@ struct Rnn {
     template <class V>
     OSTINATO_CELL static V backward(V dh, V&, const V*, V, V, V h, V* da) {
         if constexpr (kRelu)
-            da[0] = where_positive(h, dh);
+            da[0] = relu_slope(dh, h);
         else
-            da[0] = dh * fma(-h, h, V(1));
+            da[0] = tanh_slope(dh, h);
         return V(0);
     }
 };
@@ -71,9 +90,9 @@ struct Gru {
     template <class V>
     OSTINATO_CELL static V backward(V dh, V&, const V* saved, V h_previous, V, V, V* da) {
         const V r = saved[0], z = saved[1], n = saved[2], q = saved[3];
-        const V dn = dh * (V(1) - z) * fma(-n, n, V(1));
-        da[0] = dn * q * (r * (V(1) - r));
-        da[1] = dh * (h_previous - n) * (z * (V(1) - z));
+        const V dn = tanh_slope(dh * (V(1) - z), n);
+        da[0] = sigmoid_slope(dn * q, r);
+        da[1] = sigmoid_slope(dh * (h_previous - n), z);
         da[2] = dn * r;
         da[3] = dn;
         return dh * z;
@@ -100,10 +119,10 @@ struct Lstm {
         const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
         const V tc = tanh(saved[4]);
         dc = fma(dh * o, fma(-tc, tc, V(1)), dc);
-        da[0] = dc * g * (i * (V(1) - i));
-        da[1] = dc * c_previous * (f * (V(1) - f));
-        da[2] = dc * i * fma(-g, g, V(1));
-        da[3] = dh * tc * (o * (V(1) - o));
+        da[0] = sigmoid_slope(dc * g, i);
+        da[1] = sigmoid_slope(dc * c_previous, f);
+        da[2] = tanh_slope(dc * i, g);
+        da[3] = sigmoid_slope(dh * tc, o);
         dc = dc * f;
         return V(0);
     }

@@ -14,6 +14,7 @@
 #include "../cells.h"
 #include "arena.h"
 #include "engine.h"
+#include "functions.h"
 #include "gemm.h"
 
 namespace ostinato {

@@ -216,6 +216,12 @@ OSTINATO_DEVICE float fast_hyperbolic_tangent(float x) {
     return y;
 }
 OSTINATO_DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
+OSTINATO_DEVICE float quotient(float a, float b) { return __fdiv_rn(a, b); }
+OSTINATO_DEVICE float square_root(float x) { return __fsqrt_rn(x); }
+OSTINATO_DEVICE float reciprocal_square_root(float x) { return rsqrtf(x); }
+OSTINATO_DEVICE float logarithm(float x) { return logf(x); }
+OSTINATO_DEVICE float logarithm_of_one_and(float x) { return log1pf(x); }
+OSTINATO_DEVICE float error_function(float x) { return erff(x); }
 
 }  // namespace
 }  // namespace ostinato
@@ -275,6 +281,92 @@ OSTINATO_DEVICE Real<kF> relu(Real<kF> a) {
 template <bool kF>
 OSTINATO_DEVICE Real<kF> where_positive(Real<kF> a, Real<kF> b) {
     return a.value <= 0.0f ? 0.0f : b.value;
+}
+
+// What cells of users' own ask for besides. There is no fast form of it.
+template <bool kF>
+OSTINATO_DEVICE Real<kF> operator/(Real<kF> a, Real<kF> b) {
+    return quotient(a.value, b.value);
+}
+template <bool kF>
+OSTINATO_DEVICE Real<kF> exp(Real<kF> a) {
+    return exponential(a.value);
+}
+template <bool kF>
+OSTINATO_DEVICE Real<kF> log(Real<kF> a) {
+    return logarithm(a.value);
+}
+template <bool kF>
+OSTINATO_DEVICE Real<kF> sqrt(Real<kF> a) {
+    return square_root(a.value);
+}
+template <bool kF>
+OSTINATO_DEVICE Real<kF> rsqrt(Real<kF> a) {
+    return reciprocal_square_root(a.value);
+}
+template <bool kF>
+OSTINATO_DEVICE Real<kF> erf(Real<kF> a) {
+    return error_function(a.value);
+}
+// log(1 + e^a), and a above 20, as in torch.
+template <bool kF>
+OSTINATO_DEVICE Real<kF> softplus(Real<kF> a) {
+    return a.value > 20.0f ? a.value : logarithm_of_one_and(exponential(a.value));
+}
+template <bool kF>
+OSTINATO_DEVICE Real<kF> abs(Real<kF> a) {
+    return float_of(bits_of(a.value) & 0x7fffffffu);
+}
+// a where both are equal. NaN of either side wins, as in torch.
+template <bool kF>
+OSTINATO_DEVICE Real<kF> maximum(Real<kF> a, Real<kF> b) {
+    return b.value > a.value || b.value != b.value ? b : a;
+}
+template <bool kF>
+OSTINATO_DEVICE Real<kF> minimum(Real<kF> a, Real<kF> b) {
+    return b.value < a.value || b.value != b.value ? b : a;
+}
+
+// A mask is 1 where the condition holds, 0 where not: a value that 16 bits keep.
+template <bool kF>
+OSTINATO_DEVICE Real<kF> lt(Real<kF> a, Real<kF> b) {
+    return a.value < b.value ? 1.0f : 0.0f;
+}
+template <bool kF>
+OSTINATO_DEVICE Real<kF> le(Real<kF> a, Real<kF> b) {
+    return a.value <= b.value ? 1.0f : 0.0f;
+}
+template <bool kF>
+OSTINATO_DEVICE Real<kF> gt(Real<kF> a, Real<kF> b) {
+    return a.value > b.value ? 1.0f : 0.0f;
+}
+template <bool kF>
+OSTINATO_DEVICE Real<kF> ge(Real<kF> a, Real<kF> b) {
+    return a.value >= b.value ? 1.0f : 0.0f;
+}
+template <bool kF>
+OSTINATO_DEVICE Real<kF> eq(Real<kF> a, Real<kF> b) {
+    return a.value == b.value ? 1.0f : 0.0f;
+}
+template <bool kF>
+OSTINATO_DEVICE Real<kF> ne(Real<kF> a, Real<kF> b) {
+    return a.value != b.value ? 1.0f : 0.0f;
+}
+template <bool kF>
+OSTINATO_DEVICE Real<kF> logical_and(Real<kF> a, Real<kF> b) {
+    return a.value * b.value;
+}
+template <bool kF>
+OSTINATO_DEVICE Real<kF> logical_or(Real<kF> a, Real<kF> b) {
+    return a.value != 0.0f ? a : b;
+}
+template <bool kF>
+OSTINATO_DEVICE Real<kF> logical_not(Real<kF> a) {
+    return 1.0f - a.value;
+}
+template <bool kF>
+OSTINATO_DEVICE Real<kF> select(Real<kF> mask, Real<kF> a, Real<kF> b) {
+    return mask.value != 0.0f ? a : b;
 }
 
 }  // namespace

@@ -4,7 +4,7 @@ import zlib
 
 # Modules that are of the CPU alone, by reason; a single test says so by the marker `cpu`.
 CPU_ALONE = {
-    "the compiled engine": "16_bits architectures core cuts_of_engine threads",
+    "the compiled engine": "16_bits architectures core cuts_of_engine functions threads",
     "bits that the CPU engine promises": "invariance",
     "the fast path past torch's dispatcher": "fast_path",
     "NumPy": "math numpy numpy_input",
