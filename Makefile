@@ -21,7 +21,7 @@ SOURCES := $(shell find csrc src -type f -not -name '*.so' -not -path '*/__pycac
 PACKAGE := $(SOURCES) CMakeLists.txt pyproject.toml README.md LICENSE
 CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 # What runs without torch: the engine by itself and the NumPy face of it.
-ENGINE_TESTS := tests/test_core.py tests/test_16_bits.py tests/test_numpy.py tests/test_cuts_of_engine.py
+ENGINE_TESTS := tests/test_core.py tests/test_16_bits.py tests/test_numpy.py tests/test_cuts_of_engine.py tests/test_own_engine.py
 
 # A comparison of something with the name of a cell.
 NAMED_CELL := '[!=]= ?"(rnn_tanh|rnn_relu|gru|lstm|RNN|GRU|LSTM)"'
@@ -33,7 +33,7 @@ LITERAL_PLACE := '\b((call|arguments|args|values|tensors|inputs|dims|needs|given
 .DELETE_ON_ERROR:
 
 help:
-	@echo 'make demo      train a GRU on real ragged sequences, beside torch.nn'
+	@echo 'make demo      train a GRU on real ragged sequences, beside torch.nn, and a cell of one'\''s own beside cells of the zoo'
 	@echo 'make test      every test: pytest, doctests, and the engine under sanitizers'
 	@echo 'make lint      formatting, types, import rules, weak symbols'
 	@echo 'make bench     ours and every peer interleaved in one process; tables and pictures in build/bench'
@@ -54,6 +54,7 @@ help:
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/japanese_vowels.py $(ARGS)
+	$(BIN)/python examples/own_cell.py
 
 test: sanitize
 	$(BIN)/python -m pytest --numprocesses=auto --doctest-modules --pyargs ./tests ostinato $(ARGS)

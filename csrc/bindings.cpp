@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cpu/engine.h"
+#include "cpu/programs.h"
 #include "gpu.h"
 #include "tensors.h"
 
@@ -29,7 +30,8 @@ using Addresses = std::vector<Address>;
 using SizeList = std::array<int64_t, 7>;
 
 Cell cell_of(int cell) {
-    if (cell < 0 || cell >= kCells) throw std::invalid_argument("cell must be 0.." + std::to_string(kCells - 1));
+    if (!is_cell(cell))
+        throw std::invalid_argument("cell must be 0.." + std::to_string(kCells - 1) + ", or what define_cell returned");
     return static_cast<Cell>(cell);
 }
 
@@ -38,12 +40,13 @@ Dtype dtype_of(int dtype) {
     return static_cast<Dtype>(dtype);
 }
 
-Sizes sizes_of(const SizeList& s, Address batch_sizes, bool recompute) {
+Sizes sizes_of(Cell cell, const SizeList& s, Address batch_sizes, bool recompute) {
     for (int64_t size : s)
         if (size < 0) throw std::invalid_argument("sizes must not be negative");
     if (s[4] < 1) throw std::invalid_argument("hidden must be positive");
     if (s[6] != 1 && s[6] != 2) throw std::invalid_argument("directions must be 1 or 2");
-    return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], reinterpret_cast<const int64_t*>(batch_sizes), recompute};
+    const auto* counts = reinterpret_cast<const int64_t*>(batch_sizes);
+    return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], counts, traits_of(cell), recompute};
 }
 
 // Call: Forward or Backward. The arrays of call i begin i strides after those of the first.
@@ -53,7 +56,8 @@ void run_models(int cell_number, int dtype_number, const SizeList& sizes, Addres
     const Cell cell = cell_of(cell_number);
     const Dtype dtype = dtype_of(dtype_number);
     Call call{};
-    call.sizes = sizes_of(sizes, batch_sizes, recompute);
+    call.sizes = sizes_of(cell, sizes, batch_sizes, recompute);
+    call.program = program_of(cell);
     const auto expected = static_cast<size_t>(count_arrays<Call>(call.sizes.directions));
     if (models < 0) throw std::invalid_argument("models must not be negative");
     if (first.size() != expected || (strides.size() != expected && !(models == 1 && strides.empty())))
@@ -70,14 +74,17 @@ void run_models(int cell_number, int dtype_number, const SizeList& sizes, Addres
     run_all(cell, dtype, calls.data(), models, threads);
 }
 
+using CodeTuple = std::tuple<std::vector<int>, std::vector<double>, int>;
+CodeText text_of(const CodeTuple& code) { return {std::get<0>(code), std::get<1>(code), std::get<2>(code)}; }
+
 // Name, rows, width, type, and whether the engine writes it.
 using ArrayRow = std::tuple<std::string, std::string, std::string, std::string, bool>;
 
 template <class Call>
 std::vector<ArrayRow> arrays() {
     // In the order of the enums.
-    constexpr const char* kRows[] = {"N", "D*B", "B", "", "", ""};
-    constexpr const char* kWidths[] = {"1", "I", "O", "H", "D*O", "D*H"};
+    constexpr const char* kRows[] = {"N", "D*B", "B", "", "", "", "", ""};
+    constexpr const char* kWidths[] = {"1", "I", "I+n*H", "O", "H", "E*H", "D*O", "D*E*H"};
     constexpr const char* kTypes[] = {"value", "flag", "int64", "opaque"};
     std::vector<ArrayRow> found;
     Call call{};
@@ -127,7 +134,8 @@ NB_MODULE(_core, m) {
     define_run(
         "forward", &run_models<Forward>,
         "Layers of one size forward. first: the addresses of the first one's dense arrays, in the order of arrays(False), 0 "
-        "for an absent one, with weight_ih, weight_hh, bias_ih, bias_hh and weight_hr of each direction for `weights`. "
+        "for an absent one, with weight_ih, weight_hh, bias_ih, bias_hh, weight_hr and numbers per unit of each direction for "
+        "`weights`. "
         "strides: how many bytes lie from each to that of the next layer; [] for one layer alone.");
     define_run("backward", &run_models<Backward>,
                "Gradients of layers likewise, in the order of arrays(True). 0 for a gradient that is zero (in) or not wanted "
@@ -135,13 +143,15 @@ NB_MODULE(_core, m) {
     m.def(
         "arrays", [](bool backward) { return backward ? arrays<Backward>() : arrays<Forward>(); }, nb::arg("backward"),
         "The arrays of a call in the order of `first`: name, rows, width, type, and whether the engine writes it. Rows: N "
-        "(those of all steps), D*B, B. Width, the numbers of a row: 1, I, O, H, D*O, D*H. Type: value (of the call's dtype), "
+        "(those of all steps), D*B, B. Width, the numbers of a row: 1, I+n*H, O, E*H, D*O, D*E*H. Type: value (of the call's "
+        "dtype), "
         "flag (a byte, 0 or 1), int64, opaque. Weights of all directions are one entry, and so are their gradients; their rows "
         "and width are empty, and those of reserve.");
     m.def(
         "reserve_bytes",
         [](int cell, int dtype, const SizeList& size_list, bool recompute) {
-            return reserve_bytes(cell_of(cell), dtype_of(dtype), sizes_of(size_list, 0, recompute));
+            const Cell number = cell_of(cell);
+            return reserve_bytes(number, dtype_of(dtype), sizes_of(number, size_list, 0, recompute));
         },
         nb::arg("cell"), nb::arg("dtype"), nb::arg("sizes"), nb::arg("recompute") = false,
         "Bytes that forward keeps for backward.");
@@ -155,6 +165,21 @@ NB_MODULE(_core, m) {
         nb::arg("cell"),
         "Of a cell, in this order: gates, gradients of their products, values kept for backward, of these with recompute; "
         "whether it has c, may be projected, reads its output in backward, reads the last h beside weight_hh.");
+    m.def("operations", &operations, "Names of what an own cell's program may do; an operation's number is its place.");
+    m.def(
+        "define_cell",
+        [](const std::array<int, 5>& sizes, const std::vector<int>& joint, int saved, bool uses_output, bool uses_previous,
+           const CodeTuple& forward, const CodeTuple& forward_keep, const CodeTuple& backward) {
+            Traits t{};
+            t.input_gates = sizes[0], t.gates = sizes[1], t.behind = sizes[2], t.parameters = sizes[3], t.drives = sizes[4];
+            t.saved = saved, t.uses_output = uses_output, t.uses_previous = uses_previous;
+            return define_cell(t, joint, text_of(forward), text_of(forward_keep), text_of(backward));
+        },
+        nb::arg("sizes"), nb::arg("joint"), nb::arg("saved"), nb::arg("uses_output"), nb::arg("uses_previous"),
+        nb::arg("forward"), nb::arg("forward_keep"), nb::arg("backward"),
+        "Adds an own cell and returns its number. sizes: gates of the input and of the state, states behind h, parameters and "
+        "drives. joint: gates that take both products in one sum. A program is its code (five numbers for each instruction: "
+        "operation, to, a, b, c), the numbers that stand in its first registers, and how many registers it has.");
     m.def("instruction_sets", &instruction_sets, "Instruction sets that this processor can run, best first.");
     m.def("isa", [] { return std::string(active_isa()); }, "The instruction set in use.");
     m.def(

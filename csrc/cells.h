@@ -24,6 +24,19 @@
 #endif
 
 namespace ostinato {
+
+// What is asked of a cell where its type is not known: the constants above as a value. The records have the same. The last
+// four are an own cell's alone (cpu/program.h); of the cells above they follow from the others.
+struct Traits {
+    int gates, grads, saved;
+    int recomputed;  // how many of `saved` are kept where backward computes the gates again: the states behind h
+    bool has_c, projects, uses_output, uses_previous;
+    int input_gates;  // rows of weight_ih per unit
+    int behind;  // states behind h, which lie in one array beside each other
+    int parameters;  // numbers per unit
+    int drives;  // numbers per unit and step, which the input brings behind its own
+};
+
 // Anonymous, because this header is compiled once per instruction set and no copy may replace another at link time.
 namespace {
 
@@ -142,13 +155,6 @@ struct List {
 // Every cell: its place here is its number. ostinato/cells.py has a record of each.
 using EveryCell = List<Rnn<false>, Rnn<true>, Gru, Lstm>;
 
-// What is asked of a cell where its type is not known: the constants above as a value. The records have the same.
-struct Traits {
-    int gates, grads, saved;
-    int recomputed;  // how many of `saved` are kept where backward computes the gates again
-    bool has_c, projects, uses_output, uses_previous;
-};
-
 // Whether a joint gate's input product has the slot of its hidden one, and the gate apart the slot behind all of these.
 template <class C>
 constexpr bool slots_fit() {
@@ -165,7 +171,9 @@ constexpr Traits traits() {
     static_assert(slots_fit<C>(), "input_slot does not fit kJoint");
     static_assert(!C::kHasC || C::kSaved > 0, "c is the last value that is saved, and all that recompute keeps");
     static_assert(C::kUsesOutput || C::kSaved > 0, "backward has nothing to start from");
-    return {C::kGates, C::kGrads, C::kSaved, C::kHasC ? 1 : 0, C::kHasC, C::kProjects, C::kUsesOutput, C::kUsesPrevious};
+    constexpr int kBehind = C::kHasC ? 1 : 0;
+    return {C::kGates,      C::kGrads,        C::kSaved, kBehind, C::kHasC, C::kProjects,
+            C::kUsesOutput, C::kUsesPrevious, C::kGates, kBehind, 0,        0};
 }
 
 }  // namespace

@@ -279,31 +279,37 @@ struct Layer {
     // Reads and checks everything against the sizes of the module: (input_size, hidden_size, proj_size, directions).
     bool read(const std::array<int64_t, 4>& expected) {
         const auto [I, H, P, D] = expected;
-        if (static_cast<int>(cell) < 0 || static_cast<int>(cell) >= kCells || (D != 1 && D != 2)) return false;
-        if (P && !traits_of(cell).projects) return false;
-        per_direction = 2 + 2 * has_biases + (P ? 1 : 0), cuts = static_cast<Py_ssize_t>(kWeights + D * per_direction);
+        if (!is_cell(static_cast<int>(cell)) || (D != 1 && D != 2)) return false;
+        const Traits& t = traits_of(cell);
+        if (P && !t.projects) return false;
+        arguments.program = program_of(cell);
+        per_direction = 2 + 2 * has_biases + (P || t.parameters ? 1 : 0),
+        cuts = static_cast<Py_ssize_t>(kWeights + D * per_direction);
         const bool is_cut = is_tuple(arrays, cuts + kCuts);
         if (!is_cut && !is_tuple(arrays, cuts)) return false;
         // The GPU engine's time loop reads no input.
         arguments.x = reader.is_cpu ? reader.read(at(kInput), x, true) : reader.read_strided(at(kInput), x);
-        if (!reader.accepts || x.ndim < 1 || x.ndim > 3 || x.shape[x.ndim - 1] != I || H < 1) return false;
+        if (!reader.accepts || x.ndim < 1 || x.ndim > 3 || x.shape[x.ndim - 1] != I + t.drives * H || H < 1) return false;
         const int64_t columns = x.ndim > 1 ? x.shape[x.ndim - 2] : 1;
         if (is_step && x.ndim < 3)
-            sizes = {1, columns, columns, I, H, P, D, nullptr};
+            sizes = {1, columns, columns, I, H, P, D, nullptr, t};
         else if (!is_step && x.ndim == 3 && !has(kBatchSizes))
-            sizes = {x.shape[0], x.shape[0] * columns, columns, I, H, P, D, nullptr};
+            sizes = {x.shape[0], x.shape[0] * columns, columns, I, H, P, D, nullptr, t};
         else if (is_step || x.ndim != 2 || !has(kBatchSizes) || !read_packed(columns, expected))
             return false;
-        arguments.h_0 = state(at(kH0), sizes.output()), arguments.c_0 = state(at(kC0), H);
+        arguments.h_0 = state(at(kH0), sizes.output()), arguments.c_0 = state(at(kC0), sizes.behind());
         if (is_cut && !read_cuts()) return false;
-        if ((arguments.c_0 || arguments.reset_c) && !traits_of(cell).has_c) return false;
-        const int64_t rows = gates_of(cell) * H, O = sizes.output();
+        if ((arguments.c_0 || arguments.reset_c) && !t.has_c) return false;
+        const int64_t of_input = t.input_gates * H, of_state = t.gates * H, O = sizes.output();
         for (int64_t d = 0; d < D; d++) {
             Weights<const void*>& w = arguments.weights[d];
-            w.ih = reader.require(weight(d, 0), {rows, I});
-            w.hh = reader.require(weight(d, 1), {rows, O});
-            if (has_biases) w.bias_ih = reader.require(weight(d, 2), {rows}), w.bias_hh = reader.require(weight(d, 3), {rows});
+            // An own cell may have no gates on one side, and a tensor without elements no address.
+            if (of_input) w.ih = reader.require(weight(d, 0), {of_input, I});
+            if (of_state) w.hh = reader.require(weight(d, 1), {of_state, O});
+            if (has_biases && of_input) w.bias_ih = reader.require(weight(d, 2), {of_input});
+            if (has_biases && of_state) w.bias_hh = reader.require(weight(d, 3), {of_state});
             if (P) w.hr = reader.require(weight(d, per_direction - 1), {O, H});
+            if (t.parameters) w.per_unit = reader.require(weight(d, per_direction - 1), {t.parameters, H});
         }
         return reader.accepts;
     }
@@ -319,7 +325,7 @@ struct Layer {
             if (counts[i] < 0 || (i && counts[i] > counts[i - 1])) return false;
             sum += counts[i];
         }
-        sizes = {steps, rows, counts[0], expected[0], expected[1], expected[2], expected[3], counts};
+        sizes = {steps, rows, counts[0], expected[0], expected[1], expected[2], expected[3], counts, traits_of(cell)};
         return sum == rows;
     }
 
@@ -338,7 +344,7 @@ struct Layer {
         arguments.resets = static_cast<const uint8_t*>(reader.read_flags(at(cuts + kResets), t));
         if (!arguments.resets || t.ndim != x.ndim - 1 || !std::equal(t.shape, t.shape + t.ndim, x.shape)) return false;
         arguments.reset_h = state(at(cuts + kResetH), sizes.output());
-        arguments.reset_c = state(at(cuts + kResetC), sizes.hidden);
+        arguments.reset_c = state(at(cuts + kResetC), sizes.behind());
         return true;
     }
 

@@ -35,8 +35,8 @@ nb::object layer_forward(int cell, bool is_step, std::array<int64_t, 4> expected
     const Fresh y = layer.new_output();
     const bool is_like_y = z.steps == 1 && z.directions == 1 && !z.batch_sizes;
     const Fresh h_n = is_step ? Fresh() : layer.new_state(layer.at(kH0), z.output(), is_like_y ? &y : nullptr);
-    const Fresh* const twin = z.projection ? nullptr : is_step ? &y : &h_n;
-    const Fresh c_n = has_c ? layer.new_state(layer.at(kC0), z.hidden, twin) : Fresh();
+    const Fresh* const twin = z.behind() != z.output() ? nullptr : is_step ? &y : &h_n;
+    const Fresh c_n = has_c ? layer.new_state(layer.at(kC0), z.behind(), twin) : Fresh();
     const int64_t kept = keep ? reserve_bytes(layer.cell, layer.reader.dtype, z) : 0;
     const Fresh reserve = kept ? Fresh(layer.at(kInput), {kept / stored_bytes(layer.reader.dtype)}) : Fresh();
 
@@ -69,7 +69,7 @@ nb::object layer_backward(int cell, bool is_step, std::array<int64_t, 4> expecte
     if (!is_tuple(arrived, 1 + has_h + has_c)) return nb::none();
     call.dy = layer.read_output(PyTuple_GetItem(arrived.ptr(), 0));
     if (has_h) call.dh_n = layer.state(PyTuple_GetItem(arrived.ptr(), 1), z.output());
-    if (has_c) call.dc_n = layer.state(PyTuple_GetItem(arrived.ptr(), 1 + has_h), z.hidden);
+    if (has_c) call.dc_n = layer.state(PyTuple_GetItem(arrived.ptr(), 1 + has_h), z.behind());
     const Py_ssize_t count = PyTuple_Size(arrays.ptr()), cuts = layer.cuts;
     if (!reader.accepts || !is_tuple(wanted, count)) return nb::none();
 
@@ -90,6 +90,7 @@ nb::object layer_backward(int cell, bool is_step, std::array<int64_t, 4> expecte
         dw.ih = of_weights[0], dw.hh = of_weights[1];
         if (has_biases) dw.bias_ih = of_weights[2], dw.bias_hh = of_weights[3];
         if (z.projection) dw.hr = of_weights[layer.per_direction - 1];
+        if (z.cell.parameters) dw.per_unit = of_weights[layer.per_direction - 1];
     }
     {
         nb::gil_scoped_release release;

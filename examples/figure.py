@@ -1,5 +1,6 @@
-"""The demo's picture: accuracy, loss and time per epoch on the left, the confusion on the right."""
+"""The demo's pictures: who is speaking, and which cell learns to add."""
 
+import math
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,6 +15,9 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 PAPER, FAINT, SOFT, INK = "#fcfcfa", "#e6e9ed", "#6b7785", "#1d2733"
 OURS, WRONG = "#0b6e74", "#c8553d"
+# Okabe and Ito's colours, which the colour-blind tell apart, in an order of changing lightness.
+CURVES = ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#0072b2", "#f0c808", "#6b7785")
+DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 STYLE = {
     "figure.facecolor": PAPER,
     "axes.facecolor": PAPER,
@@ -140,3 +144,106 @@ def _confusion(axes: Axes, confusion: list[list[int]]) -> None:
     axes.set_xlabel("heard")
     axes.set_ylabel("spoke")
     axes.spines[:].set_visible(False)
+
+
+def draw_cells(
+    path: Path, runs: dict[str, Any], loop_milliseconds: float | None, guess: float, length: int
+) -> None:
+    """Writes the PNG; runs carry steps, errors and milliseconds, and the first is the own cell.
+
+    Without loop_milliseconds no times are drawn.
+    """
+    names = list(runs)
+    looks = {names[0]: {"color": WRONG, "linewidth": 3.2, "zorder": 3}}
+    for k, name in enumerate(names[1:]):
+        looks[name] = {
+            "color": CURVES[k % len(CURVES)],
+            "linewidth": 2,
+            "linestyle": DASHES[k % len(DASHES)],
+        }
+    with plt.rc_context(STYLE):
+        figure = plt.figure(figsize=(13, 6.4))
+        title = "A cell of one's own, beside cells of the zoo"
+        figure.text(0.05, 0.91, title, fontsize=22, weight="bold")
+        subtitle = (
+            f"The adding problem: two of {length} numbers are marked, and their sum is asked for "
+            "at the end. The same batches for all."
+        )
+        figure.text(0.05, 0.855, subtitle, fontsize=11.5, color=SOFT)
+        if loop_milliseconds is None:
+            place = figure.add_gridspec(left=0.05, right=0.86, top=0.76, bottom=0.1)
+            _errors(figure.add_subplot(place[0]), runs, looks, guess)
+        else:
+            columns = figure.add_gridspec(
+                1, 2, width_ratios=(2.2, 1),
+                left=0.05, right=0.975, top=0.76, bottom=0.1, wspace=0.68,
+            )  # fmt: skip
+            _errors(figure.add_subplot(columns[0]), runs, looks, guess)
+            _milliseconds(figure.add_subplot(columns[1]), runs, looks, loop_milliseconds)
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+
+
+def _errors(axes: Axes, runs: dict[str, Any], looks: dict[str, Any], guess: float) -> None:
+    axes.set_title("Test error (mean squared)")
+    for name, run in runs.items():
+        axes.plot(run.steps, run.errors, **looks[name])
+    axes.axhline(guess, color=SOFT, linewidth=0.9, linestyle=(0, (1, 2)))
+    last = max(run.steps[-1] for run in runs.values())
+    axes.set_yscale("log")
+    axes.set_xlim(0, last)
+    axes.set_ylim(top=guess * 3)
+    axes.grid(axis="y")
+    axes.set_xlabel("training step, 64 sequences each")
+    axes.text(last * 0.56, guess * 1.07, "a guess without memory", color=SOFT, fontsize=8.5)
+    # A name at the end of each curve, moved apart where ends are close.
+    low, high = axes.get_ylim()
+    ends = sorted((run.errors[-1], name) for name, run in runs.items())
+    places = spread([math.log(end / low) / math.log(high / low) for end, _ in ends], 0.052)
+    for (end, name), place in zip(ends, places, strict=True):
+        axes.annotate(
+            name, (last, end), xytext=(1.04, place), textcoords="axes fraction", va="center",
+            color=INK, fontsize=9.5, weight="bold" if name == next(iter(runs)) else "normal",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": looks[name]["color"], "linewidth": 1.6,
+                        "relpos": (0, 0.5), "shrinkA": 2, "shrinkB": 0},
+        )  # fmt: skip
+
+
+def spread(places: list[float], apart: float) -> list[float]:
+    """Moves rising numbers from 0 to 1 as little as it takes to keep them apart."""
+    places = [min(max(place, 0.0), 1.0) for place in places]
+    for _ in range(200):
+        for k in range(len(places) - 1):
+            missing = apart - (places[k + 1] - places[k])
+            if missing > 0:
+                places[k] -= missing / 2
+                places[k + 1] += missing / 2
+    return places
+
+
+def _milliseconds(
+    axes: Axes, runs: dict[str, Any], looks: dict[str, Any], loop_milliseconds: float
+) -> None:
+    axes.set_title("Milliseconds of a training step")
+    bars = {name: (run.milliseconds, looks[name]["color"]) for name, run in runs.items()}
+    order = sorted(bars, key=lambda name: bars[name][0])
+    for place, name in enumerate(order):
+        value, color = bars[name]
+        axes.barh(place, value, color=color, height=0.62)
+        axes.annotate(
+            f"{value:.1f}" if value < 10 else f"{value:.0f}", (value, place), xytext=(4, 0),
+            textcoords="offset points", va="center", color=INK, fontsize=9,
+        )  # fmt: skip
+    axes.set_yticks(range(len(order)), order, color=INK)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.12 * max(value for value, _ in bars.values()))
+    axes.spines["bottom"].set_visible(False)
+    axes.set_xticks([])
+    own = next(iter(runs))
+    times = loop_milliseconds / runs[own].milliseconds
+    note = (
+        f"{own} in a Python loop over\nthe same step: {loop_milliseconds:.0f} ms, "
+        f"{times:.0f} times as long"
+    )
+    axes.text(0, -0.06, note, transform=axes.transAxes, va="top", ha="left", color=WRONG)

@@ -431,11 +431,11 @@ def test_more_input_elements_than_32_bits_count(steps, size, hidden):
     dy[-1, 0] = 1
     at = [a.ctypes.data for a in (x, h_0, weight, recurrent, y, h_n, dy, dw)]
     head = (RECORDS["rnn_relu"].number, 0, (steps, steps, 1, size, hidden, 0, 1), 0, 1)
-    read = [*at[:2], *[0] * 5, *at[2:4], 0, 0, 0]
+    read = [*at[:2], *[0] * 5, *at[2:4], 0, 0, 0, 0]
     _core.forward(*head, [*read, *at[4:6], 0, 0, 0], [], 2)
     np.testing.assert_array_equal(y[[0, 1, -2, -1], 0], np.float32([1.75, 0.875, 4, 2.5]))
     assert (h_n[0], np.abs(y[:, 1:]).sum()) == (2.5, 0)
-    _core.backward(*head, [*read, at[4], 0, at[6], *[0] * 8, at[7], 0, 0, 0, 0], [], 2)
+    _core.backward(*head, [*read, at[4], 0, at[6], *[0] * 8, at[7], 0, 0, 0, 0, 0], [], 2)
     assert (dw[0, 0], dw[0, -1], np.abs(dw).sum()) == (2, 2, 4)
 
 
@@ -450,7 +450,7 @@ def test_more_weight_elements_than_32_bits_count():
     y, h_n = np.empty(hidden, np.float32), np.empty(hidden, np.float32)
     at = [a.ctypes.data for a in (x, weight, recurrent, y, h_n)]
     head = (RECORDS["rnn_relu"].number, 0, (1, 1, 1, size, hidden, 0, 1), 0, 1)
-    _core.forward(*head, [at[0], *[0] * 6, *at[1:3], 0, 0, 0, *at[3:], 0, 0, 0], [], 2)
+    _core.forward(*head, [at[0], *[0] * 6, *at[1:3], 0, 0, 0, 0, *at[3:], 0, 0, 0], [], 2)
     assert (y[0], y[-1], y[-2], np.abs(y).sum()) == (20, 300, 5, 325)
 
 
@@ -475,7 +475,7 @@ def test_more_weight_elements_than_32_bits_count():
     ],
 )
 def test_wrong_values_raise(changes, message):
-    for run, count in ((_core.forward, 17), (_core.backward, 28)):
+    for run, count in ((_core.forward, 18), (_core.backward, 30)):
         arguments = {"cell": 0, "dtype": 0, "sizes": (0, 0, 0, 1, 1, 0, 1), "batch_sizes": 0}
         arguments |= {"models": 1, "first": [0] * count, "strides": [], "threads": 1}
         with pytest.raises(ValueError, match=message):

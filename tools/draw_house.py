@@ -23,7 +23,7 @@ WIDTH = 128
 BESIDE = {
     "tests/support": "what all tests share; tests/conftest.py has the fixtures",
     "benchmarks": "ours beside its peers, and what the machine can do",
-    "examples": "real data, and a script that scales",
+    "examples": "real data, a cell of one's own, and a script that scales",
     "features": "what torch.nn refuses: each row of docs/features.md, for both libraries",
     "tools": "what the commands of the Makefile run",
 }

@@ -17,7 +17,8 @@ namespace {
 
 template <class T, class C>
 class BackwardLoop {
-    static constexpr int L = Vec<T>::kLanes, G = C::kGates, R = C::kGrads;
+    static constexpr int L = Vec<T>::kLanes;
+    static constexpr bool kIsProgram = is_program<C>();
     using RowProduct = Product<T>;
 
 public:
@@ -29,9 +30,9 @@ public:
           shares_(call.sizes, members, work(), work() * sizeof(T), max_tile_rows<1>()),
           relay_(ceil_div(ceil_div(call.sizes.output(), L), kGroup), arena_) {
         const int64_t D = size_.directions, B = size_.batch, O = size_.output(), H = size_.hidden;
-        hp_ = padded(H), op_ = padded(O), row_ = R * hp_ + kSkew;
+        hp_ = padded(H), op_ = padded(O), row_ = grads() * hp_ + kSkew;
         blocks_ = ceil_div(O, L);
-        panel_ = G * H * L;
+        panel_ = gates() * H * L;
         in_place_ = size_.steps == 1 && size_.batch <= max_tile_rows<1>();
         chunk_rows_ = max(chunk_rows(size_, row_ * sizeof(T)), min(size_.rows, kFewestRows));
         panels_ = arena_.take<T>(D * blocks_ * panel_);
@@ -40,7 +41,12 @@ public:
         pointers_ = arena_.take<const T*>(members * B);
         table_ = arena_.take<const T*>(chunk_rows_);
         if (C::kUsesPrevious) direct_ = arena_.take<T>(D * B * op_);
-        if (C::kHasC) dc_ = arena_.take<T>(D * B * hp_);
+        if (C::kHasC) dc_ = arena_.take<T>(D * B * behind() * hp_);
+        if constexpr (kIsProgram) {
+            dh_ = arena_.take<T>(D * B * op_);
+            parameters_ = arena_.take<T>(D * size_.cell.parameters * hp_);
+            registers_ = arena_.take<T>(members * Interpreter<T>::scratch(f_.program->backward));
+        }
         if (size_.projection) {
             panels_hr_ = arena_.take<T>(D * ceil_div(H, L) * O * L);
             dh_ = arena_.take<T>(D * chunk_rows_ * op_);
@@ -48,9 +54,10 @@ public:
         }
         if (f_.dx && D == 2) dx_ = arena_.take<T>(chunk_rows_ * size_.input);
         if (recomputes()) {
-            again_.gates = arena_.take<T>(D * chunk_rows_ * C::kSaved * hp_);
+            again_.gates = arena_.take<T>(D * chunk_rows_ * saved() * hp_);
             again_.h_0 = arena_.take<T>(chunk_rows_ * O), again_.y = arena_.take<T>(chunk_rows_ * O);
-            if (C::kHasC) again_.c_0 = arena_.take<T>(chunk_rows_ * H), again_.c_n = arena_.take<T>(chunk_rows_ * H);
+            const int64_t E = behind();
+            if (C::kHasC) again_.c_0 = arena_.take<T>(chunk_rows_ * E * H), again_.c_n = arena_.take<T>(chunk_rows_ * E * H);
             const Forward forward = forward_again(0, chunk_rows_);
             again_.scratch = arena_.take<char>(ForwardLoop<T, C>(forward, members, nullptr).scratch_bytes());
         }
@@ -62,11 +69,13 @@ public:
     void run(Team& team) {
         steps_.fill();
         for (int64_t i = 0; i < op_; i++) zeros_[i] = 0;
+        if constexpr (kIsProgram)
+            for (int member = 0; member < team.members(); member++) interpreter(member).load_numbers();
         for (int64_t d = 0; d < size_.directions; d++) prepare(d, team);
         const int64_t states = size_.directions * size_.batch;
         if (f_.dreset_h) fill_zero(static_cast<T*>(f_.dreset_h), states * size_.output());
-        if (f_.dreset_c) fill_zero(static_cast<T*>(f_.dreset_c), states * size_.hidden);
-        if (f_.dx && size_.directions == 2) fill_zero(static_cast<T*>(f_.dx), size_.rows * size_.input);
+        if (f_.dreset_c) fill_zero(static_cast<T*>(f_.dreset_c), states * behind() * size_.hidden);
+        if (f_.dx && size_.directions == 2) fill_zero(static_cast<T*>(f_.dx), size_.rows * size_.input_row());
         int64_t s1[2] = {size_.steps, size_.steps};
         bool first = !f_.resume;
         // s0 == -1 is the step before the first: it computes nothing but the gradient of h_0.
@@ -93,6 +102,9 @@ public:
     }
 
 private:
+    template <class, class>
+    friend struct OwnBackward;
+
     static constexpr int64_t kGroup = 4;
     // Rows of gate gradients are read by columns too: a stride that is no power of two spreads them over the cache.
     static constexpr int64_t kSkew = 16;
@@ -106,7 +118,34 @@ private:
     };
 
     // Multiply-adds of one row and step, and so also elements of W_hh.
-    int64_t work() const { return G * size_.hidden * size_.output(); }
+    int64_t work() const { return gates() * size_.hidden * size_.output(); }
+
+    // What of a built-in cell is known when this is compiled, and of an own cell when it runs, as in ForwardLoop.
+    int64_t gates() const { return kIsProgram ? size_.cell.gates : C::kGates; }
+    int64_t input_gates() const { return kIsProgram ? size_.cell.input_gates : C::kGates; }
+    int64_t behind() const { return kIsProgram ? size_.cell.behind : C::kHasC; }
+    int64_t grads() const {
+        if constexpr (kIsProgram)
+            return size_.cell.grads;
+        else
+            return C::kGrads;
+    }
+    int64_t saved() const {
+        if constexpr (kIsProgram)
+            return size_.cell.saved;
+        else
+            return C::kSaved;
+    }
+    int64_t input_slot(int64_t gate) const {
+        if constexpr (kIsProgram)
+            return f_.program->input_slots[gate];
+        else
+            return C::input_slot(static_cast<int>(gate));
+    }
+    Interpreter<T> interpreter(int member) const {
+        const Code& code = f_.program->backward;
+        return {&code, reinterpret_cast<Vec<T>*>(registers_ + member * Interpreter<T>::scratch(code))};
+    }
 
     static const T* in(const void* p) { return static_cast<const T*>(p); }
     static void copy(const T* from, int64_t n, T* to) { std::memcpy(to, from, static_cast<size_t>(n) * sizeof(T)); }
@@ -123,7 +162,7 @@ private:
         const int64_t unpacked = in_place_ ? O / L : 0;
         team.run(blocks_ - unpacked, [&](int64_t task, int) {
             const int64_t block = unpacked + task;
-            RowMatrix<T>{in(w.hh), O, O, nullptr}.pack(panels + block * panel_, L, 0, G * H, block * L);
+            RowMatrix<T>{in(w.hh), O, O, nullptr}.pack(panels + block * panel_, L, 0, gates() * H, block * L);
         });
         if (size_.projection) {
             T* panels_hr = panels_hr_ + d * ceil_div(H, L) * O * L;
@@ -132,30 +171,32 @@ private:
             });
         }
         if constexpr (C::kUsesPrevious) fill_zero(direct_ + d * B * op_, B * op_);
+        if constexpr (kIsProgram) copy_parameters(in(w.per_unit), size_, hp_, parameters_ + d * size_.cell.parameters * hp_);
         if constexpr (C::kHasC)
-            for (int64_t b = 0; b < B; b++)
-                for (int64_t j = 0; j < hp_; j++)
-                    dc_[(d * B + b) * hp_ + j] = f_.dc_n && j < H ? in(f_.dc_n)[(d * B + b) * H + j] : T(0);
+            for (int64_t i = d * B * behind(); i < (d + 1) * B * behind(); i++)
+                for (int64_t j = 0; j < hp_; j++) dc_[i * hp_ + j] = f_.dc_n && j < H ? in(f_.dc_n)[i * H + j] : T(0);
     }
 
-    bool recomputes() const { return size_.recompute && C::kSaved; }
+    bool recomputes() const { return size_.recompute && saved(); }
 
-    // Row `row` of all that forward saved, [kSaved, Hp], and of the second state alone.
+    // Row `row` of all that forward saved, [kSaved, Hp], and of the states behind h alone.
     const T* saved_row(int64_t d, int64_t row) const {
-        return recomputes() ? again_.gates + (d * chunk_rows_ + row - chunk_[d].first_row) * C::kSaved * hp_
-                            : in(f_.reserve) + (d * size_.rows + row) * C::kSaved * hp_;
+        return recomputes() ? again_.gates + (d * chunk_rows_ + row - chunk_[d].first_row) * saved() * hp_
+                            : in(f_.reserve) + (d * size_.rows + row) * saved() * hp_;
     }
     const T* cell_row(int64_t d, int64_t row) const {
-        return recomputes() ? in(f_.reserve) + (d * size_.rows + row) * hp_ : saved_row(d, row) + (C::kSaved - 1) * hp_;
+        return recomputes() ? in(f_.reserve) + (d * size_.rows + row) * behind() * hp_
+                            : saved_row(d, row) + (saved() - behind()) * hp_;
     }
 
     // One step of forward for n rows that know the state before them.
     Forward forward_again(int64_t d, int64_t n) const {
         Forward call{};
-        call.sizes = {1, n, n, size_.input, size_.hidden, size_.projection, 1, nullptr};
+        call.sizes = {1, n, n, size_.input, size_.hidden, size_.projection, 1, nullptr, size_.cell};
+        call.program = f_.program;
         call.weights[0] = f_.weights[d];
         call.h_0 = again_.h_0, call.c_0 = again_.c_0, call.y = again_.y, call.c_n = again_.c_n;
-        call.reserve = again_.gates + d * chunk_rows_ * C::kSaved * hp_;
+        call.reserve = again_.gates + d * chunk_rows_ * saved() * hp_;
         return call;
     }
 
@@ -170,16 +211,18 @@ private:
             for (int64_t b = 0; b < steps_.rows(d, s); b++) {
                 copy(previous_row(d, s, b, cut.has(b)), O, again_.h_0 + (first - row0 + b) * O);
                 if constexpr (C::kHasC) {
-                    T* c_0 = again_.c_0 + (first - row0 + b) * H;
-                    if (const T* c = previous_cell(d, s, b, cut.has(b)))
-                        copy(c, H, c_0);
-                    else
-                        fill_zero(c_0, H);
+                    T* c_0 = again_.c_0 + (first - row0 + b) * behind() * H;
+                    const Behind c = previous_cells(d, s, b, cut.has(b));
+                    for (int64_t k = 0; k < behind(); k++)
+                        if (c.row)
+                            copy(c.row + k * c.stride, H, c_0 + k * H);
+                        else
+                            fill_zero(c_0 + k * H, H);
                 }
             }
         });
         Forward call = forward_again(d, n);
-        call.x = in(f_.x) + row0 * size_.input;
+        call.x = in(f_.x) + row0 * size_.input_row();
         ForwardLoop<T, C>(call, team.members(), again_.scratch).run(team);
     }
 
@@ -203,7 +246,7 @@ private:
         });
     }
 
-    // Gate gradients of step s, [rows, row_], of which R * Hp are used.
+    // Gate gradients of step s, [rows, row_].
     T* grads_of(int64_t d, int64_t s) const {
         const Chunk& chunk = chunk_[d];
         const bool here = s < chunk.s1;
@@ -220,11 +263,15 @@ private:
         return start ? start + (d * size_.batch + b) * O : zeros_;
     }
 
-    // Row b of c_{t-1} at step s, of H values at least; null for zeros.
-    const T* previous_cell(int64_t d, int64_t s, int64_t b, bool is_cut) const {
-        if (b < steps_.rows(d, s - 1) && !is_cut) return cell_row(d, steps_.first_row(d, s - 1) + b);
+    // Row b of the states behind h before step s, each of H values at least; null for zeros.
+    struct Behind {
+        const T* row;
+        int64_t stride;
+    };
+    Behind previous_cells(int64_t d, int64_t s, int64_t b, bool is_cut) const {
+        if (b < steps_.rows(d, s - 1) && !is_cut) return {cell_row(d, steps_.first_row(d, s - 1) + b), hp_};
         const T* start = in(is_cut ? f_.reset_c : f_.c_0);
-        return start ? start + (d * size_.batch + b) * size_.hidden : nullptr;
+        return {start ? start + (d * size_.batch + b) * behind() * size_.hidden : nullptr, size_.hidden};
     }
 
     // One step of one direction; s == -1 stands before the first.
@@ -233,12 +280,19 @@ private:
         const Sizes& z;
         int64_t d, s, n, n_next;  // rows active at this step and at the next
         int64_t row0;  // first packed row
+        int member;
         CutRows cut, cut_next;  // before this step and before the next
         T *grads, *grads_next, *dh, *unprojected;
         const T** rows;
 
-        Step(const BackwardLoop& loop, int64_t direction, int64_t step, int member)
-            : w(loop), z(loop.size_), d(direction), s(step), n(w.steps_.rows(d, s)), n_next(w.steps_.rows(d, s + 1)) {
+        Step(const BackwardLoop& loop, int64_t direction, int64_t step, int of_member)
+            : w(loop),
+              z(loop.size_),
+              d(direction),
+              s(step),
+              n(w.steps_.rows(d, s)),
+              n_next(w.steps_.rows(d, s + 1)),
+              member(of_member) {
             row0 = n ? w.steps_.first_row(d, s) : 0;
             cut = w.steps_.cut(d, s), cut_next = w.steps_.cut(d, s + 1);
             grads = n ? w.grads_of(d, s) : nullptr;
@@ -246,6 +300,7 @@ private:
             const int64_t in_chunk = d * w.chunk_rows_ + row0 - w.chunk_[d].first_row;
             dh = z.projection && n ? w.dh_ + in_chunk * w.op_ : nullptr;
             unprojected = z.projection && n ? w.unprojected_ + in_chunk * w.hp_ : nullptr;
+            if (kIsProgram) dh = w.dh_ + d * z.batch * w.op_;  // of this step alone
             rows = w.pointers_ + member * z.batch;
         }
 
@@ -261,6 +316,7 @@ private:
                     Vec<T> begin = dh_n ? load_n(dh_n + b * z.output() + u * L, min(L, z.output() - u * L)) : Vec<T>(0);
                     arrive(&begin, 1, b, u * L);
                 }
+            if constexpr (kIsProgram) OwnBackward<T, Step>{*this}.run(b0, min(b1, n), u0, u1);
             if constexpr (C::kProjects) {
                 if (!z.projection) return;
                 for (int64_t b = b0; b < min(b1, n); b++) rows[b] = dh + b * w.op_;
@@ -274,7 +330,8 @@ private:
         // What step s + 1 sends back: one chain over its gate gradients, and its direct part, which is large and comes last.
         void carry(typename RowPanels<T>::Take take, int64_t b0, int64_t b1, int64_t u0, int64_t u1) const {
             const int64_t O = z.output();
-            RowPanels<T> p{rows, z.hidden, w.panels_ + d * w.blocks_ * w.panel_, w.panel_, L, take, this, G, w.hp_};
+            RowPanels<T> p{rows, z.hidden, w.panels_ + d * w.blocks_ * w.panel_, w.panel_, L,
+                           take, this,     static_cast<int>(w.gates()),          w.hp_};
             const int64_t unpacked = w.in_place_ ? max(u0, min(u1, O / L)) : u0;
             if (unpacked > u0) {
                 RowPanels<T> in_place = p;
@@ -320,12 +377,13 @@ private:
                     carry = carry + load_n(in(w.f_.dy) + (row0 + b + r) * z.directions * O + d * O + unit, min(L, O - unit));
                 if (dh)
                     carry.store(dh + (b + r) * w.op_ + unit);
-                else
+                else if constexpr (!kIsProgram)
                     cell(b + r, unit, carry);
             }
         }
 
         OSTINATO_INLINE void cell(int64_t b, int64_t unit, Vec<T> dh_t) const {
+            constexpr int R = C::kGrads;
             const int64_t hp = w.hp_, lanes = min(L, z.hidden - unit);
             Vec<T> saved[C::kSaved + 1], h_previous(0), c_previous(0), h(0), dc(0), da[R];
             if constexpr (C::kSaved > 0) {
@@ -341,7 +399,7 @@ private:
                 dc_row = w.dc_ + (d * z.batch + b) * hp + unit;
                 dc = Vec<T>::load(dc_row);
                 if (w.f_.dcells) dc = dc + load_n(in(w.f_.dcells) + ((row0 + b) * z.directions + d) * z.hidden + unit, lanes);
-                if (const T* c = w.previous_cell(d, s, b, is_cut)) c_previous = load_n(c + unit, lanes);
+                if (const T* c = w.previous_cells(d, s, b, is_cut).row) c_previous = load_n(c + unit, lanes);
             }
             if constexpr (C::kProjects) {
                 if (unprojected) C::output(saved).store(unprojected + b * hp + unit);
@@ -356,10 +414,10 @@ private:
         }
 
         // What a row sends back where it was cut is added to the gradient of the state there, dreset [D, B, width] or null, and
-        // goes no further: returns the zero that does.
-        Vec<T> end_at_cut(Vec<T> sent, void* dreset, int64_t b, int64_t unit, int64_t width) const {
+        // goes no further: returns the zero that does. With more than one state in a row, b counts these.
+        Vec<T> end_at_cut(Vec<T> sent, void* dreset, int64_t b, int64_t unit, int64_t width, int64_t per_row = 1) const {
             if (dreset) {
-                T* sum = static_cast<T*>(dreset) + (d * z.batch + b) * width + unit;
+                T* sum = static_cast<T*>(dreset) + (d * z.batch * per_row + b) * width + unit;
                 const int64_t lanes = min(L, width - unit);
                 store_n(load_n(sum, lanes) + sent, sum, lanes);
             }
@@ -374,20 +432,26 @@ private:
         const T* grads = grads_[chunk_[d].parity] + d * chunk_rows_ * row_;
         const auto& dw = f_.grads[d];
         if (f_.dx && n) {
-            T* dx = static_cast<T*>(f_.dx) + row0 * I;
+            const int64_t row = size_.input_row();
+            T* dx = static_cast<T*>(f_.dx) + row0 * row;
             RowProduct product;
-            product.rows = n, product.columns = I, product.depth = H, product.segments = G;
-            for (int g = 0; g < G; g++) product.a[g] = grads + C::input_slot(g) * hp_;
+            product.rows = n, product.columns = I, product.depth = H, product.segments = static_cast<int>(input_gates());
+            for (int64_t g = 0; g < input_gates(); g++) product.a[g] = grads + input_slot(g) * hp_;
             product.a_row = row_;
             product.c[0] = size_.directions == 2 ? dx_ : dx;
-            product.ldc = I;
+            product.ldc = size_.directions == 2 ? I : row;
             product.matrix = {in(f_.weights[d].ih), I, I, nullptr};
             product.run(team, product_scratch_);
             // Two directions are two chains and one addition, in whatever order the chunks meet.
             if (size_.directions == 2)
-                for (int64_t i = 0; i < n * I; i++) dx[i] += dx_[i];
+                for (int64_t i = 0; i < n; i++)
+                    for (int64_t j = 0; j < I; j++) dx[i * row + j] += dx_[i * I + j];
+            for (int64_t k = 0; k < size_.cell.drives; k++) drive_gradient(grads, n, k, dx + I + k * H);
         }
-        if (dw.ih) weight_gradient(grads, true, {in(f_.x) + row0 * I, I, I, nullptr}, n, dw.ih, first, team);
+        if (dw.ih) {
+            const int64_t row = size_.input_row();
+            weight_gradient(grads, true, {in(f_.x) + row0 * row, row, I, nullptr}, n, dw.ih, first, team);
+        }
         if (dw.hh) {
             for (int64_t s = s0; s < s1; s++) {
                 const CutRows cut = steps_.cut(d, s);
@@ -408,12 +472,22 @@ private:
         }
     }
 
+    // The gradient of drive k, beside that of the input; two directions add up.
+    void drive_gradient(const T* grads, int64_t n, int64_t k, T* to) const {
+        if constexpr (kIsProgram) {
+            const T* from = grads + (f_.program->drive_slot() + k) * hp_;
+            for (int64_t i = 0; i < n; i++, from += row_, to += size_.input_row())
+                for (int64_t j = 0; j < size_.hidden; j++) to[j] = size_.directions == 2 ? to[j] + from[j] : from[j];
+        }
+    }
+
     // dW[gate] = grads[gate]^T * rows, summed over the rows of the chunk.
     void weight_gradient(const T* grads, bool input_side, RowMatrix<T> rows, int64_t n, void* dw, bool first, Team& team) {
+        const int64_t G = input_side ? input_gates() : gates();
         RowProduct product;
-        product.rows = size_.hidden, product.columns = rows.columns, product.depth = n, product.batches = G;
-        for (int g = 0; g < G; g++) {
-            product.a[g] = grads + (input_side ? C::input_slot(g) : g) * hp_;
+        product.rows = size_.hidden, product.columns = rows.columns, product.depth = n, product.batches = static_cast<int>(G);
+        for (int64_t g = 0; g < G; g++) {
+            product.a[g] = grads + (input_side ? input_slot(g) : g) * hp_;
             product.c[g] = static_cast<T*>(dw) + g * size_.hidden * rows.columns;
         }
         product.a_row = 1, product.a_column = row_;
@@ -433,15 +507,19 @@ private:
     // Column sums of the gate gradients, by parts so that rounding does not grow with the number of rows. Most slots serve
     // both biases and are summed once.
     void bias_gradients(const T* grads, int64_t n, const Weights<void*>& dw, bool first, Team& team) {
-        if (!dw.bias_ih && !dw.bias_hh) return;
+        if (!dw.bias_ih && !dw.bias_hh && !dw.per_unit) return;
         constexpr int64_t kPart = 64;
         const int64_t H = size_.hidden, blocks = ceil_div(H, 4 * L);
-        team.run(R * blocks, [&](int64_t task, int) {
+        team.run(this->grads() * blocks, [&](int64_t task, int) {
             const int64_t slot = task / blocks, j0 = task % blocks * 4 * L;
             T* outs[2] = {nullptr, nullptr};
-            for (int g = 0; g < G; g++) {
-                if (C::input_slot(g) == slot && dw.bias_ih) outs[0] = static_cast<T*>(dw.bias_ih) + g * H + j0;
-                if (g == slot && dw.bias_hh) outs[1] = static_cast<T*>(dw.bias_hh) + g * H + j0;
+            for (int64_t g = 0; g < input_gates(); g++)
+                if (input_slot(g) == slot && dw.bias_ih) outs[0] = static_cast<T*>(dw.bias_ih) + g * H + j0;
+            if (slot < gates() && dw.bias_hh) outs[1] = static_cast<T*>(dw.bias_hh) + slot * H + j0;
+            if constexpr (kIsProgram) {
+                const int64_t parameter = slot - f_.program->parameter_slot();
+                if (parameter >= 0 && parameter < size_.cell.parameters && dw.per_unit)
+                    outs[0] = static_cast<T*>(dw.per_unit) + parameter * H + j0;
             }
             const T* before = outs[0] ? outs[0] : outs[1];
             if (!before) return;
@@ -463,7 +541,7 @@ private:
 
     // Rows that were never active pass the gradients of h_n and c_n through.
     void finish(int64_t d) {
-        const int64_t O = size_.output(), B = size_.batch, H = size_.hidden;
+        const int64_t O = size_.output(), B = size_.batch, H = size_.hidden, states = B * behind();
         if (f_.dh_0)
             for (int64_t b = steps_.rows(0, 0); b < B; b++)
                 for (int64_t j = 0; j < O; j++) {
@@ -471,8 +549,8 @@ private:
                     static_cast<T*>(f_.dh_0)[i] = f_.dh_n ? in(f_.dh_n)[i] : T(0);
                 }
         if (C::kHasC && f_.dc_0)
-            for (int64_t b = 0; b < B; b++)
-                for (int64_t j = 0; j < H; j++) static_cast<T*>(f_.dc_0)[(d * B + b) * H + j] = dc_[(d * B + b) * hp_ + j];
+            for (int64_t i = d * states; i < (d + 1) * states; i++)
+                for (int64_t j = 0; j < H; j++) static_cast<T*>(f_.dc_0)[i * H + j] = dc_[i * hp_ + j];
     }
 
     const Backward& f_;
@@ -491,6 +569,7 @@ private:
     } again_;
     T *panels_, *grads_[2], *zeros_, *direct_ = nullptr, *dc_ = nullptr, *dx_ = nullptr;
     T *panels_hr_ = nullptr, *dh_ = nullptr, *unprojected_ = nullptr, *product_scratch_;
+    T *parameters_ = nullptr, *registers_ = nullptr;
     const T **pointers_, **table_;
 };
 

@@ -128,11 +128,12 @@ constexpr int64_t kWorthATeam = 1 << 18;
 
 // Multiply-adds of forward.
 int64_t work_of(Cell cell, const Sizes& sizes) {
-    return sizes.rows * gates_of(cell) * sizes.hidden * (sizes.input + sizes.output());
+    const Traits& t = traits_of(cell);
+    return sizes.rows * sizes.hidden * (t.input_gates * sizes.input + t.gates * sizes.output());
 }
 
 int members_for(Cell cell, const Sizes& sizes, int threads) {
-    const int64_t step = gates_of(cell) * sizes.hidden * sizes.output();
+    const int64_t step = traits_of(cell).gates * sizes.hidden * sizes.output();
     // A single row whose steps are not worth sharing leaves the others nothing but the packing of small weights.
     if (sizes.steps > 1 && sizes.batch * sizes.directions == 1 && step < kWorthRelay) return 1;
     return work_of(cell, sizes) < kWorthATeam ? 1 : threads;
@@ -181,7 +182,7 @@ constexpr int64_t kChain = 128;
 // Rows of a part that takes so much scratch; 0 where a call is not to be cut.
 int64_t part_rows(Cell cell, Dtype dtype, const Arguments& call, int64_t scratch) {
     const Sizes& z = call.sizes;
-    const int64_t G = gates_of(cell), bytes = computed_bytes(dtype);
+    const int64_t G = std::max(traits_of(cell).input_gates, traits_of(cell).gates), bytes = computed_bytes(dtype);
     if (z.steps != 1 || z.directions != 1 || z.batch_sizes || call.resets) return 0;
     if (G * z.hidden * (z.input + z.output()) * bytes > kSmallWeights) return 0;
     return std::max<int64_t>(1, scratch / ((G + 1) * padded(z.hidden) * bytes) / kChain) * kChain;

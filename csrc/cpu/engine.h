@@ -1,7 +1,8 @@
 // What the engine computes: one recurrent layer, one or two directions, forward and backward. Addresses and sizes only.
 //
 // Legend: T steps, B batch rows, N rows of the packed layout (the sum of batch_sizes; T * B where there are none),
-// I input, H hidden, O output (the projection's size, or H), G gates, D directions. All arrays are dense and row-major.
+// I input, H hidden, O output (the projection's size, or H), G gates, D directions, E states behind h (an LSTM's c; own cells
+// may have more, beside each other in one array), P numbers per unit. All arrays are dense and row-major.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +11,7 @@
 
 namespace ostinato {
 
-enum class Cell : int {};  // a place in EveryCell
+enum class Cell : int {};  // a place in EveryCell, or the number of an own cell (program.h)
 constexpr int kCells = EveryCell::kSize;
 
 template <class Value>
@@ -34,25 +35,37 @@ constexpr OfEachCell<Traits> traits_of_each(List<C...>) {
 }
 inline constexpr OfEachCell<Traits> kTraits = traits_of_each(EveryCell());
 
-constexpr const Traits& traits_of(Cell cell) { return kTraits[cell]; }
+constexpr int kMostGates = 8;  // of the input or of the state
+constexpr int kFirstOwn = 1000;  // the first number of an own cell
 
-// Gates per unit: rows of weight_ih = gates * H.
-constexpr int64_t gates_of(Cell cell) { return traits_of(cell).gates; }
+struct Program;
+// An own cell's: what `define_cell` was given. Null for a number that no cell has.
+const Program* program_of(Cell cell);
+const Traits& traits_of_program(Cell cell);
+
+inline const Traits& traits_of(Cell cell) { return static_cast<int>(cell) < kCells ? kTraits[cell] : traits_of_program(cell); }
+inline bool is_cell(int cell) { return cell >= 0 && (cell < kCells || program_of(static_cast<Cell>(cell))); }
 
 struct Sizes {
     int64_t steps, rows, batch, input, hidden, projection, directions;
     const int64_t* batch_sizes;  // [T] non-increasing, active rows per step; null: B at every step
-    bool recompute = false;      // forward keeps no gates, only an LSTM's c; backward computes them again
+    Traits cell{};
+    bool recompute = false;  // forward keeps no gates, only the states behind h; backward computes them again
 
     constexpr int64_t output() const { return projection ? projection : hidden; }
+    constexpr int64_t behind() const { return cell.behind * hidden; }
+    // Of a row of x: the input's numbers, and what drives the step behind them.
+    constexpr int64_t input_row() const { return input + cell.drives * hidden; }
 };
 
 // ---- the arrays of a call ----
 
 namespace {
 
-enum class Rows { kSteps, kStates, kBatch, kGates, kOutput, kNone };  // N, D * B, B, G * H, O, not in rows
-enum class Width { kOne, kInput, kOutput, kHidden, kOutputs, kHiddens };  // 1, I, O, H, D * O, D * H
+// N, D * B, B, rows of weight_ih, of weight_hh, O, P, not in rows
+enum class Rows { kSteps, kStates, kBatch, kInputGates, kGates, kOutput, kParameters, kNone };
+// 1, I, I and what drives a step, O, H, E * H, D * O, D * E * H
+enum class Width { kOne, kInput, kInputRow, kOutput, kHidden, kBehind, kOutputs, kBehinds };
 enum class Type { kValue, kFlag, kInt64, kOpaque };  // of the call's dtype, a byte that is 0 or 1, int64_t, `reserve`
 
 // What is known of an array without its address. A pointer to const says that it is read, another that it is written.
@@ -64,19 +77,43 @@ struct Array {
 
     constexpr bool has_rows_of_batch() const { return rows == Rows::kSteps || rows == Rows::kStates; }
 
-    // How many rows; only weights ask for the gates.
-    constexpr int64_t height(const Sizes& z, int64_t gates = 0) const {
-        return rows == Rows::kSteps    ? z.rows
-               : rows == Rows::kStates ? z.directions * z.batch
-               : rows == Rows::kGates  ? gates * z.hidden
-               : rows == Rows::kOutput ? z.output()
-                                       : z.batch;
+    constexpr int64_t height(const Sizes& z) const {
+        switch (rows) {
+            case Rows::kSteps:
+                return z.rows;
+            case Rows::kStates:
+                return z.directions * z.batch;
+            case Rows::kInputGates:
+                return z.cell.input_gates * z.hidden;
+            case Rows::kGates:
+                return z.cell.gates * z.hidden;
+            case Rows::kOutput:
+                return z.output();
+            case Rows::kParameters:
+                return z.cell.parameters;
+            default:
+                return z.batch;
+        }
     }
     constexpr int64_t row_values(const Sizes& z) const {
-        const bool both = width == Width::kOutputs || width == Width::kHiddens;
-        const bool is_output = width == Width::kOutput || width == Width::kOutputs;
-        if (width == Width::kOne) return 1;
-        return width == Width::kInput ? z.input : (both ? z.directions : 1) * (is_output ? z.output() : z.hidden);
+        switch (width) {
+            case Width::kInput:
+                return z.input;
+            case Width::kInputRow:
+                return z.input_row();
+            case Width::kOutput:
+                return z.output();
+            case Width::kHidden:
+                return z.hidden;
+            case Width::kBehind:
+                return z.behind();
+            case Width::kOutputs:
+                return z.directions * z.output();
+            case Width::kBehinds:
+                return z.directions * z.behind();
+            default:
+                return 1;
+        }
     }
     constexpr int64_t row_bytes(const Sizes& z, Dtype dtype) const {
         return row_values(z) * (type == Type::kValue ? stored_bytes(dtype) : type == Type::kFlag ? 1 : 8);
@@ -98,17 +135,19 @@ Pointer moved(Pointer p, int64_t bytes) {
 // Parameters of one direction, or in backward their gradients; null where absent or not wanted.
 template <class Pointer>
 struct Weights {
-    Pointer ih = nullptr, hh = nullptr;  // [G*H, I], [G*H, O]
+    Pointer ih = nullptr, hh = nullptr;  // [G*H, I], [G*H, O]; an own cell's G of the input and of the state may differ
     Pointer bias_ih = nullptr, bias_hh = nullptr;  // [G*H]
     Pointer hr = nullptr;  // [O, H]
+    Pointer per_unit = nullptr;  // [P, H]
 
     template <class Visit>
     constexpr void visit(const char* name, Weights& other, const Visit& visit) const {
-        visit(Array{name, Rows::kGates, Width::kInput}, ih, other.ih);
+        visit(Array{name, Rows::kInputGates, Width::kInput}, ih, other.ih);
         visit(Array{name, Rows::kGates, Width::kOutput}, hh, other.hh);
-        visit(Array{name, Rows::kGates, Width::kOne}, bias_ih, other.bias_ih);
+        visit(Array{name, Rows::kInputGates, Width::kOne}, bias_ih, other.bias_ih);
         visit(Array{name, Rows::kGates, Width::kOne}, bias_hh, other.bias_hh);
         visit(Array{name, Rows::kOutput, Width::kHidden}, hr, other.hr);
+        visit(Array{name, Rows::kParameters, Width::kHidden}, per_unit, other.per_unit);
     }
 };
 
@@ -124,6 +163,7 @@ struct Weights {
 // and c_0; h_n and c_n are the states at the end of its last piece. A row of no steps passes its states on.
 struct Arguments {
     Sizes sizes;
+    const Program* program = nullptr;  // an own cell's
     const void *x = nullptr, *h_0 = nullptr, *c_0 = nullptr;
     const int64_t* lengths = nullptr;  // steps of each row of a padded batch
     const uint8_t* resets = nullptr;  // whether a row begins anew before this step
@@ -132,13 +172,13 @@ struct Arguments {
 
     template <class Visit>
     constexpr void visit(Arguments& other, const Visit& visit) const {
-        visit(Array{"input", Rows::kSteps, Width::kInput}, x, other.x);
+        visit(Array{"input", Rows::kSteps, Width::kInputRow}, x, other.x);
         visit(Array{"h_0", Rows::kStates, Width::kOutput}, h_0, other.h_0);
-        visit(Array{"c_0", Rows::kStates, Width::kHidden}, c_0, other.c_0);
+        visit(Array{"c_0", Rows::kStates, Width::kBehind}, c_0, other.c_0);
         visit(Array{"lengths", Rows::kBatch, Width::kOne, Type::kInt64}, lengths, other.lengths);
         visit(Array{"resets", Rows::kSteps, Width::kOne, Type::kFlag}, resets, other.resets);
         visit(Array{"reset_h", Rows::kStates, Width::kOutput}, reset_h, other.reset_h);
-        visit(Array{"reset_c", Rows::kStates, Width::kHidden}, reset_c, other.reset_c);
+        visit(Array{"reset_c", Rows::kStates, Width::kBehind}, reset_c, other.reset_c);
         for (int64_t d = 0; d < sizes.directions; d++) weights[d].visit("weights", other.weights[d], visit);
     }
 };
@@ -154,8 +194,8 @@ struct Forward : Arguments {
         Arguments::visit(other, visit);
         visit(Array{"output", Rows::kSteps, Width::kOutputs}, y, other.y);
         visit(Array{"h_n", Rows::kStates, Width::kOutput}, h_n, other.h_n);
-        visit(Array{"c_n", Rows::kStates, Width::kHidden}, c_n, other.c_n);
-        visit(Array{"cells", Rows::kSteps, Width::kHiddens}, cells, other.cells);
+        visit(Array{"c_n", Rows::kStates, Width::kBehind}, c_n, other.c_n);
+        visit(Array{"cells", Rows::kSteps, Width::kBehinds}, cells, other.cells);
         visit(Array{"reserve", Rows::kNone, Width::kOne, Type::kOpaque}, reserve, other.reserve);
     }
 };
@@ -176,13 +216,13 @@ struct Backward : Arguments {
         visit(Array{"reserve", Rows::kNone, Width::kOne, Type::kOpaque}, reserve, other.reserve);
         visit(Array{"grad_output", Rows::kSteps, Width::kOutputs}, dy, other.dy);
         visit(Array{"grad_h_n", Rows::kStates, Width::kOutput}, dh_n, other.dh_n);
-        visit(Array{"grad_c_n", Rows::kStates, Width::kHidden}, dc_n, other.dc_n);
-        visit(Array{"grad_cells", Rows::kSteps, Width::kHiddens}, dcells, other.dcells);
-        visit(Array{"grad_input", Rows::kSteps, Width::kInput}, dx, other.dx);
+        visit(Array{"grad_c_n", Rows::kStates, Width::kBehind}, dc_n, other.dc_n);
+        visit(Array{"grad_cells", Rows::kSteps, Width::kBehinds}, dcells, other.dcells);
+        visit(Array{"grad_input", Rows::kSteps, Width::kInputRow}, dx, other.dx);
         visit(Array{"grad_h_0", Rows::kStates, Width::kOutput}, dh_0, other.dh_0);
-        visit(Array{"grad_c_0", Rows::kStates, Width::kHidden}, dc_0, other.dc_0);
+        visit(Array{"grad_c_0", Rows::kStates, Width::kBehind}, dc_0, other.dc_0);
         visit(Array{"grad_reset_h", Rows::kStates, Width::kOutput}, dreset_h, other.dreset_h);
-        visit(Array{"grad_reset_c", Rows::kStates, Width::kHidden}, dreset_c, other.dreset_c);
+        visit(Array{"grad_reset_c", Rows::kStates, Width::kBehind}, dreset_c, other.dreset_c);
         for (int64_t d = 0; d < sizes.directions; d++) grads[d].visit("grad_weights", other.grads[d], visit);
     }
 };
@@ -210,7 +250,12 @@ struct Loop {
     void (*run)(const Call&, Team&, void* scratch);
 };
 struct Kernel : Loop<Forward>, Loop<Backward> {};
-using Kernels = OfEachCell<Kernel>;
+struct Kernels {
+    OfEachCell<Kernel> built_in;
+    Kernel own;
+
+    constexpr const Kernel& operator[](Cell cell) const { return static_cast<int>(cell) < kCells ? built_in[cell] : own; }
+};
 
 // Units are stored in multiples of this many in reserve and scratch, so that both are the same on every instruction set.
 constexpr int64_t padded(int64_t units) { return (units + 15) / 16 * 16; }

@@ -7,6 +7,7 @@
 // share each step, or where there is one step, is the projection a phase of its own (project_input).
 #pragma once
 
+#include "own_steps.h"
 #include "sequence.h"
 
 namespace ostinato {
@@ -15,6 +16,7 @@ namespace {
 template <class T, class C>
 class ForwardLoop {
     static constexpr int L = Vec<T>::kLanes, G = C::kGates;
+    static constexpr bool kIsProgram = is_program<C>();
     using Projection = Product<T>;
 
 public:
@@ -23,34 +25,39 @@ public:
           size_(call.sizes),
           arena_(scratch),
           steps_(call, arena_),
-          shares_(call.sizes, members, work(), work() * sizeof(T), max_tile_rows<G>()),
+          shares_(call.sizes, members, work(), work() * sizeof(T), tile_height()),
           relay_(ceil_div(ceil_div(call.sizes.hidden, L), kGroup), arena_) {
         const int64_t D = size_.directions, B = size_.batch, O = size_.output(), H = size_.hidden;
         hp_ = padded(H);
         blocks_ = ceil_div(H, L);
         const int64_t most_rows = shares_.together ? B : ceil_div(B, shares_.tiles);
-        is_paired_ = f_.has_bfloat16_weights && size_.steps > 1 && most_rows <= kPairedRows;
-        panel_ = (is_paired_ ? ceil_div(O, 2) : O) * G * L;
+        is_paired_ = !kIsProgram && f_.has_bfloat16_weights && size_.steps > 1 && most_rows <= kPairedRows;
+        panel_ = (is_paired_ ? ceil_div(O, 2) : O) * gates() * L;
         is_tiled_ = size_.steps > 1 && !shares_.together;
         if (is_tiled_) {
             tile_rows_ = ceil_div(B, shares_.tiles);
-            const int64_t step_bytes = max(1, tile_rows_) * G * hp_ * static_cast<int64_t>(sizeof(T));
-            const bool is_far = G * H * size_.input * static_cast<int64_t>(sizeof(T)) > kNear;
+            const int64_t step_bytes = max(1, tile_rows_) * input_gates() * hp_ * static_cast<int64_t>(sizeof(T));
+            const bool is_far = input_gates() * H * size_.input * static_cast<int64_t>(sizeof(T)) > kNear;
             tile_steps_ = min(size_.steps, max(kTileBytes / step_bytes, is_far ? ceil_div(kFarRows, max(1, tile_rows_)) : 1));
             chunk_rows_ = members * tile_rows_ * tile_steps_;
             panels_ih_ = arena_.take<T>(D * input_blocks() * kBlock * size_.input);
             sources_ = arena_.take<const T*>(chunk_rows_);
             targets_ = arena_.take<T*>(chunk_rows_);
         } else {
-            chunk_rows_ = D * chunk_rows(size_, G * hp_ * sizeof(T));
+            chunk_rows_ = D * chunk_rows(size_, input_gates() * hp_ * sizeof(T));
         }
         panels_ = arena_.take<T>(size_.steps == 1 ? members * kGroup * panel_ : D * blocks_ * panel_);
-        start_ = arena_.take<T>(D * G * hp_);
-        apart_ = arena_.take<T>(D * hp_);
-        gx_ = arena_.take<T>(chunk_rows_ * G * hp_);
+        start_ = arena_.take<T>(D * input_gates() * hp_);
+        apart_ = arena_.take<T>(D * (kIsProgram ? gates() : 1) * hp_);
+        gx_ = arena_.take<T>(chunk_rows_ * input_gates() * hp_);
         zeros_ = arena_.take<T>(padded(O));
         previous_ = arena_.take<const T*>(members * B);
-        if (C::kHasC) c_ = arena_.take<T>(D * B * hp_);
+        if (C::kHasC) c_ = arena_.take<T>(D * B * behind() * hp_);
+        if constexpr (kIsProgram) {
+            parameters_ = arena_.take<T>(D * size_.cell.parameters * hp_);
+            sums_ = arena_.take<T>(members * Strip<T>::kRows * gates() * Strip<T>::kBlocks * L);
+            registers_ = arena_.take<T>(members * register_values());
+        }
         if (size_.projection) {
             panels_hr_ = arena_.take<T>(D * ceil_div(O, L) * H * L);
             unprojected_ = arena_.take<T>(D * B * hp_);
@@ -63,6 +70,8 @@ public:
     void run(Team& team) {
         steps_.fill();
         for (int64_t i = 0; i < padded(size_.output()); i++) zeros_[i] = 0;
+        if constexpr (kIsProgram)
+            for (int member = 0; member < team.members(); member++) interpreter(member).load_numbers();
         for (int64_t d = 0; d < size_.directions; d++) prepare(d, team);
         if (is_tiled_)
             run_apart(team);
@@ -74,6 +83,9 @@ public:
     }
 
 private:
+    template <class, class>
+    friend struct OwnForward;
+
     static constexpr int64_t kGroup = 4;  // unit blocks that a member claims at once when all share a step
     static constexpr int64_t kTileBytes = 512 << 10;  // of gx, for the steps that a tile projects at once
     // Where W_ih is so large that it comes from memory, it is worth more rows at once, though gx then leaves the second level.
@@ -81,13 +93,32 @@ private:
     static constexpr int NR = G == 3 ? 3 : 4;  // vectors of a panel of W_ih: G * Hp columns are whole panels, often
     static constexpr int64_t kBlock = NR * L;
 
-    int64_t input_blocks() const { return ceil_div(G * hp_, kBlock); }
+    // What of a built-in cell is known when this is compiled, and of an own cell when it runs: rows of weight_hh and weight_ih
+    // for each unit, states behind h, values that are kept.
+    int64_t gates() const { return kIsProgram ? size_.cell.gates : G; }
+    int64_t input_gates() const { return kIsProgram ? size_.cell.input_gates : G; }
+    int64_t behind() const { return kIsProgram ? size_.cell.behind : C::kHasC; }
+    int64_t saved() const {
+        if constexpr (kIsProgram)
+            return size_.cell.saved;
+        else
+            return C::kSaved;
+    }
+    bool is_joint(int64_t input_gate) const {
+        if constexpr (kIsProgram)
+            return f_.program->is_joint(input_gate);
+        else
+            return input_gate < C::kJoint;
+    }
+    int64_t tile_height() const { return kIsProgram ? rows_of_gates(gates()) : max_tile_rows<G>(); }
+
+    int64_t input_blocks() const { return ceil_div(input_gates() * hp_, kBlock); }
 
     // One step of a few rows: the weights are used where they lie, all in one phase.
     bool is_few_rows() const { return size_.steps == 1 && size_.batch <= Projection::kFewRows; }
 
     // Multiply-adds of one row and step, and so also elements of W_hh.
-    int64_t work() const { return G * size_.hidden * size_.output(); }
+    int64_t work() const { return gates() * size_.hidden * size_.output(); }
 
     const T* weight(const void* p) const { return static_cast<const T*>(p); }
 
@@ -106,12 +137,16 @@ private:
         }
     }
 
-    // The part [k0, k0 + depth) of it.
+    // The part [k0, k0 + depth) of it. Of an own cell so many gates lie together as a product takes at once.
     void pack(int64_t d, int64_t block, int64_t k0, int64_t depth, T* panel) const {
         const int64_t H = size_.hidden, O = size_.output();
-        for (int64_t g = 0; g < G; g++)
-            pack_transposed(weight(f_.weights[d].hh) + (g * H + block * L) * O + k0, O, min(L, H - block * L), depth,
-                            panel + g * L, G * L);
+        for (int64_t first = 0; first < gates(); first += G) {
+            const int64_t count = kIsProgram ? min(G, gates() - first) : G;
+            for (int64_t g = 0; g < count; g++)
+                pack_transposed(weight(f_.weights[d].hh) + ((first + g) * H + block * L) * O + k0, O, min(L, H - block * L),
+                                depth, panel + g * L, count * L);
+            panel += depth * count * L;
+        }
     }
 
     // Packs the weights of the recurrence, adds up the biases and loads c_0.
@@ -137,31 +172,52 @@ private:
             });
         }
         const T *bias_ih = weight(w.bias_ih), *bias_hh = weight(w.bias_hh);
-        for (int64_t g = 0; g < G; g++)
+        const auto bias = [&](const T* of, int64_t g, int64_t j) { return of && j < H ? of[g * H + j] : T(0); };
+        for (int64_t g = 0; g < input_gates(); g++)
             for (int64_t j = 0; j < hp_; j++) {
-                const T in = bias_ih && j < H ? bias_ih[g * H + j] : T(0), hid = bias_hh && j < H ? bias_hh[g * H + j] : T(0);
-                start_[(d * G + g) * hp_ + j] = g < C::kJoint ? in + hid : in;
-                if (g >= C::kJoint) apart_[d * hp_ + j] = hid;
+                const T in = bias(bias_ih, g, j);
+                start_[(d * input_gates() + g) * hp_ + j] = is_joint(g) ? in + bias(bias_hh, g, j) : in;
             }
+        if constexpr (kIsProgram) {
+            for (int64_t i = 0; i < gates() * hp_; i++) apart_[d * gates() * hp_ + i] = bias(bias_hh, i / hp_, i % hp_);
+            copy_parameters(weight(w.per_unit), size_, hp_, parameters_ + d * size_.cell.parameters * hp_);
+        } else if constexpr (C::kJoint < G) {
+            for (int64_t j = 0; j < hp_; j++) apart_[d * hp_ + j] = bias(bias_hh, C::kJoint, j);
+        }
         if constexpr (C::kHasC)
             for (int64_t b = 0; b < B; b++)
-                for (int64_t j = 0; j < hp_; j++)
-                    c_[(d * B + b) * hp_ + j] = f_.c_0 && j < H ? weight(f_.c_0)[(d * B + b) * H + j] : T(0);
+                for (int64_t k = 0; k < behind(); k++)
+                    for (int64_t j = 0; j < hp_; j++) {
+                        const T* c_0 = f_.c_0 ? weight(f_.c_0) + ((d * B + b) * behind() + k) * H : nullptr;
+                        c_[((d * B + b) * behind() + k) * hp_ + j] = c_0 && j < H ? c_0[j] : T(0);
+                    }
     }
 
-    TransposedWeight<T> input_weight(int64_t d) const { return {weight(f_.weights[d].ih), size_.input, size_.hidden, hp_, G}; }
+    const Code& code() const { return f_.reserve && saves() ? f_.program->forward_keep : f_.program->forward; }
+    bool saves() const { return !size_.recompute; }
+    // Enough for both programs, since where scratch is only counted nobody knows which it will be.
+    int64_t register_values() const {
+        return max(Interpreter<T>::scratch(f_.program->forward), Interpreter<T>::scratch(f_.program->forward_keep));
+    }
+    Interpreter<T> interpreter(int member) const {
+        return {&code(), reinterpret_cast<Vec<T>*>(registers_ + member * register_values())};
+    }
+
+    TransposedWeight<T> input_weight(int64_t d) const {
+        return {weight(f_.weights[d].ih), size_.input, size_.hidden, hp_, input_gates()};
+    }
 
     // gx of all rows of the steps [s0, s1).
     void project_input(int64_t d, int64_t s0, int64_t s1, T* gx, Team& team) {
         Projection product;
         product.rows = steps_.rows_between(d, s0, s1);
-        product.columns = G * hp_;
+        product.columns = input_gates() * hp_;
         product.depth = size_.input;
-        product.a[0] = weight(f_.x) + steps_.first_row(d, s0, s1) * size_.input;
-        product.a_row = size_.input;
+        product.a[0] = weight(f_.x) + steps_.first_row(d, s0, s1) * size_.input_row();
+        product.a_row = size_.input_row();
         product.c[0] = gx;
-        product.ldc = G * hp_;
-        product.start = start_ + d * G * hp_;
+        product.ldc = input_gates() * hp_;
+        product.start = start_ + d * input_gates() * hp_;
         product.weight = input_weight(d);
         product.run(team, product_scratch_);
     }
@@ -174,8 +230,8 @@ private:
         int64_t count = 0;
         for (int64_t s = s0; s < s1; s++)
             for (int64_t b = b0; b < min(b1, steps_.rows(d, s)); b++, count++) {
-                sources[count] = weight(f_.x) + (steps_.first_row(d, s) + b) * size_.input;
-                targets[count] = gx + ((s - s0) * tile_rows_ + b - b0) * G * hp_;
+                sources[count] = weight(f_.x) + (steps_.first_row(d, s) + b) * size_.input_row();
+                targets[count] = gx + ((s - s0) * tile_rows_ + b - b0) * input_gates() * hp_;
             }
         constexpr int MR = kAccumulators / NR;
         for (int64_t block = 0; block < input_blocks(); block++)
@@ -203,8 +259,8 @@ private:
                 if (r >= count) break;
                 _Pragma("GCC unroll 8") for (int v = 0; v < NR; v++) {
                     const int64_t column = block * kBlock + v * L;
-                    if (column >= G * hp_) break;
-                    const T* before = k0 ? targets[r] + column : start_ + d * G * hp_ + column;
+                    if (column >= input_gates() * hp_) break;
+                    const T* before = k0 ? targets[r] + column : start_ + d * input_gates() * hp_ + column;
                     (acc[0][r][v] + Vec<T>::load(before)).store(targets[r] + column);
                 }
             }
@@ -216,14 +272,14 @@ private:
         team.run(shares_.tiles * size_.directions, [&](int64_t task, int member) {
             const int64_t d = task % size_.directions, tile = task / size_.directions;
             const int64_t b0 = shares_.begin(tile), end = shares_.begin(tile + 1);
-            T* gx = gx_ + member * tile_rows_ * tile_steps_ * G * hp_;
+            T* gx = gx_ + member * tile_rows_ * tile_steps_ * input_gates() * hp_;
             for (int64_t s0 = 0; s0 < size_.steps; s0 += tile_steps_) {
                 const int64_t s1 = min(size_.steps, s0 + tile_steps_);
                 project_tile(d, s0, s1, b0, end, gx, member);
                 for (int64_t s = s0; s < s1; s++) {
                     const int64_t b1 = min(end, steps_.rows(d, s));
                     if (b0 >= b1) continue;
-                    Step step(*this, d, s, gx + (s - s0) * tile_rows_ * G * hp_, b0, member);
+                    Step step(*this, d, s, gx + (s - s0) * tile_rows_ * input_gates() * hp_, b0, member);
                     step.begin(b0, b1);
                     step.units(b0, b1, 0, blocks_);
                     if constexpr (C::kProjects)
@@ -242,7 +298,7 @@ private:
             const auto share = [&](int64_t, int member) {
                 relay_.run(s1 - s0, member, team.members(), [&](int64_t i, int64_t group) {
                     const int64_t s = s0 + i, n = steps_.rows(0, s);
-                    T* gx = gx_ + (steps_.first_row(0, s) - steps_.first_row(0, s0, s1)) * G * hp_;
+                    T* gx = gx_ + (steps_.first_row(0, s) - steps_.first_row(0, s0, s1)) * input_gates() * hp_;
                     Step step(*this, 0, s, gx, 0, member);
                     step.begin(0, n);
                     step.units(0, n, group * kGroup, min(blocks_, (group + 1) * kGroup));
@@ -256,7 +312,7 @@ private:
     // With one step nothing is gained by packing ahead: a group of blocks is packed, used for all rows while it is in
     // the cache, and forgotten; for a few rows it is not even packed. A cell is this.
     void run_one_step(Team& team) {
-        const auto gx = [&](int64_t d) { return gx_ + d * (chunk_rows_ / size_.directions) * G * hp_; };
+        const auto gx = [&](int64_t d) { return gx_ + d * (chunk_rows_ / size_.directions) * input_gates() * hp_; };
         if (!is_few_rows())
             for (int64_t d = 0; d < size_.directions; d++) project_input(d, 0, 1, gx(d), team);
         const int64_t groups = ceil_div(blocks_, kGroup);
@@ -283,30 +339,32 @@ private:
     struct Step {
         const ForwardLoop& w;  // the whole time loop
         int64_t d, s, row0;
+        int member;
         CutRows cut;
         T* gx;               // [rows, G * Hp] of this step, from row gx_first on
         int64_t gx_first;
-        T *y, *c, *reserve;  // y: [rows, ld_y]; c: [B, Hp]; reserve: [rows, values * Hp] or null
-        int values;          // of what the cell saves, the last ones: all of them, or the second state alone
+        T *y, *c, *reserve;  // y: [rows, ld_y]; c: [B, E * Hp]; reserve: [rows, values * Hp] or null
+        int64_t values;      // of what the cell saves, the last ones: all of them, or the states behind h alone
         T* unprojected;      // [B, Hp]
         int64_t ld_y;
         const T** previous;  // [B] rows of h_{t-1}
         const T* panels;     // packed W_hh from first_block on
         int64_t first_block = 0;
 
-        Step(const ForwardLoop& loop, int64_t direction, int64_t step, T* gates_x, int64_t first, int member)
+        Step(const ForwardLoop& loop, int64_t direction, int64_t step, T* gates_x, int64_t first, int of_member)
             : w(loop),
               d(direction),
               s(step),
               row0(loop.steps_.first_row(d, s)),
+              member(of_member),
               cut(loop.steps_.cut(d, s)),
               gx(gates_x),
               gx_first(first) {
             const Sizes& z = w.size_;
             ld_y = z.directions * z.output();
             y = static_cast<T*>(w.f_.y) + row0 * ld_y + d * z.output();
-            c = C::kHasC ? w.c_ + d * z.batch * w.hp_ : nullptr;
-            values = w.size_.recompute ? C::kHasC : C::kSaved;
+            c = C::kHasC ? w.c_ + d * z.batch * w.behind() * w.hp_ : nullptr;
+            values = w.size_.recompute ? w.behind() : w.saved();
             reserve = w.f_.reserve && values ? static_cast<T*>(w.f_.reserve) + (d * z.rows + row0) * values * w.hp_ : nullptr;
             unprojected = z.projection ? w.unprojected_ + d * z.batch * w.hp_ : nullptr;
             previous = w.previous_ + member * z.batch;
@@ -330,17 +388,19 @@ private:
         }
 
         void units(int64_t b0, int64_t b1, int64_t u0, int64_t u1) const {
+            if constexpr (kIsProgram) return OwnForward<T, Step>{*this}.units(b0, b1, u0, u1);
             RowPanels<T> p{previous, w.size_.output(), panels - first_block * w.panel_, w.panel_, G * L, take_cells, this};
             p.is_paired = w.is_paired_;
             multiply_tiles<G>(p, b0, b1, u0, u1);
         }
 
         static void take_cells(const void* step, Vec<T>* sums, int rows, int64_t b, int64_t unit) {
-            static_cast<const Step*>(step)->cells(sums, rows, b, unit);
+            if constexpr (!kIsProgram) static_cast<const Step*>(step)->cells(sums, rows, b, unit);
         }
 
         // All rows, W_hh where it lies. Two blocks at once give a cell of one gate chains enough to hide their latency.
         void few_rows(int n, int64_t u0, int64_t u1) const {
+            if constexpr (kIsProgram) return OwnForward<T, Step>{*this}.few_rows(n, u0, u1);
             constexpr int NJ = G == 1 ? 2 : 1;
             for (int64_t u = u0; u < u1; u += NJ) few_rows_tile(n, u, static_cast<int>(min(NJ, u1 - u)));
         }
@@ -364,7 +424,8 @@ private:
                         }
             }
             multiply_in_place(acc, n_j, n, previous, w.weight(w.f_.weights[d].hh), O, O, u);
-            for (int j = 0; j < n_j; j++) cells(acc + j * n * G, n, 0, (u + j) * L);
+            for (int j = 0; j < n_j; j++)
+                if constexpr (!kIsProgram) cells(acc + j * n * G, n, 0, (u + j) * L);
         }
 
         // acc [n_j][n][G]: rows [n] times the blocks from u on of a weight [G*H, ld].
@@ -435,12 +496,12 @@ private:
 
     // h_n is the state of each row after its own last step, or h_0 where it has none.
     void finish(int64_t d) {
-        const int64_t B = size_.batch, H = size_.hidden;
+        const int64_t rows = size_.batch * behind(), H = size_.hidden;
         if (f_.h_n) last_states(d);
         if constexpr (C::kHasC) {
-            T* c_n = static_cast<T*>(f_.c_n) + d * B * H;
-            for (int64_t b = 0; b < B; b++)
-                for (int64_t j = 0; j < H; j++) c_n[b * H + j] = c_[(d * B + b) * hp_ + j];
+            T* c_n = static_cast<T*>(f_.c_n) + d * rows * H;
+            for (int64_t i = 0; i < rows; i++)
+                for (int64_t j = 0; j < H; j++) c_n[i * H + j] = c_[(d * rows + i) * hp_ + j];
         }
     }
 
@@ -470,6 +531,7 @@ private:
     const T** sources_ = nullptr;
     T** targets_ = nullptr;
     T *panels_hr_ = nullptr, *unprojected_ = nullptr, *product_scratch_;
+    T *parameters_ = nullptr, *sums_ = nullptr, *registers_ = nullptr;
     const T** previous_;
 };
 

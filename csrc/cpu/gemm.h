@@ -13,6 +13,7 @@
 // where it lies: packed, the weight gradients of T100 B32 H256 took 5% longer.
 #pragma once
 
+#include "engine.h"
 #include "threads.h"
 #include "vec.h"
 
@@ -235,10 +236,10 @@ template <class T>
 struct Product {
     int64_t rows = 0, columns = 0, depth = 0;  // M, N (of C; B may be packed wider), K of one segment
     int batches = 1, segments = 1;
-    const T* a[4] = {};
+    const T* a[kMostGates] = {};
     // Element (m, k) at a + m * a_row + k * a_column; one of them is 1. Where it is a_row, 7 elements past a row may be read.
     int64_t a_row = 0, a_column = 1;
-    T* c[4] = {};
+    T* c[kMostGates] = {};
     int64_t ldc = 0;
     const T* start = nullptr;  // [N] added to the first chain (readable up to a multiple of the lanes), or none
     bool resume = false;       // the sum goes on from what C holds

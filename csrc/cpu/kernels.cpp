@@ -18,22 +18,31 @@ constexpr Loop<Call> kLoop = {
     [](const Call& call, Team& team, void* scratch) { TimeLoop(call, team.members(), scratch).run(team); },
 };
 
+template <class T, class C>
+constexpr Kernel kernel() {
+    return {kLoop<Forward, ForwardLoop<T, C>>, kLoop<Backward, BackwardLoop<T, C>>};
+}
+
 template <class T, class... C>
 constexpr Kernels kernels(List<C...>) {
-    return {{{kLoop<Forward, ForwardLoop<T, C>>, kLoop<Backward, BackwardLoop<T, C>>}...}};
+    return {{{kernel<T, C>()...}}, kernel<T, Own>()};
 }
 
 // S: how the arrays are stored. TimeLoop: the time loop in float32.
 template <class S, class C, class Call, class TimeLoop>
 struct NarrowLoop : Narrow<S, Call> {
-    NarrowLoop(const Call& call, int members, void* scratch)
-        : Narrow<S, Call>(C::kGates, kLoop<Call, TimeLoop>, call, members, scratch) {}
+    NarrowLoop(const Call& call, int members, void* scratch) : Narrow<S, Call>(kLoop<Call, TimeLoop>, call, members, scratch) {}
 };
+
+template <class S, class C>
+constexpr Kernel narrow_kernel() {
+    return {kLoop<Forward, NarrowLoop<S, C, Forward, ForwardLoop<float, C>>>,
+            kLoop<Backward, NarrowLoop<S, C, Backward, BackwardLoop<float, C>>>};
+}
 
 template <class S, class... C>
 constexpr Kernels narrow_kernels(List<C...>) {
-    return {{{kLoop<Forward, NarrowLoop<S, C, Forward, ForwardLoop<float, C>>>,
-              kLoop<Backward, NarrowLoop<S, C, Backward, BackwardLoop<float, C>>>}...}};
+    return {{{narrow_kernel<S, C>()...}}, narrow_kernel<S, Own>()};
 }
 
 }  // namespace

@@ -22,12 +22,11 @@ namespace {
 template <class S, class Call>
 class Narrow {
 public:
-    Narrow(int64_t gates, const Loop<Call>& loop, const Call& call, int members, void* scratch)
-        : loop_(loop), wide_(call), arena_(scratch) {
+    Narrow(const Loop<Call>& loop, const Call& call, int members, void* scratch) : loop_(loop), wide_(call), arena_(scratch) {
         call.visit(wide_, [&](const Array& array, auto narrow, auto& wide) {
             if (!narrow || array.type != Type::kValue) return;
             constexpr bool is_read = std::is_same_v<decltype(narrow), const void*>;
-            const int64_t count = array.height(call.sizes, gates) * array.row_values(call.sizes);
+            const int64_t count = array.height(call.sizes) * array.row_values(call.sizes);
             Copy& copy = copies_[count_++] = {const_cast<void*>(static_cast<const void*>(narrow)), arena_.take<float>(count),
                                               count, is_read};
             // Where scratch is only counted, the narrow array says that there is one.

@@ -1,6 +1,7 @@
 """Recurrent layers with PyTorch's interface, weights and numbers, on kernels of their own.
 
 - `ostinato.nn`: RNNCell, GRUCell, LSTMCell, RNN, GRU and LSTM for torch.
+- `ostinato.zoo`: recurrent cells of the literature, for `ostinato.nn.Recurrent`.
 - `ostinato.replace(model)`: torch.nn's recurrent layers in a model become these;
   `ostinato.restore(model)`: and back.
 - `ostinato.explain(layer, x)`: who would run a call, and why nobody before.
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from typing import Any
 
-    from ostinato import bench, cuda, nn, numpy, onnx, opacus, ops, reference
+    from ostinato import bench, cuda, nn, numpy, onnx, opacus, ops, reference, zoo
     from ostinato.aten import decompositions
     from ostinato.explained import explain
     from ostinato.names import from_r
@@ -47,6 +48,7 @@ __all__ = [
     "reference",
     "replace",
     "restore",
+    "zoo",
 ]
 
 # Functions, and the module that each stands in.

@@ -5,7 +5,8 @@ engines are given take names, order and shapes from here; csrc/cpu/engine.h stat
 CPU engine, and a test holds both equal.
 
 Legend: T steps, B batch, N packed rows (T * B of a padded batch), I input, H hidden, O output of a
-step (proj_size, or H), D directions.
+step (proj_size, or H), D directions, E states behind h (several of an own cell, beside each other),
+n numbers for each unit that drive a step of an own cell.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Array:
     name: str  # in the operators' schemas and in messages
     # "N" (T, B of a padded batch), "D*B", "B" or "T"; nothing for an array that has no rows
     rows: str
-    width: str  # how many numbers a row has: "I", "O", "H", "D*O", "D*H" or "1"
+    width: str  # how many numbers a row has: "I+n*H", "O", "E*H", "D*O", "D*E*H" or "1"
     role: str  # "input", "state", "weight", "mask", "result" or "kept"
     type: str = "Tensor?"  # in a schema
 
@@ -45,14 +46,14 @@ class Array:
 
 
 def _of_states(name: str, role: str, rows: str = "D*B", width: str = "") -> tuple[Array, ...]:
-    """Return an array for each state: h is as wide as the output, all others as the layer."""
+    """Return an array for each state: h as wide as the output, the other as the layer."""
     return tuple(
-        Array(name.format(state), rows, width + ("H" if k else "O"), role)
+        Array(name.format(state), rows, width + ("E*H" if k else "O"), role)
         for k, state in enumerate(STATES)
     )
 
 
-INPUT = Array("input", "N", "I", "input", "Tensor")
+INPUT = Array("input", "N", "I+n*H", "input", "Tensor")
 BATCH_SIZES = Array("batch_sizes", "T", "1", "mask")
 INITIAL = _of_states("{}_0", "state")
 WEIGHTS = Array("weights", "", "", "weight", "Tensor[]")

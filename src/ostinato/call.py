@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from ostinato import arrays
 from ostinato.arrays import STATES, Array
-from ostinato.cells import CELLS, Cell
+from ostinato.cells import Cell, cell_of, find
+from ostinato.reference import namespace
 
 # One for each state of a cell, h first: an array, or None.
 States = tuple[Any, ...]
@@ -97,7 +98,7 @@ class Call(NamedTuple):
         initial, (weights, cell, has_biases, bidirectional, *more) = rest[:most], rest[most:]
         filled: list[Any] = [*more, *_LEFT_OUT[len(more) :]]
         recompute, lengths, resets, *reset_to = filled
-        kind = CELLS.get(cell)
+        kind = find(cell)
         count = 1 if kind is None else len(kind.states)
         # One too many is left for the check to refuse.
         for k in range(count, most):
@@ -132,7 +133,7 @@ class Call(NamedTuple):
     @property
     def kind(self) -> Cell:
         """What cell this is."""
-        return CELLS[self.cell]
+        return cell_of(self.cell)
 
     @property
     def is_cut(self) -> bool:
@@ -202,10 +203,19 @@ class Call(NamedTuple):
         return self._replace(initial=initial, reset_to=reset_to)
 
     def of_layer(self, k: int, input: Any) -> Call:
-        """Return the call of layer `k` of a stack, on what the layer before it returned."""
+        """Return the call of layer `k` of a stack, on what the layer before it returned.
+
+        What drives the steps of an own cell drives those of each layer.
+        """
         if self.layers == 1:
             return self
         count, rows = len(self.weights) // self.layers, 2 if self.bidirectional else 1
+
+        drives = self.kind.drives
+        if k and drives:
+            *_, weight_hh = self.weights[:2]
+            behind = self.input[..., self.input.shape[-1] - drives * weight_hh.shape[1] :]
+            input = namespace(input).concatenate([input, behind], -1)
 
         def own(states: States) -> States:
             return tuple(None if s is None else s[k * rows : (k + 1) * rows] for s in states)

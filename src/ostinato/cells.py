@@ -1,11 +1,16 @@
 """A cell is a value: one record for each, and nobody else knows a cell by its name.
 
-Legend: H hidden, G gates.
+The name of a cell of the user's own, an own cell, is the text of its graph
+(`ostinato.own.graph`). So whoever meets the name can make the record (`ostinato.own.records`).
+
+Legend: H hidden, G gates, P numbers per unit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,13 @@ class Cell:
     onnx: Onnx | None = None  # how ONNX's operator is told to compute this, if it has one
     dim_word: str = ""  # a word that torch's layer adds when it refuses an input's dimensions
     timed_as: str = ""  # the cell whose measured times stand for this one's, or nothing
+    # What only an own cell says; of the others it follows from the fields above.
+    of_input: int | None = None  # rows of weight_ih for each unit, where not G
+    others: int | None = None  # states behind h, which lie in one array, where there may be several
+    parameters: int = 0  # P, numbers for each unit
+    drives: int = 0  # numbers for each unit and step, which lie behind the input
+    # Its step (`ostinato.reference.STEPS` has the others').
+    step: Callable[..., tuple[Any, ...]] | None = field(default=None, compare=False)
 
     @property
     def has_c(self) -> bool:
@@ -52,9 +64,29 @@ class Cell:
         return len(self.states) > 1
 
     @property
+    def input_gates(self) -> int:
+        """Rows of weight_ih for each unit."""
+        return self.gates if self.of_input is None else self.of_input
+
+    @property
+    def behind(self) -> int:
+        """How many states there are behind h."""
+        return len(self.states) - 1 if self.others is None else self.others
+
+    @property
     def recomputed(self) -> int:
         """How many of `saved` are still kept where backward computes the others again: c."""
-        return len(self.states) - 1
+        return self.behind
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this is a cell of the user's own."""
+        return self.step is not None
+
+    @property
+    def has_engine(self) -> bool:
+        """Whether anything but the reference runs it."""
+        return self.number >= 0
 
 
 _RNN = Cell(
@@ -111,3 +143,36 @@ _LSTM = Cell(
 CELLS = {cell.name: cell for cell in (_RNN, _RELU, _GRU, _LSTM)}
 # By the name of a layer, in small letters. An RNN's two cells differ in nothing that is asked here.
 LAYERS = {cell.layer.lower(): cell for cell in CELLS.values()}
+
+
+# Records of cells that are not listed above, and who makes them, by what their names begin with. A
+# compiler sees the first dictionary alone, where a layer puts its cell's when it is made.
+known: dict[str, Cell] = {}
+makers: dict[str, Callable[[str], Cell | None]] = {}
+
+
+def find(name: str) -> Cell | None:
+    """Return the record of a cell, or None for a name that no cell has."""
+    found = CELLS.get(name)
+    if found is None:
+        found = known.get(name)
+    if found is not None or not isinstance(name, str):
+        return found
+    kind, _, rest = name.partition(":")
+    return makers[kind](name) if rest and kind in makers else None
+
+
+def cell_of(name: str) -> Cell:
+    """Return the record of a cell.
+
+    Raises:
+        KeyError: no cell has this name.
+
+    Example:
+        >>> cell_of("gru").gates
+        3
+    """
+    found = find(name)
+    if found is None:
+        raise KeyError(name)
+    return found

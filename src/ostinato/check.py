@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from ostinato import arrays
 from ostinato.call import Call, Results, Shape
-from ostinato.cells import CELLS
+from ostinato.cells import CELLS, find
 from ostinato.sizes import Sizes
 
 # Of an array: dtype, and of a tensor device and layout too. All arrays share them with the input.
@@ -28,7 +28,7 @@ _SHARED = "dtype", "device", "layout"
 def shape_of(call: Call) -> Shape | None:
     """Return the sizes that the weights say, or None if they make no sense."""
     directions = 2 if call.bidirectional else 1
-    weights, kind = call.weights, CELLS.get(call.cell)
+    weights, kind = call.weights, find(call.cell)
     count = len(weights) // directions
     if kind is None or count < 2 or not call.input.ndim or not weights[0].ndim:
         return None
@@ -37,6 +37,10 @@ def shape_of(call: Call) -> Shape | None:
         if not weights[count - 1].ndim:
             return None
         projection = weights[count - 1].shape[0]
+    if kind.is_own:
+        weight_hh = weights[1]
+        hidden = weight_hh.shape[1] if weight_hh.ndim == 2 else 0
+        return call.input.shape[-1] - kind.drives * hidden, hidden, 0, directions
     return call.input.shape[-1], weights[0].shape[0] // kind.gates, projection, directions
 
 
@@ -50,7 +54,7 @@ def check(call: Call, shared: Shared, names: Sequence[str] = ()) -> Sizes:
         ValueError: an unknown cell, or another dtype than the input's.
         RuntimeError: another shape, number of arrays, device or layout.
     """
-    kind = CELLS.get(call.cell)
+    kind = find(call.cell)
     if kind is None:
         raise ValueError(f"cell: expected one of {', '.join(CELLS)}, got {call.cell!r}")
     input, batch_sizes = call.input, call.batch_sizes
@@ -65,7 +69,13 @@ def check(call: Call, shared: Shared, names: Sequence[str] = ()) -> Sizes:
     rows = steps * call.batch if batch_sizes is None else input.shape[0]
     hidden, projection = _hidden(call, names)
     directions = 2 if call.bidirectional else 1
-    sizes = Sizes(steps, rows, call.batch, input.shape[-1], hidden, projection, directions)
+    own = input.shape[-1] - kind.drives * hidden
+    sizes = Sizes(steps, rows, call.batch, own, hidden, projection, directions)
+    if own < 0:
+        raise RuntimeError(
+            f"input: expected at least {kind.drives} * {hidden} numbers in a row, which drive the "
+            f"steps, got {input.shape[-1]}"
+        )
     like = shared(input)
     for name, weight, shape in _weights(call, sizes, names):
         require(name, weight, shape, like, shared)
@@ -78,7 +88,7 @@ def _hidden(call: Call, names: Sequence[str]) -> tuple[int, int]:
     kind = call.kind
     ways = call.layers * (2 if call.bidirectional else 1)
     count, rest = divmod(len(call.weights), ways)
-    plain = 4 if call.has_biases else 2
+    plain = (4 if call.has_biases else 2) + (kind.parameters > 0)
     is_projected = kind.projects and count == plain + 1
     if rest or not (count == plain or is_projected):
         extra = f" or {plain + 1}" if kind.projects else ""
@@ -90,7 +100,7 @@ def _hidden(call: Call, names: Sequence[str]) -> tuple[int, int]:
     if weight_hh.ndim != 2:
         raise RuntimeError(f"{name}: expected 2D, got {weight_hh.ndim}D")
     rows, output = weight_hh.shape
-    hidden = rows // kind.gates
+    hidden = output if kind.is_own else rows // kind.gates
     if rows != kind.gates * hidden or (not is_projected and output != hidden):
         columns = "proj_size" if is_projected else "hidden_size"
         raise RuntimeError(
@@ -104,21 +114,24 @@ def _weights(
     call: Call, sizes: Sizes, names: Sequence[str]
 ) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
     """Yield name and expected shape with each weight."""
-    rows, output = call.kind.gates * sizes.hidden, sizes.output
+    kind, output = call.kind, sizes.output
+    of_input, of_state = kind.input_gates * sizes.hidden, kind.gates * sizes.hidden
     layout: list[tuple[str, tuple[int, ...]]] = [
-        ("weight_ih", (rows, sizes.input)),
-        ("weight_hh", (rows, output)),
+        ("weight_ih", (of_input, sizes.input)),
+        ("weight_hh", (of_state, output)),
     ]
     if call.has_biases:
-        layout += [("bias_ih", (rows,)), ("bias_hh", (rows,))]
+        layout += [("bias_ih", (of_input,)), ("bias_hh", (of_state,))]
     if sizes.projection:
         layout.append(("weight_hr", (output, sizes.hidden)))
+    if kind.parameters:
+        layout.append(("per_unit", (kind.parameters, sizes.hidden)))
     count = len(layout)
     for index, weight in enumerate(call.weights):
         name, shape = layout[index % count]
         way = index // count
         if index % count == 0 and way >= sizes.directions:
-            shape = rows, sizes.directions * output  # a later layer reads outputs
+            shape = of_input, sizes.directions * output  # a later layer reads outputs
         if names:
             name = names[index]
         elif way % sizes.directions:
@@ -128,7 +141,7 @@ def _weights(
 
 def _check_states(call: Call, sizes: Sizes, like: Sequence[Any], shared: Shared) -> None:
     """Check the initial states, and the masks and states of rows that are cut."""
-    count, widths = len(call.kind.states), sizes.widths()
+    count, widths = len(call.kind.states), sizes.widths(call.kind)
     if call.lengths is not None and call.batch_sizes is not None:
         raise RuntimeError("lengths: expected None for packed input, which has its own")
     for table, states in ((arrays.INITIAL, call.initial), (arrays.RESET_TO, call.reset_to)):
@@ -164,7 +177,7 @@ def gradients(call: Call) -> tuple[arrays.Array, ...]:
 def shapes_of(call: Call, sizes: Sizes) -> dict[str, tuple[int, ...]]:
     """Return the shape of each result of a call, and of each state, by its name in the table."""
     rows = {"N": tuple(call.input.shape[:-1]), "D*B": (sizes.directions, sizes.batch)}
-    widths = sizes.widths()
+    widths = sizes.widths(call.kind)
     return {array.name: (*rows[array.rows], widths[array.width]) for array in _SHAPED}
 
 

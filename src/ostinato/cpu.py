@@ -24,7 +24,7 @@ from ostinato import _core, arrays, plain
 from ostinato.call import Call, Results
 from ostinato.check import check_lengths, shape_of, shapes_of
 from ostinato.plain import NUMBERS, Config, of_tuple, to_tuple
-from ostinato.sizes import Sizes, five_per_direction
+from ostinato.sizes import Sizes, six_per_direction
 from ostinato.tensors import (
     DTYPES,
     address,
@@ -77,6 +77,7 @@ def _places(
     directions: int,
     has_biases: bool,
     projection: bool,
+    per_unit: bool,
 ) -> tuple[int, ...]:
     """Return where each array that the engine asks for stands among those that `_run` is given.
 
@@ -98,7 +99,7 @@ def _places(
     found: list[int] = []
     for name in _ORDER[is_backward]:
         if name.endswith("weights"):
-            found += five_per_direction(at[name], sizes, has_biases, absent)
+            found += six_per_direction(at[name], sizes, has_biases, absent, per_unit)
         else:
             found += at.get(name, [absent])
     return tuple(found)
@@ -130,6 +131,7 @@ def _run(
         sizes.directions,
         call.has_biases,
         sizes.projection > 0,
+        call.kind.parameters > 0,
     )
     addresses, strides = [*map(address, dense), 0], []
     if ensemble:
@@ -268,7 +270,7 @@ def plain_forward(config: Config, keep: bool, tensors: tuple[Any, ...]) -> Any:
     """
     cell, is_step, shape, has_biases, recompute, _ = config
     threads = _core.forced_threads or _num_threads()
-    number, options = NUMBERS.get(cell, -1), (has_biases, keep, recompute, threads)
+    number, options = NUMBERS[cell], (has_biases, keep, recompute, threads)
     return _core.tensors_forward(number, is_step, shape, tensors, *options)
 
 

@@ -17,7 +17,7 @@ def explain(layer: Any, x: Any, hx: Any = None, *, lengths: Any = None, resets: 
     it. Nothing is computed.
 
     Args:
-        layer: one of the six modules of `ostinato.nn`.
+        layer: one of the modules of `ostinato.nn`; what drives an own cell's steps is 0.
         x: its input, a tensor or, but for a cell, a PackedSequence.
         hx: as in the module's call.
         lengths: likewise.
@@ -49,7 +49,7 @@ def explain(layer: Any, x: Any, hx: Any = None, *, lengths: Any = None, resets: 
     if call_of is None:
         kind = type(layer)
         raise TypeError(
-            "explain: layer must be RNN, GRU, LSTM or a cell of ostinato.nn, followed by its "
+            "explain: layer must be a layer or a cell of ostinato.nn, followed by its "
             f"input, got {kind.__module__}.{kind.__qualname__}"
         )
     call = call_of(x, hx, lengths, resets)

@@ -17,7 +17,7 @@ from torch.overrides import has_torch_function
 
 from ostinato import cpu, profile
 from ostinato.call import Call, Results, Shape, padded
-from ostinato.cells import CELLS
+from ostinato.cells import CELLS, cell_of
 from ostinato.check import shape_of
 from ostinato.cuda import fast as gpu
 from ostinato.cuda import trial
@@ -35,7 +35,16 @@ _modes = torch._C._len_torch_dispatch_stack
 _any_requires_grad = torch._C._any_requires_grad
 _is_profiled = torch._C._autograd._profiler_enabled
 
-_HAVE_C = {name for name, cell in CELLS.items() if cell.has_c}
+
+class _HaveC(dict[str, bool]):
+    """Which cells have states behind h."""
+
+    def __missing__(self, name: str) -> bool:
+        found = self[name] = cell_of(name).has_c
+        return found
+
+
+_HAVE_C = _HaveC((name, cell.has_c) for name, cell in CELLS.items())
 
 
 class _DeclinedError(Exception):
@@ -60,11 +69,21 @@ def why_not(call: Call) -> str | None:
         return "it runs float32, float64, bfloat16 and float16 on the CPU"
     if shape_of(call) is None:
         return "the weights are not those of a layer"
+    if not call.kind.has_engine:
+        return "this cell asks for the reference"
     if not all(weight.is_contiguous() for weight in call.weights):
         return "a weight is not dense"
-    if not all(t is None or t.numel() for t in (call.batch_sizes, *call.tensors())):
+    if not all(t is None or t.numel() for t in (call.batch_sizes, *_filled(call))):
         return "a tensor has no elements"
     return None
+
+
+def _filled(call: Call) -> list[Any]:
+    """Return the tensors that are to have elements: not the weights of a side without gates."""
+    kind, (_, *tensors) = call.kind, call.tensors()
+    if kind.gates and kind.input_gates:
+        return [call.input, *tensors]
+    return [call.input, *call.initial, *call.reset_to]
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -128,8 +147,8 @@ def run(
         except _DeclinedError:
             return None
         if not is_step:
-            return found if cell in _HAVE_C else (*found, None)
-        if cell not in _HAVE_C:
+            return found if _HAVE_C[cell] else (*found, None)
+        if not _HAVE_C[cell]:
             return found, None, None
         h, c = found
         return h, None, c
@@ -161,8 +180,10 @@ def run_stack(
     if not _is_alone() or torch._C._len_torch_function_stack():
         return None
     _, hidden, projection, directions = shape
+    if cell not in CELLS and cell_of(cell).drives:
+        return None  # each layer's input has these beside the output of the layer before
     later = (projection or hidden) * directions, hidden, projection, directions
-    count = _weights(shape, has_biases)
+    count = _weights(cell, shape, has_biases)
     layers, last = len(weights) // count, []
     masks, reset_to = cuts[:2], cuts[2:]
     states: list[Any] = []
@@ -185,10 +206,11 @@ def run_stack(
     return input, h_n, c_n
 
 
-def _weights(shape: Shape, has_biases: bool) -> int:
+def _weights(cell: str, shape: Shape, has_biases: bool) -> int:
     """Return how many weights a layer has."""
     *_, projection, directions = shape
-    return directions * (2 + 2 * has_biases + (projection > 0))
+    per_unit = cell not in CELLS and cell_of(cell).parameters > 0
+    return directions * (2 + 2 * has_biases + (projection > 0) + per_unit)
 
 
 def _on_either_forward(config: Config, keep: bool, tensors: tuple[Any, ...]) -> Any:
@@ -241,7 +263,7 @@ class _FastPath(torch.autograd.Function):
         output, h_n, c_n, reserve = found
         # One step of a GRU or an LSTM is differentiated without its output, which the caller may
         # then change in place, as with torch's cells.
-        reads_output = not is_step or CELLS[cell].reads_output
+        reads_output = not is_step or cell_of(cell).reads_output
         ctx.save_for_backward(output if reads_output else None, reserve, *tensors)
         ctx.config = config
         ctx.set_materialize_grads(False)
@@ -272,7 +294,7 @@ def _differentiate(ctx: Any, tensors: Any, output: Any, reserve: Any, arrived: A
     """Differentiate where C++ does not: in any order, or many gradients at once."""
     cell, is_step, shape, has_biases, recompute, _ = ctx.config
     *_, directions = shape
-    count = _weights(shape, has_biases)
+    count = _weights(cell, shape, has_biases)
     (batch_sizes, *cuts), parts = of_tuple(tensors, count)
     input, initial, reset_to, weights = parts
     batch = 0 if is_step else batch_of(input, batch_sizes, *initial)

@@ -74,8 +74,9 @@ def _bind(operator: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> t
 
 def _per_row(call: Call, sizes: Sizes) -> tuple[int, int, int]:
     """Return the operations of the three products for one row of a step in one direction."""
-    gates = 2 * call.kind.gates * sizes.hidden
-    return gates * sizes.input, gates * sizes.output, 2 * sizes.hidden * sizes.projection
+    kind, twice = call.kind, 2 * sizes.hidden
+    of_input, of_state = twice * kind.input_gates, twice * kind.gates
+    return of_input * sizes.input, of_state * sizes.output, twice * sizes.projection
 
 
 def _rows(call: Call) -> tuple[int, int]:

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from ostinato import _core, arrays, check, reference
 from ostinato.call import Call, States, padded
 from ostinato.cells import CELLS
-from ostinato.sizes import Sizes, five_per_direction
+from ostinato.sizes import Sizes, six_per_direction
 
 __all__ = ["gru", "layer", "lstm", "rnn"]
 
@@ -384,7 +384,7 @@ def _check_words(
     for name, state, array in zip(_state_names(given), states, arrays.INITIAL, strict=False):
         if state is None:
             continue
-        expected = (rows, sizes.batch, sizes.widths()[array.width])
+        expected = (rows, sizes.batch, sizes.widths(call.kind)[array.width])
         if state.shape != expected:
             word = name.replace("hx[", "hidden[").replace("hx", "hidden")
             raise RuntimeError(f"Expected {word} size {expected}, got {list(state.shape)}")
@@ -504,8 +504,9 @@ def _layer(call: Call, sizes: Sizes) -> tuple[Array, States]:
     pairs = zip(arrays.INITIAL, call.initial, strict=False)
     given.update((array.name, _dense(state)) for array, state in pairs)
     dense = [_dense(weight) for weight in call.weights]
-    five = five_per_direction(dense, sizes, call.has_biases, None)
-    found = [a for n in _NAMES for a in (five if n == "weights" else [given.get(n)])]
+    per_unit = call.kind.parameters > 0
+    weights = six_per_direction(dense, sizes, call.has_biases, None, per_unit)
+    found = [a for n in _NAMES for a in (weights if n == "weights" else [given.get(n)])]
     _core.forward(
         call.kind.number,
         _DTYPES[input.dtype],

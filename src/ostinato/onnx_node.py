@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ostinato import arrays
 from ostinato.call import Call, Results
-from ostinato.cells import CELLS
+from ostinato.cells import cell_of
 from ostinato.later import when_imported
 from ostinato.reference_backend import results
 from ostinato.tensors import DTYPES, check_call, is_traced, unrecorded
@@ -93,7 +93,7 @@ def node(write: Writer, call: dict[str, Any]) -> tuple[Any, ...]:
     NoCounterpartError where ONNX has no node for such a layer.
     """
     taken = _TAKEN | {"batch_sizes"} if write.takes_packed else _TAKEN
-    kind = CELLS[call["cell"]]
+    kind = cell_of(call["cell"])
     if not kind.has_c:
         taken = taken | {"all_c"}  # there is no c
     if not kind.onnx:

@@ -15,7 +15,8 @@ from torch import Tensor
 from ostinato import _core
 from ostinato.arrays import STATES
 from ostinato.call import Parts, Shape, padded
-from ostinato.cells import CELLS
+from ostinato.cells import CELLS, find
+from ostinato.own import records  # noqa: F401 - makes the records of own cells
 
 
 def _connect() -> bool:
@@ -30,8 +31,20 @@ IS_OPEN = _connect()
 # With is_step input and states have no dimensions for steps and directions.
 Config = tuple[str, bool, Shape, bool, bool, int]
 
+
+class _Numbers(dict[str, int]):
+    """The engine's number of each cell, -1 for a name that none has."""
+
+    def __missing__(self, name: str) -> int:
+        kind = find(name)
+        number = -1 if kind is None else kind.number
+        if kind is not None:
+            self[name] = number
+        return number
+
+
 # Looked up once: a cell's whole call takes a few microseconds.
-NUMBERS = {name: cell.number for name, cell in CELLS.items()}
+NUMBERS = _Numbers((name, cell.number) for name, cell in CELLS.items())
 
 # What cuts rows, at the end of a tuple: lengths, resets, and the states of these.
 _NO_CUTS = (None, None, *[None] * len(STATES))

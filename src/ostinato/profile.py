@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ostinato.cells import cell_of
+
 _is_profiled = torch._C._autograd._profiler_enabled
 
 
@@ -19,7 +21,8 @@ def is_on() -> bool:
 def shown(cell: str, way: str) -> Any:
     """Return a range that a profiler shows; `way` is "forward" or "backward"."""
     # Half a microsecond; torch.profiler.record_function takes ten, twice as long as a small cell.
-    return torch._C._profiler._RecordFunctionFast(f"ostinato::{cell}_{way}")
+    name = cell if cell.isidentifier() else cell_of(cell).layer  # an own cell's class
+    return torch._C._profiler._RecordFunctionFast(f"ostinato::{name}_{way}")
 
 
 def named(operator: str, kernel: Callable[..., Any]) -> Callable[..., Any]:

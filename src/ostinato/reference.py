@@ -18,7 +18,7 @@ from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
-from ostinato.cells import CELLS
+from ostinato.cells import Cell, cell_of, find
 
 # One array of one library. There is no common base class to name, and a Protocol wide enough for
 # both libraries would say no more than this.
@@ -47,6 +47,9 @@ def namespace(array: Array) -> Any:
     """
     if hasattr(array, "__array_namespace__"):
         return array.__array_namespace__()
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor):  # torch's compiler sees no further
+        return torch
     return _library(type(array))  # type: ignore[arg-type]
 
 
@@ -316,7 +319,7 @@ def states(  # noqa: D417
     visited, ends = [], []
     for d, weight in enumerate(directions(cell, weights, has_biases, bidirectional)):
         state, anew = (
-            _initial(cell, weight, batch, [None if s is None else s[d] for s in given])
+            _initial(cell_of(cell), weight, batch, [None if s is None else s[d] for s in given])
             for given in (initial, reset_to)
         )
         cuts = _Cuts(lengths, flags, anew)
@@ -358,10 +361,11 @@ def one_step(
         (array([[3., 3.]]),)
     """
     (weight,) = directions(cell, weights, has_biases, False)
-    before = _initial(cell, weight, input.shape[0], state)
-    gates_x = linear(input, weight.ih, weight.bias_ih)
+    kind = cell_of(cell)
+    before = _initial(kind, weight, input.shape[0], state)
+    gates_x = _of_input(kind, weight, input)
     gates_h = linear(before[0], weight.hh, weight.bias_hh)
-    return STEPS[cell](gates_x, gates_h, before, weight.hr)
+    return step_of(kind)(gates_x, gates_h, before, weight.hr)
 
 
 class Weights(NamedTuple):
@@ -371,7 +375,7 @@ class Weights(NamedTuple):
     hh: Array  # (G * H, O)
     bias_ih: Array | None  # (G * H,)
     bias_hh: Array | None
-    hr: Array | None  # (O, H)
+    hr: Array | None  # (O, H); of an own cell its numbers per unit, (P, H)
 
 
 class _Cuts(NamedTuple):
@@ -460,15 +464,15 @@ def directions(
     cell: str, weights: Sequence[Array], has_biases: bool, bidirectional: bool
 ) -> list[Weights]:
     """Give each array of the flat sequence its name."""
-    if cell not in STEPS:
+    kind = find(cell)
+    if kind is None:
         raise ValueError(f"cell: expected one of {', '.join(STEPS)}, got {cell!r}")
     directions = 2 if bidirectional else 1
     count, rest = divmod(len(weights), directions)
-    plain = 4 if has_biases else 2
-    projects = CELLS[cell].projects
-    projected = projects and count == plain + 1
+    plain = (4 if has_biases else 2) + (kind.parameters > 0)
+    projected = kind.projects and count == plain + 1
     if rest or not (count == plain or projected):
-        extra = f" or {plain + 1}" if projects else ""
+        extra = f" or {plain + 1}" if kind.projects else ""
         raise ValueError(
             f"weights: expected {plain}{extra} per direction for {directions} direction(s) of "
             f"{cell}, got {len(weights)}"
@@ -477,11 +481,21 @@ def directions(
     for d in range(directions):
         ih, hh, *rest_of = weights[d * count : (d + 1) * count]
         bias_ih, bias_hh = rest_of[:2] if has_biases else (None, None)
-        named.append(Weights(ih, hh, bias_ih, bias_hh, rest_of[-1] if projected else None))
+        last = rest_of[-1] if projected or kind.parameters else None
+        named.append(Weights(ih, hh, bias_ih, bias_hh, last))
     return named
 
 
-def _initial(cell: str, weight: Weights, batch: int, state: Sequence[Array | None]) -> _State:
+def _of_input(kind: Cell, weight: Weights, rows: Array) -> Array:
+    """Return the input's side of equation 1, and behind it what drives each step."""
+    if not kind.drives:
+        return linear(rows, weight.ih, weight.bias_ih)
+    size = weight.ih.shape[1]
+    gates_x = linear(rows[..., :size], weight.ih, weight.bias_ih)
+    return namespace(rows).concatenate([gates_x, rows[..., size:]], -1)
+
+
+def _initial(kind: Cell, weight: Weights, batch: int, state: Sequence[Array | None]) -> _State:
     """Return the initial state of a direction, zeros where absent."""
 
     def zeros(size: int) -> Array:
@@ -490,9 +504,9 @@ def _initial(cell: str, weight: Weights, batch: int, state: Sequence[Array | Non
         xp = namespace(weight.hh)
         return xp.broadcast_to(xp.zeros_like(weight.hh[:1, :1]).sum(), (batch, size))
 
-    kind = CELLS[cell]
-    # h is as wide as an output, all others as the layer.
-    rest = [weight.hh.shape[0] // kind.gates] * (len(kind.states) - 1)
+    # h is as wide as an output; of an own cell all others lie in one array.
+    hidden = weight.hh.shape[1] if kind.is_own else weight.hh.shape[0] // kind.gates
+    rest = [kind.behind * hidden] * (len(kind.states) - 1)
     given = (*state, *[None] * len(kind.states))
     return tuple(
         zeros(size) if s is None else s
@@ -507,6 +521,25 @@ STEPS: dict[str, _Step] = {
     "gru": lambda gates_x, gates_h, state, hr: (gru_step(gates_x, gates_h, state[0]),),
     "lstm": lambda gates_x, gates_h, state, hr: lstm_step(gates_x, gates_h, state[1], hr),
 }
+
+
+def step_of(kind: Cell) -> _Step:
+    """Return the step of a cell under that signature."""
+    run = kind.step
+    if run is None:
+        return STEPS[kind.name]
+
+    def step(gates_x: Array, gates_h: Array, state: _State, per_unit: Array | None) -> _State:
+        h, *others = state
+        behind = _gates(others[0], kind.behind) if others else []
+        x = _gates(gates_x, kind.input_gates + kind.drives)
+        rows = [] if per_unit is None else [per_unit[k] for k in range(kind.parameters)]
+        gates = _gates(gates_h, kind.gates) if kind.gates else []
+        x, drives = x[: kind.input_gates], x[kind.input_gates :]
+        h, *behind = run(x, gates, (h, *behind), rows, drives)
+        return (h, namespace(h).concatenate(list(behind), -1)) if behind else (h,)
+
+    return step
 
 
 def _run(
@@ -524,9 +557,10 @@ def _run(
     Returns the packed states of all steps, (N, O) and for LSTM (N, H), and the last ones.
     """
     xp = namespace(rows)
-    step = STEPS[cell]
+    kind = cell_of(cell)
+    step = step_of(kind)
     starts = list(accumulate(sizes, initial=0))
-    gates_x = linear(rows, weight.ih, weight.bias_ih)  # (N, G * H)
+    gates_x = _of_input(kind, weight, rows)  # (N, G * H)
     visited = []
     times = range(len(sizes))
     for t in reversed(times) if reverse else times:

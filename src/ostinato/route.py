@@ -34,6 +34,7 @@ from ostinato import (
     transforms,
 )
 from ostinato.call import Call, Results, States, padded
+from ostinato.cells import find
 from ostinato.cuda import layer as gpu
 from ostinato.cuda import trial
 from ostinato.tensors import DTYPES, batch_of, check_call, keeps, reject_nested, require_tensor
@@ -90,8 +91,15 @@ def _why_not_cpu(call: Call) -> str | None:
 def _why_no_engine(call: Call) -> str | None:
     if call.input.dtype not in DTYPES or call.input.device.type not in ("cpu", "meta"):
         return "it runs float32, float64, bfloat16 and float16 on the CPU"
+    kind = find(call.cell)
+    if kind is not None and not kind.has_engine:
+        return "this cell asks for the reference"
     weight_ih, weight_hh, *_ = (*call.weights, call.input, call.input)
-    if not (weight_ih.numel() and weight_hh.numel()):
+    if kind is None or not kind.is_own:
+        is_empty = not (weight_ih.numel() and weight_hh.numel())
+    else:  # either side may have no gates
+        is_empty = not (weight_ih.shape[-1] and weight_hh.shape[-1])
+    if is_empty:
         return "a layer without units or features has nothing to compute"
     if not all(t is None or t.layout is torch.strided for t in call.tensors()):
         return "not all tensors are strided"

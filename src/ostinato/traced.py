@@ -32,7 +32,7 @@ def why_not(call: Call) -> str | None:
     if not is_recorded():
         return "it does not record"
     if call.cell not in CELLS:
-        return "no such cell"
+        return "it has a node for each built-in cell alone"
     if transforms.is_active():
         return "a transform looks on"
     if torch.onnx.is_in_onnx_export():

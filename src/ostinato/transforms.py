@@ -69,8 +69,8 @@ def why_not(call: Call) -> str | None:
         return "the engine under the rules is the CPU's"
     if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack():
         return "a tracer or mode looks on"
-    if call.is_cut and _is_forward_mode():
-        return "forward mode has no rule for rows that are cut"
+    if _is_forward_mode() and (call.is_cut or call.kind.is_own):
+        return "forward mode has no rule for rows that are cut, nor for own cells"
     if any(kind not in _KINDS for kind in _transforms()):
         return "torch.func.functionalize, or another transform without a rule, is at work"
     if any(
@@ -162,6 +162,11 @@ def _transforms() -> list[Any]:
     return [level.key() for level in _functorch.get_interpreter_stack() or ()]
 
 
+def _has_rule(call: Call) -> bool:
+    """Whether `ostinato.adjoint` knows the steps of a call."""
+    return not (call.is_cut or call.kind.is_own)
+
+
 def _is_forward_mode() -> bool:
     return _forward_ad._current_level >= 0 or TransformType.Jvp in _transforms()
 
@@ -191,7 +196,7 @@ class _Layer(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         results = Results.of(found, len(ctx.plan.form.initial))
         ctx.save_for_backward(results.output, reserve, *values)
-        if not ctx.plan.call(values).is_cut:
+        if _has_rule(ctx.plan.call(values)):
             ctx.save_for_forward(results.output, *results.every, *values)
 
     @staticmethod
@@ -324,7 +329,7 @@ class _LayerBackward(torch.autograd.Function):
         call = plan.call(plan.taken(values).arrays)
         # What is kept is what the layer makes of the others. So is the output; but where it is all
         # states, it leads back to the layer, whose gradient is the engine's.
-        knows_states = len(call.initial) == 1 and not call.is_cut
+        knows_states = len(call.initial) == 1 and _has_rule(call)
         apart = (taken.reserve,) if knows_states else (taken.output, taken.reserve)
         _, *needs = ctx.needs_input_grad
         asked = [index for index, need in enumerate(needs) if need and index not in apart]
@@ -387,7 +392,7 @@ def _again(plan: Plan, values: Maybe, asked: Sequence[int]) -> Callable[..., tup
         call = plan.call(plan.taken(arguments).arrays)
         # Backward may stand in a region of autocast that forward did not see.
         with without_autocast(call.input):
-            if call.is_cut:
+            if not _has_rule(call):
                 return _reference_gradients(plan, arguments)
             if not plan.models:
                 return of_one(*arguments)

@@ -271,7 +271,7 @@ class Layer(calls.Call):
             zip(("lengths", "resets", "reset_h", "reset_c"), cuts or [None] * 4, strict=True)
         )
         copies = [poison.copy(a, n) for n, a in named.items()]
-        copies += [poison.copy(w[n], n) for w in self.weights for n in WEIGHTS]
+        copies += [poison.copy(w.get(n), n) for w in self.weights for n in (*WEIGHTS, "per_unit")]
         return _address(poison.copy(sizes, "batch_sizes")), list(map(_address, copies))
 
     def _forward(self, inputs, results, threads, recompute=False):
@@ -288,7 +288,7 @@ class Layer(calls.Call):
         copies = [poison.copy(given.get(n), n) for n in ("y", "reserve", *COTANGENTS, "dcells")]
         outputs = [grads.get(n) for n in (*GRADIENTS, *CUT_GRADIENTS)]
         for d in range(len(self.weights)):
-            outputs += [grads.get(f"d{n}{'_reverse' * d}") for n in WEIGHTS]
+            outputs += [grads.get(f"d{n}{'_reverse' * d}") for n in (*WEIGHTS, "per_unit")]
         first = [*first, *map(_address, copies + outputs)]
         _core.backward(*self._head(), batch_sizes, 1, first, [], threads, recompute)
 

@@ -74,8 +74,9 @@ def _read(config: plain.Config, tensors: tuple[Any, ...], kept: Any = None) -> _
     cell, is_step, shape, has_biases, recompute, stack = config
     if is_step:
         return None
-    number = NUMBERS.get(cell, -1)
-    found: Any = _core.plain_sizes(number, shape, tensors, has_biases, kept, _device_type)
+    if cell not in CELLS:
+        return None
+    found: Any = _core.plain_sizes(NUMBERS[cell], shape, tensors, has_biases, kept, _device_type)
     if found is None:
         return None
     device, steps, rows, batch, is_ragged = found

@@ -17,11 +17,23 @@ weights (`module.to(torch.bfloat16)`), not of the region that a call stands in.
 from ostinato import expanded
 from ostinato.nn._cells import GRUCell, LSTMCell, RNNCell
 from ostinato.nn._layers import GRU, LSTM, RNN
+from ostinato.nn._own import Cell
+from ostinato.nn._recurrent import Recurrent, RecurrentCell
 
-__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "Cell",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "Recurrent",
+    "RecurrentCell",
+]
 
 # Pickles and error pages show the public path, which outlives the layout of this package.
-for _module in (GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell):
+for _module in (GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, Cell, Recurrent, RecurrentCell):
     _module.__module__ = __name__
 del _module
 

@@ -1,4 +1,4 @@
-"""What RNN, GRU and LSTM share: torch's arguments and words, and the call that they make.
+"""What whole layers share: torch's arguments and words, and the call that they make.
 
 Legend: T steps, B batch, N packed rows, I input_size, H hidden_size, O size of an output
 (proj_size, or H), L layers, D directions.
@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ostinato import route
 from ostinato.call import Call, Shape, States, padded
-from ostinato.cells import CELLS, Cell
+from ostinato.cells import Cell, cell_of
 from ostinato.nn._arguments import (
     attribute,
     cast,
@@ -37,47 +37,27 @@ from ostinato.tensors import (
 )
 
 
-def _check_memory(memory: object) -> None:
+def check_memory(memory: object) -> None:
+    """Refuse another word than forward knows."""
     if memory not in ("keep", "recompute"):
         raise ValueError(f"memory: expected 'keep' or 'recompute', got {memory!r}")
 
 
-class Layers(Neighbour, torch.nn.RNNBase):
-    """What RNN, GRU and LSTM share: torch's arguments and words, and the call that they make."""
+class Sequences(Neighbour):
+    """What layers share that run whole sequences: `Layers`, and those of own cells."""
 
     # Stands in messages; the class name would differ in a parametrized or derived module.
     _kind: ClassVar[str]
+    _flat_weights_names: list[str]
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    bias: bool
+    batch_first: bool
+    dropout: float
+    bidirectional: bool
+    proj_size: int
     memory: str = "keep"
-
-    if not TYPE_CHECKING:
-
-        def __init__(self, mode, *args, memory="keep", **kwargs):
-            _check_memory(memory)
-            if mode.lower() in TORCH_OPERATORS:
-                super().__init__(mode, *args, **kwargs)
-            else:
-                self._begin(mode, args, kwargs)
-            self.memory = memory
-
-    def _begin(self, mode: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Do what torch's constructor does, for a layer that torch does not have.
-
-        It names the parameters of one that torch has, with one gate; ours, with all gates, replace
-        them. The dtype and device are given by name.
-        """
-        super().__init__("RNN_TANH", *args, **{**kwargs, "device": "meta"})
-        self.mode = mode
-        made = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
-        for name, (rows, *rest) in [(n, p.shape) for n, p in self.named_parameters()]:
-            size = self._record().gates * rows, *rest
-            setattr(self, name, torch.nn.Parameter(torch.empty(size, **made)))
-        self._init_flat_weights()
-        self.reset_parameters()
-
-    def flatten_parameters(self) -> None:
-        """Lay the weights out as one for cuDNN, as torch does, where cuDNN has such a layer."""
-        if self.mode.lower() in TORCH_OPERATORS:
-            super().flatten_parameters()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Give each public class a forward of its own name, which Python puts into messages."""
@@ -88,36 +68,8 @@ class Layers(Neighbour, torch.nn.RNNBase):
     def __setattr__(self, name: str, value: Any) -> None:
         # Checked where it is set, so that forward can read it at no cost.
         if name == "memory":
-            _check_memory(value)
+            check_memory(value)
         super().__setattr__(name, value)
-
-    def extra_repr(self) -> str:
-        """Say what torch's layers say, and `memory` where it is not the default."""
-        return super().extra_repr() + (f", memory={self.memory}" if self.memory != "keep" else "")
-
-    @property
-    def _flat_weights(self) -> list[Tensor | None]:
-        """The weights of this moment, in the order of `_flat_weights_names`.
-
-        torch keeps a list here and refreshes it in forward. User code reads it, so it exists; as a
-        property it can not go stale between two forwards.
-        """
-        return [getattr(self, name, None) for name in self._flat_weights_names]
-
-    @_flat_weights.setter
-    def _flat_weights(self, weights: list[Tensor | None]) -> None:
-        for name, weight in zip(self._flat_weights_names, weights, strict=True):
-            if weight is not None:
-                setattr(self, name, weight)
-
-    def _init_flat_weights(self) -> None:
-        # torch's own assigns the list to itself, which would overwrite what a parametrized weight
-        # is computed from.
-        self._flat_weight_refs = [
-            None if weight is None else weakref.ref(weight)  # type: ignore[arg-type]
-            for weight in self._flat_weights
-        ]
-        self.flatten_parameters()
 
     def forward(
         self,
@@ -240,8 +192,8 @@ class Layers(Neighbour, torch.nn.RNNBase):
                 resets = resets.transpose(0, 1)
         rows = self.num_layers * (2 if self.bidirectional else 1)
         shapes = [(rows, self.proj_size or self.hidden_size)]
-        if self._record().has_c:
-            shapes.append((rows, self.hidden_size))
+        if behind := self._record().behind:
+            shapes.append((rows, behind * self.hidden_size))
         states = reset_states(kind, reset_to, resets, batch, tuple(shapes), data)
         return Cuts(lengths, resets, states, return_all_states)
 
@@ -297,7 +249,7 @@ class Layers(Neighbour, torch.nn.RNNBase):
         if is_asked and (is_one or not (self.dropout and self.training)):
             fast = route.fast if is_one else route.fast_stack
             found = fast(
-                self.mode.lower(),
+                self._cell_name(),
                 self._shape(),
                 input,
                 batch_sizes,
@@ -347,7 +299,7 @@ class Layers(Neighbour, torch.nn.RNNBase):
             input.shape[1] if batch_sizes is None else batch_of(input, batch_sizes, *states),
             states,
             weights,
-            self.mode.lower(),
+            self._cell_name(),
             self.bias,
             self.bidirectional,
             self.memory == "recompute",
@@ -359,8 +311,11 @@ class Layers(Neighbour, torch.nn.RNNBase):
             self.dropout if self.training and self.num_layers > 1 else 0.0,
         )
 
+    def _cell_name(self) -> str:
+        raise NotImplementedError
+
     def _record(self) -> Cell:
-        return CELLS[self.mode.lower()]
+        return cell_of(self._cell_name())
 
     def _shape(self) -> Shape:
         directions = 2 if self.bidirectional else 1
@@ -410,7 +365,8 @@ class Layers(Neighbour, torch.nn.RNNBase):
             batch = h_0.size(1) if h_0.dim() > 1 else 0
         rows = self.num_layers * (2 if self.bidirectional else 1)
         for k, state in enumerate(states):
-            size = self.hidden_size if k else self.proj_size or self.hidden_size
+            output = self.proj_size or self.hidden_size
+            size = self._record().behind * self.hidden_size if k else output
             if state.shape != (rows, batch, size):
                 self._reject_size(k, (rows, batch, size), state)
         for k, state in enumerate(states):
@@ -471,3 +427,68 @@ class Layers(Neighbour, torch.nn.RNNBase):
 
     def _reject_size(self, index: int, expected: tuple[int, int, int], got: Tensor) -> NoReturn:
         raise RuntimeError(f"Expected hidden size {expected}, got {list(got.shape)}")
+
+
+class Layers(Sequences, torch.nn.RNNBase):
+    """What RNN, GRU and LSTM share: torch's shell."""
+
+    if not TYPE_CHECKING:
+
+        def __init__(self, mode, *args, memory="keep", **kwargs):
+            check_memory(memory)
+            if mode.lower() in TORCH_OPERATORS:
+                super().__init__(mode, *args, **kwargs)
+            else:
+                self._begin(mode, args, kwargs)
+            self.memory = memory
+
+    def _begin(self, mode: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Do what torch's constructor does, for a layer that torch does not have.
+
+        It names the parameters of one that torch has, with one gate; ours, with all gates, replace
+        them. The dtype and device are given by name.
+        """
+        super().__init__("RNN_TANH", *args, **{**kwargs, "device": "meta"})
+        self.mode = mode
+        made = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
+        for name, (rows, *rest) in [(n, p.shape) for n, p in self.named_parameters()]:
+            size = self._record().gates * rows, *rest
+            setattr(self, name, torch.nn.Parameter(torch.empty(size, **made)))
+        self._init_flat_weights()
+        self.reset_parameters()
+
+    def flatten_parameters(self) -> None:
+        """Lay the weights out as one for cuDNN, as torch does, where cuDNN has such a layer."""
+        if self.mode.lower() in TORCH_OPERATORS:
+            super().flatten_parameters()
+
+    def extra_repr(self) -> str:
+        """Say what torch's layers say, and `memory` where it is not the default."""
+        return super().extra_repr() + (f", memory={self.memory}" if self.memory != "keep" else "")
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        """The weights of this moment, in the order of `_flat_weights_names`.
+
+        torch keeps a list here and refreshes it in forward. User code reads it, so it exists; as a
+        property it can not go stale between two forwards.
+        """
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: list[Tensor | None]) -> None:
+        for name, weight in zip(self._flat_weights_names, weights, strict=True):
+            if weight is not None:
+                setattr(self, name, weight)
+
+    def _init_flat_weights(self) -> None:
+        # torch's own assigns the list to itself, which would overwrite what a parametrized weight
+        # is computed from.
+        self._flat_weight_refs = [
+            None if weight is None else weakref.ref(weight)  # type: ignore[arg-type]
+            for weight in self._flat_weights
+        ]
+        self.flatten_parameters()
+
+    def _cell_name(self) -> str:
+        return self.mode.lower()

@@ -1,0 +1,1 @@
+"""Own cells: from a step in Python to a graph, its derivative, and the engine's program."""
