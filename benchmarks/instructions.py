@@ -26,18 +26,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from ostinato.cells import cell_of
 from ostinato.cuda import compiler
 from ostinato.cuda.config import Config
 from ostinato.cuda.plan import H200, configs, nanoseconds
+from ostinato.own import records  # noqa: F401  (who makes the records of own cells)
 
 # Cell, precision, H and exchange: where a step is short, the addresses are most of it.
-KERNELS = (
+KERNELS: tuple[tuple[str, str, int, str], ...] = (
     ("gru", "bf16", 64, "block"),
     ("gru", "bf16", 128, "block"),
     ("gru", "tf32", 64, "block"),
     ("gru", "bf16", 256, "cluster"),
     ("gru", "bf16", 1024, "grid"),
 )
+# The same cell as a user writes it: its struct is made of the graph of the step.
+OWN = (
+    "own:Gru(x=3,h=3,s=1,p=0,d=0){x0;x1;x2;h0;h1;h2;s0;add 0 3;sigmoid 7;add 1 4;sigmoid 9;mul 8 5;"
+    "add 2 11;tanh 12;c0x1.0p+0;sub 14 10;mul 15 13;mul 10 6;add 16 17}->18"
+)
+KERNELS += tuple((OWN, math, hidden, exchange) for _, math, hidden, exchange in KERNELS)
 BATCH = 16
 
 # Instructions by what they do, without modifiers; those of the uniform datapath begin with U.
@@ -73,7 +81,7 @@ def config_of(cell: str, math: str, hidden: int, exchange: str, is_backward: boo
 def cubin_of(config: Config, arch: str, is_padded: bool) -> tuple[bytes, str]:
     """Compile a kernel; return its machine code and what the compiler said of its registers."""
     folder = compiler.text_folder() / "cuda"
-    text = (folder / config.source).read_text("utf-8")
+    text = compiler.text_of(config, folder)
     if is_padded:
         text = as_padded(text)
     core = compiler.core()
@@ -182,23 +190,25 @@ def classes_of(instructions: list[str]) -> dict[str, int]:
 
 def rows(arch: str, folder: Path | None) -> Iterator[list[object]]:
     """Yield a line of the table for each kernel: its name, what it takes and what it counts."""
-    for cell, math, hidden, exchange in KERNELS:
+    for name, math, hidden, exchange in KERNELS:
+        kind = cell_of(name)
+        cell = f"own {kind.layer}" if kind.is_own else name
         for is_backward in (False, True):
-            config = config_of(cell, math, hidden, exchange, is_backward)
+            config = config_of(name, math, hidden, exchange, is_backward)
             way = "backward" if is_backward else "forward"
             counts, registers = [], ""
             for is_padded in (False, True):
                 cubin, used = cubin_of(config, arch, is_padded)
                 listing = disassemble(cubin)
                 if folder is not None:
-                    name = f"{cell}-{math}-{hidden}-{exchange}-{way}{'-padded' * is_padded}.sass"
-                    (folder / name).write_text(listing)
+                    stem = f"{cell}-{math}-{hidden}-{exchange}-{way}{'-padded' * is_padded}"
+                    (folder / f"{stem}.sass").write_text(listing)
                 counts.append(loop_of(blocks_of(listing)))
                 registers = registers or used
             whole, padded = counts
             shape = f"{config.blocks} x {config.units} units, {config.warps} warps"
-            name = f"{cell} {math} H {hidden} {exchange} {way} ({shape})"
-            yield [name, registers, len(whole), len(padded), *classes_of(padded).values()]
+            front = f"{cell} {math} H {hidden} {exchange} {way} ({shape})"
+            yield [front, registers, len(whole), len(padded), *classes_of(padded).values()]
 
 
 def main() -> int:

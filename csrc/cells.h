@@ -176,5 +176,74 @@ constexpr Traits traits() {
             C::kUsesOutput, C::kUsesPrevious, C::kGates, kBehind, 0,        0};
 }
 
+// ---- the wider contract: what the time loops of csrc/cuda ask of a cell ----
+//
+// The structs above say less than a cell may be: as many gates of the input as of the state, all but the last joint, one state
+// behind h, no numbers of its own. A struct without kJoint says all of this itself (src/ostinato/own/cuda.py writes one for each
+// own cell), and Wide derives it for the others.
+//
+//   kInputGates, kGates  rows of weight_ih and of weight_hh per unit. kGates may be 0: there is no hidden product then.
+//   is_joint(gate)   whether the two products of a gate are in one sum, a[gate]. The hidden product of any other gate is alone in
+//                    a[gate]; of all input products that are not in a sum, the i-th is x[i].
+//   kBehind          states behind h, which is state 0.
+//   kParameters, kDrives  numbers per unit, and per unit and step.
+//   kSaved           values per unit that forward keeps; the last kBehind of them are the new states behind h.
+//   kSlots           gradients per unit: of the hidden products, of the input products x[i], of the parameters.
+//   kUsesOutput, reads_state(k), reads_saved(i)  what backward reads: h after the step, states before it, values kept.
+//   kIsFinite        whether nothing becomes infinite or NaN where all that is read is zero, as in units that pad a layer.
+//
+// forward gets a, x, states, parameters and drives, and leaves the new states and `saved`. backward gets the gradients of the
+// new states; it leaves the slots, what goes to each state before beside weight_hh, and the drives' gradients.
+template <class...>
+using Void = void;
+
+template <class C, class = void>
+struct Wide : C {};
+
+template <class C>
+struct Wide<C, Void<decltype(C::kJoint)>> {
+    static constexpr int kInputGates = C::kGates, kGates = C::kGates, kBehind = C::kHasC ? 1 : 0, kParameters = 0, kDrives = 0;
+    static constexpr int kSaved = C::kSaved, kSlots = C::kGrads;
+    static constexpr bool kUsesOutput = C::kUsesOutput, kIsFinite = true;
+    static constexpr bool is_joint(int gate) { return gate < C::kJoint; }
+    static constexpr bool reads_state(int k) { return k ? C::kHasC : C::kUsesPrevious; }
+    static constexpr bool reads_saved(int) { return true; }
+
+    template <class V>
+    OSTINATO_CELL static void forward(const V* a, const V* x, const V* states, const V*, const V*, V* next, V* saved) {
+        V c = states[kBehind];
+        next[0] = C::forward(a, x[0], states[0], c, saved);
+        if constexpr (C::kHasC) next[1] = c;
+    }
+
+    template <class V>
+    OSTINATO_CELL static void backward(const V* grads, const V* saved, const V* states, V h, const V*, const V*, V* slots,
+                                       V* to_states, V*) {
+        V dc = grads[kBehind];
+        to_states[0] = C::backward(grads[0], dc, saved, states[0], states[kBehind], h, slots);
+        if constexpr (C::kHasC) to_states[1] = dc;
+    }
+};
+
+// Gates whose products stay apart, as bits.
+template <class Cell>
+constexpr unsigned apart(int gates) {
+    unsigned bits = 0;
+    for (int gate = 0; gate < gates; gate++) bits |= Cell::is_joint(gate) ? 0u : 1u << gate;
+    return bits;
+}
+template <class Cell>
+constexpr unsigned kInputsApart = apart<Cell>(Cell::kInputGates);
+template <class Cell>
+constexpr unsigned kHiddenAlone = apart<Cell>(Cell::kGates);
+
+// How many of these are below `end`. Without a loop, so that a compiler which unrolls one around it has a number at once.
+constexpr int count_below(unsigned bits, int end) {
+    bits &= (1u << end) - 1u;
+    bits -= bits >> 1 & 0x55555555u;
+    bits = (bits & 0x33333333u) + (bits >> 2 & 0x33333333u);
+    return static_cast<int>(((bits + (bits >> 4)) & 0x0f0f0f0fu) * 0x01010101u >> 24);
+}
+
 }  // namespace
 }  // namespace ostinato

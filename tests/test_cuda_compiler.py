@@ -39,6 +39,7 @@ extern "C" __global__ void walk(float* x, long long n) { x[threadIdx.x] = beside
 @dataclass(frozen=True)
 class Config:
     source: str = "walk.cu"
+    head: str = ""
     entry: str = "walk"
     defines: dict = field(default_factory=lambda: {"HIDDEN": 64})
 

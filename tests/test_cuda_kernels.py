@@ -9,11 +9,10 @@ import torch
 
 from ostinato import reference_backend
 from ostinato.call import Results
-from ostinato.cuda.config import Config
 from ostinato.cuda.plan import A100, H200, plan
 from support import emulation
 from support.cells import CELLS
-from support.emulation import EPS, KINDS, errors, widened
+from support.emulation import EPS, KINDS, errors, pair, widened
 
 MATHS = ("bf16", "fp16", "tf32", "fp32")
 
@@ -39,23 +38,6 @@ WIDE = {
     "grid of 4, 32 rows": (64, 4, 16, 4, 1, 3, "grid", 32),
     "grid of 3, two groups of 16 rows": (48, 3, 16, 2, 2, 99, "grid", 16),
 }
-
-
-def pair(cell, math, shape):
-    """The kernels of both time loops, with as many warps as share their products evenly."""
-    hidden, blocks, units, warps, groups, resident, exchange, *rows = shape
-    found = []
-    for is_backward in (False, True):
-        for count in (warps, 2, 1, 4, 3, 6, 8):
-            front = cell, math, hidden, blocks, units, count, groups
-            config = Config(*front, resident, exchange, is_backward, *rows)
-            if config.is_even:
-                break
-        if math == "fp32":
-            # There a step in k is held whole or not at all.
-            config = config._replace(resident=resident * config.width)
-        found.append(config)
-    return found
 
 
 # Every shape with every cell and half of the precisions, in each a kind of rows and an order of

@@ -29,6 +29,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on 
 @dataclass(frozen=True)
 class Config:
     source: str = "sequence.cu"
+    head: str = ""
     entry: str = "walk"
     threads: int = 256
     shared_bytes: int = 1000

@@ -131,6 +131,9 @@ def test_sizes_that_a_plan_serves():
 def test_the_kernels_take_what_the_host_gives():
     source = pathlib.Path(__file__).parents[1] / "csrc" / "cuda" / "sequence.cu"
     text = source.read_text("utf-8")
+    more = re.search(r"#define OSTINATO_MORE (.+)", text).group(1)
+    assert tuple(re.findall(r"(\w+)(?:,|$)", more)) == sequence.EXTRAS
+    text = text.replace(" OSTINATO_MORE", "")
     for entry, names in (("forward", sequence.FORWARD), ("backward", sequence.BACKWARD)):
         signature = re.search(rf"ostinato_{entry}\(([^)]*)\)", text).group(1)
         found = re.findall(r"(\w+)(?:,|$)", signature)

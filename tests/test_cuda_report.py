@@ -13,6 +13,7 @@ from ostinato.cuda import compiler
 from ostinato.cuda.config import Previous
 from ostinato.cuda.plan import A100, H200, Device, configs, plan
 from support.cells import FIRST_CELLS
+from support.own_steps import OWN, ZOO
 
 pytest.importorskip("cuda.core", reason="cuda-core is not installed")
 
@@ -85,6 +86,20 @@ def test_no_kernel_spills_on_another_architecture(arch, hidden):
     turn = list(OTHERS).index(arch) + hidden // 512
     cell, math = FIRST_CELLS[turn % len(FIRST_CELLS)], MATHS[turn % len(MATHS)]
     report(cell, math, hidden, arch, plans(cell, math, hidden, arch))
+
+
+# A sample of own cells: as the built-in ones, and with what these have not. The zoo has more.
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, "sm_120"])
+@pytest.mark.parametrize("name", ["gru", "lstm", "stabilised", "peephole", "driven"])
+def test_no_kernel_of_an_own_cell_spills(name, arch):
+    for math, hidden in (("bf16", 128), ("bf16", 1024), ("tf32", 256), ("fp32", 256)):
+        report(name, math, hidden, arch, plans(OWN[name], math, hidden, arch))
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_no_kernel_of_the_zoo_spills(name):
+    for math in ("bf16", "fp32"):
+        report(name, math, 512, "sm_90a", plans(ZOO[name], math, 512, "sm_90a"))
 
 
 # Tiles of more than eight rows, of which plans take few.

@@ -18,14 +18,16 @@ namespace {
 struct Backward {
     Batch batch;
     const void* weight_hh;  // [G * H, H], of this block's direction
-    const void *h_0, *c_0, *reset_h, *reset_c;  // [D, B, H]
+    const void *h_0, *c_0, *reset_h, *reset_c;  // [D, B, H], [D, B, E * H]
     const void *y, *reserve;  // of forward
-    const void *dy, *dcells;  // [N, D * H]
-    const void *dh_n, *dc_n;  // [D, B, H]
-    void* dgates;  // [D, N, kGrads * H], slots as position_of has them
-    void *dh_0, *dc_0;  // [D, B, H]; where rows begin anew, a row may have no part in them: zeros beforehand
-    float *dreset_h, *dreset_c;  // [D, B, H], zeros beforehand; what belongs to the states of resets is added
+    const void *dy, *dcells;  // [N, D * H], [N, D, E * H]
+    const void *dh_n, *dc_n;  // [D, B, H], [D, B, E * H]
+    void* dgates;  // [D, N, (kSlots + kDrives) * H], slots as position_of has them
+    void *dh_0, *dc_0;  // as h_0, c_0; where rows begin anew, a row may have no part in them: zeros beforehand
+    float *dreset_h, *dreset_c;  // likewise, zeros beforehand; what belongs to the states of resets is added
     void* exchange;  // with Exchange::kGrid words [loops of a launch, groups, 2, kBlocks, sources, kGroupRows, kUnits], zeros
+    const void* parameters;  // as forward has them
+    const void* drives;
 };
 
 // ---- gate gradients times weight_hh ----
@@ -101,7 +103,8 @@ struct BackwardProduct {
 template <class Cell, class Math>
 struct BackwardProduct<Cell, Math, false> {
     static constexpr int kDepth = Cell::kGates * kUnits, kSlices = largest(kThreads / kPadded, 1);
-    static constexpr int kUnitsEach = kPadded * kSlices / kThreads, kStride = kThreads / kSlices, kSteps = kDepth / kSlices;
+    static constexpr int kUnitsEach = largest(kPadded * kSlices / kThreads, 1), kStride = kThreads / kSlices,
+                         kSteps = kDepth / kSlices;
     static_assert(kSteps * kSlices == kDepth && kSteps % 4 == 0 && kUnitsEach * kThreads == kPadded * kSlices &&
                       kStride * kSlices == kThreads && kStride % 16 == 0,
                   "threads share the product evenly");
@@ -143,8 +146,9 @@ struct BackwardProduct<Cell, Math, false> {
 
 // ---- shared memory ----
 
-template <class Cell, class Math>
-struct BackwardShared {
+// What a product asks of it; nothing where there is none.
+template <class Cell, class Math, bool kMultiplies = kHasProduct<Cell>>
+struct BackwardParts {
     using Product = BackwardProduct<Cell, Math>;
     // Of dL/dh: from every block's slices, or what a thread of the gathering has added up.
     using Words = Marked<float, Math::kDepth == 0>;
@@ -153,11 +157,22 @@ struct BackwardShared {
     static_assert(kExchange != Exchange::kGrid || kThreads >= kReads, "a thread for each read of a source");
     static constexpr int kSources = kExchange == Exchange::kGrid ? kParts : kBlocks * Product::kSlices;
     static constexpr int kSums = kExchange == Exchange::kGrid ? 1 : kBuffers * kGroups;
-    typename Math::Operand grads[kHalves][kGroupRows][Product::kDepth + kRowPad<Math>];
+    using Grads = typename Math::Operand[kGroupRows][Product::kDepth + kRowPad<Math>];
+    Grads grads[kHalves];
     float sums[kSums][kSources][kGroupRows][kUnits + 4];
     Fragment weights[largest(Product::Held::kShared, 0) * kThreads + 1];
+};
+template <class Cell, class Math>
+struct BackwardParts<Cell, Math, false> {
+    struct Product {};
+    struct Grads {};
+    using Words = Marked<float, Math::kDepth == 0>;
+};
+
+template <class Cell, class Math>
+struct BackwardShared : Parameters<Cell>, BackwardParts<Cell, Math> {
     // What goes to the step before without weight_hh.
-    float dh[kRows][kUnits], dc[Cell::kHasC ? kRows : 1][kUnits];
+    float dh[kRows][kUnits], dc[places(Cell::kBehind)][Cell::kBehind ? kRows : 1][kUnits];
     Row rows[kRows];
     u64 arrived[kBuffers][kGroups];
 };
@@ -170,10 +185,9 @@ struct BackwardLoop {
     using Operand = typename Math::Operand;
     using Value = Real<Math::kIsFast>;
     using Shared = BackwardShared<Cell, Math>;
-    using Product = typename Shared::Product;
     using Words = typename Shared::Words;
     using Word = typename Words::Word;
-    static constexpr int kGates = Cell::kGates;
+    static constexpr int kGates = Cell::kGates, kBehind = Cell::kBehind;
 
     const Backward& call;
     Shared& shared;
@@ -183,7 +197,8 @@ struct BackwardLoop {
 
     // What a pair of units needs of memory at one step, and how its row began in the step that comes after it.
     struct Inputs {
-        Raw<Element> dy, dcells, saved[largest(Cell::kSaved, 1)], previous_h, previous_c, h;
+        Raw<Element> dy, dcells[places(kBehind)], saved[places(Cell::kSaved)], previous[1 + kBehind], h;
+        Raw<Element> drives[places(Cell::kDrives)];
         Start next;
     };
     // One block alone waits for nobody, so a turn's inputs are read a turn ahead, before a product that hides the latency. Where
@@ -192,7 +207,7 @@ struct BackwardLoop {
 
     // This thread's units in all that has a row for each row of x and is read, from forward's last step on.
     struct Arrays {
-        Walk<const Element> dy, dcells, y, reserve;
+        Walk<const Element> dy, dcells, y, reserve, drives;
     };
 
     OSTINATO_DEVICE auto& sums_of(int n, int group) {
@@ -202,12 +217,13 @@ struct BackwardLoop {
     // The words for a block of what arrives before step n.
     OSTINATO_DEVICE Word* words_of(int n, int group, int block) const {
         const i64 at = ((static_cast<i64>(task.launched) * kGroups + group) * 2 + n % 2) * kBlocks + block;
-        return static_cast<Word*>(call.exchange) + at * kBlocks * Product::kSlices * kGroupRows * kUnits;
+        return static_cast<Word*>(call.exchange) + at * kBlocks * Shared::Product::kSlices * kGroupRows * kUnits;
     }
 
     // Hands a pair of sums to the block that owns these units of a tile, for step n.
     OSTINATO_DEVICE void send(int n, int group, int slice, int tile, int unit, int row, Pair pair) {
-        const int to = tile / (kUnits / 16), own = tile % (kUnits / 16) * 16 + unit, source = rank * Product::kSlices + slice;
+        constexpr int kSlices = Shared::Product::kSlices;
+        const int to = tile / (kUnits / 16), own = tile % (kUnits / 16) * 16 + unit, source = rank * kSlices + slice;
         if constexpr (kExchange == Exchange::kGrid) {
             const u32 mark = mark_of(n);
             Word* const words = words_of(n, group, to) + (source * kGroupRows + row) * kUnits + own;
@@ -247,7 +263,7 @@ struct BackwardLoop {
     // Adds up what all blocks have sent, each word as soon as it has its mark. A thread takes the same units of every kParts-th
     // source.
     OSTINATO_DEVICE void gather(const Word* words, u32 mark) {
-        constexpr int kPer = kPerRead<Word>, kReads = Shared::kReads, kAll = kBlocks * Product::kSlices * kReads;
+        constexpr int kPer = kPerRead<Word>, kReads = Shared::kReads, kAll = kBlocks * Shared::Product::kSlices * kReads;
         const int read = thread_index() % kReads, part = thread_index() / kReads, stride = Shared::kParts * kReads;
         if (part >= Shared::kParts) return;
         float sum[kPer] = {};
@@ -273,25 +289,32 @@ struct BackwardLoop {
     OSTINATO_DEVICE Pair arrived(int n, int group, int place, int unit) {
         const int r = group * kGroupRows + place;
         Pair sum{shared.dh[r][unit], shared.dh[r][unit + 1]};
-        if (n) {
-            auto& sums = sums_of(n, group);
-            OSTINATO_UNROLL
-            for (int source = 0; source < Shared::kSources; source++)
-                sum.a += sums[source][place][unit], sum.b += sums[source][place][unit + 1];
+        if constexpr (kHasProduct<Cell>) {
+            if (n) {
+                auto& sums = sums_of(n, group);
+                OSTINATO_UNROLL
+                for (int source = 0; source < Shared::kSources; source++)
+                    sum.a += sums[source][place][unit], sum.b += sums[source][place][unit + 1];
+            }
         }
         return sum;
     }
 
-    // The state that begins a piece of a row gets its gradient.
-    OSTINATO_DEVICE void leave(const Row& row, Start start, int unit, Pair grad, void* to_first, float* to_reset) {
+    // The state that begins a piece of a row gets its gradient: h, or `k` of the kAll behind it.
+    template <int kAll = 1>
+    OSTINATO_DEVICE void leave(const Row& row, Start start, int unit, Pair grad, void* to_first, float* to_reset, int k = 0) {
         const int global = rank * kUnits + unit;
         if (start == Start::kFirst) {
-            if (to_first) store_units(state_row(static_cast<Element*>(to_first), loop, row.index), global, grad);
+            if (to_first) store_units(state_row<kAll>(static_cast<Element*>(to_first), loop, row.index, k), global, grad);
         } else if (to_reset) {
-            float* const sums = state_row(to_reset, loop, row.index) + global;
+            float* const sums = state_row<kAll>(to_reset, loop, row.index, k) + global;
             if (global < kHidden) sums[0] += grad.a;
             if (global + 1 < kHidden) sums[1] += grad.b;
         }
+    }
+    OSTINATO_DEVICE void leave_behind(const Row& row, Start start, int unit, int r, int k) {
+        const Pair grad{shared.dc[k][r][unit], shared.dc[k][r][unit + 1]};
+        leave<kBehind>(row, start, unit, grad, call.dc_0, call.dreset_c, k);
     }
 
     OSTINATO_DEVICE Arrays arrays() const {
@@ -301,19 +324,22 @@ struct BackwardLoop {
             const Element* const first = static_cast<const Element*>(array) + loop.direction * values * kHidden + rank * kUnits;
             return Walk<const Element>(first, directions * values * kHidden, shared.rows, row);
         };
-        return {walk(call.dy, 1), walk(call.dcells, 1), walk(call.y, 1), walk(call.reserve, Cell::kSaved)};
+        const auto* const drives = static_cast<const Element*>(call.drives) + rank * kUnits;
+        return {walk(call.dy, 1), walk(call.dcells, kBehind), walk(call.y, 1), walk(call.reserve, Cell::kSaved),
+                Walk<const Element>(drives, Cell::kDrives * kHidden, shared.rows, row)};
     }
     OSTINATO_DEVICE Walk<Element> gradients() const {
-        constexpr int kValues = Cell::kGrads * kHidden;
+        constexpr int kValues = (Cell::kSlots + Cell::kDrives) * kHidden;
         const i64 row = loop.steps ? loop.first_row(loop.time(loop.steps - 1)) : 0;
         Element* const first = static_cast<Element*>(call.dgates) + loop.direction * loop.batch.rows * kValues + rank * kUnits;
         return {first, kValues, shared.rows, row};
     }
 
-    OSTINATO_DEVICE Raw<Element> load_initial(const void* states, const void* resets, const Row& row, Start start,
-                                              int unit) const {
+    template <int kAll = 1>
+    OSTINATO_DEVICE Raw<Element> load_initial(const void* states, const void* resets, const Row& row, Start start, int unit,
+                                              int k = 0) const {
         const auto* from = static_cast<const Element*>(start == Start::kReset ? resets : states);
-        return from ? load_units(state_row(from, loop, row.index), rank * kUnits + unit) : Raw<Element>{};
+        return from ? load_units(state_row<kAll>(from, loop, row.index, k), rank * kUnits + unit) : Raw<Element>{};
     }
 
     // At time t, which is where `from` is; `away` is from there to the step that the time loop takes next.
@@ -332,80 +358,107 @@ struct BackwardLoop {
             if (loop.batch.flags && loop.is_active(row, next)) in.next = loop.start(row, next);
             const Raw<Element> none{};
             in.dy = call.dy ? load_at(from.dy.at(row, unit), global) : none;
-            in.dcells = Cell::kHasC && call.dcells ? load_at(from.dcells.at(row, unit), global) : none;
+            OSTINATO_UNROLL
+            for (int k = 0; k < kBehind; k++)
+                in.dcells[k] = call.dcells ? load_at(from.dcells.at(row, unit) + k * kHidden, global) : none;
             const Element* const saved = from.reserve.at(row, unit);
             OSTINATO_UNROLL
-            for (int k = 0; k < Cell::kSaved; k++) in.saved[k] = load_at(saved + k * kHidden, global);
-            in.previous_h = in.previous_c = in.h = none;
+            for (int k = 0; k < Cell::kSaved; k++)
+                in.saved[k] = Cell::reads_saved(k) ? load_at(saved + k * kHidden, global) : none;
+            OSTINATO_UNROLL
+            for (int k = 0; k <= kBehind; k++) in.previous[k] = none;
+            in.h = none;
             const Element* const y = from.y.at(row, unit);
             if constexpr (Cell::kUsesOutput) in.h = load_at(y, global);
+            OSTINATO_UNROLL
+            for (int k = 0; k < Cell::kDrives; k++) in.drives[k] = load_at(from.drives.at(row, unit) + k * kHidden, global);
             if (here != Start::kNot) {
-                if constexpr (Cell::kUsesPrevious) in.previous_h = load_initial(call.h_0, call.reset_h, row, here, unit);
-                if constexpr (Cell::kHasC) in.previous_c = load_initial(call.c_0, call.reset_c, row, here, unit);
+                if (Cell::reads_state(0)) in.previous[0] = load_initial(call.h_0, call.reset_h, row, here, unit);
+                OSTINATO_UNROLL
+                for (int k = 0; k < kBehind; k++)
+                    if (Cell::reads_state(1 + k))
+                        in.previous[1 + k] = load_initial<kBehind>(call.c_0, call.reset_c, row, here, unit, k);
                 continue;
             }
-            if constexpr (Cell::kUsesPrevious) in.previous_h = load_at(from.y.shifted(y, away), global);
-            // forward saves c last.
+            if (Cell::reads_state(0)) in.previous[0] = load_at(from.y.shifted(y, away), global);
+            // forward saves the states behind h last.
             const Element* const before = from.reserve.shifted(saved, away);
-            if constexpr (Cell::kHasC) in.previous_c = load_at(before + (Cell::kSaved - 1) * kHidden, global);
+            OSTINATO_UNROLL
+            for (int k = 0; k < kBehind; k++)
+                if (Cell::reads_state(1 + k))
+                    in.previous[1 + k] = load_at(before + (Cell::kSaved - kBehind + k) * kHidden, global);
             if (kReadsAhead && kGroups == 1) continue;
             // Where less than a step lies between a read and its use, the step after goes into the second cache level, once for
             // every 32 bytes.
             if (!is_unit(global) || global % (32 / static_cast<int>(sizeof(Element)))) continue;
             if (call.dy) prefetch(from.dy.shifted(from.dy.at(row, unit), away));
             OSTINATO_UNROLL
-            for (int k = 0; k < Cell::kSaved; k++) prefetch(before + k * kHidden);
+            for (int k = 0; k < Cell::kSaved; k++)
+                if (Cell::reads_saved(k)) prefetch(before + k * kHidden);
         }
     }
 
     OSTINATO_DEVICE void step(int n, int t, int group, const Walk<Element>& dgates, const Inputs& in, int pair,
-                              Operand (&grads)[kGroupRows][Product::kDepth + kRowPad<Math>]) {
+                              typename Shared::Grads* grads) {
         const int place = pair / (kUnits / 2), unit = pair % (kUnits / 2) * 2, r = group * kGroupRows + place;
         const Row row = shared.rows[r];
         Pair dh = arrived(n, group, place, unit);
-        Value da[2][Cell::kGrads];
+        constexpr int kValues = Cell::kSlots + Cell::kDrives;
+        Value da[2][kValues];
         OSTINATO_UNROLL
-        for (int k = 0; k < Cell::kGrads; k++) da[0][k] = da[1][k] = 0.0f;
+        for (int k = 0; k < kValues; k++) da[0][k] = da[1][k] = 0.0f;
         if (loop.is_active(row, t)) {
-            const int c_row = Cell::kHasC ? r : 0;
             if (in.next != Start::kNot) {
                 leave(row, in.next, unit, dh, call.dh_0, call.dreset_h);
                 dh = {0, 0};
-                if constexpr (Cell::kHasC) {
-                    leave(row, in.next, unit, {shared.dc[r][unit], shared.dc[r][unit + 1]}, call.dc_0, call.dreset_c);
-                    keep(shared.dc[r], unit, {0, 0});
+                OSTINATO_UNROLL
+                for (int k = 0; k < kBehind; k++) {
+                    leave_behind(row, in.next, unit, r, k);
+                    keep(shared.dc[k][r], unit, {0, 0});
                 }
             }
-            const Pair dy = widen(in.dy), dcells = widen(in.dcells), previous_h = widen(in.previous_h);
-            const Pair previous_c = widen(in.previous_c), h = widen(in.h);
+            const Pair dy = widen(in.dy);
             float direct[2];
             OSTINATO_UNROLL
             for (int i = 0; i < 2; i++) {
-                Value saved[largest(Cell::kSaved, 1)];
+                const auto one = [&](const Raw<Element>& raw) {
+                    const Pair both = widen(raw);
+                    return Value(i ? both.b : both.a);
+                };
+                Value saved[places(Cell::kSaved)], parameters[places(Cell::kParameters)], drives[places(Cell::kDrives)];
                 OSTINATO_UNROLL
-                for (int k = 0; k < Cell::kSaved; k++) {
-                    const Pair both = widen(in.saved[k]);
-                    saved[k] = i ? both.b : both.a;
+                for (int k = 0; k < Cell::kSaved; k++) saved[k] = one(in.saved[k]);
+                OSTINATO_UNROLL
+                for (int k = 0; k < Cell::kDrives; k++) drives[k] = one(in.drives[k]);
+                shared.read_parameters(unit + i, parameters);
+                Value from[1 + kBehind], before[1 + kBehind], to[1 + kBehind];
+                from[0] = i ? dh.b + dy.b : dh.a + dy.a;
+                before[0] = one(in.previous[0]);
+                OSTINATO_UNROLL
+                for (int k = 0; k < kBehind; k++) {
+                    from[1 + k] = shared.dc[k][r][unit + i] + one(in.dcells[k]).value;
+                    before[1 + k] = one(in.previous[1 + k]);
                 }
-                Value dc = Cell::kHasC ? shared.dc[c_row][unit + i] + (i ? dcells.b : dcells.a) : 0.0f;
-                direct[i] =
-                    Cell::backward(Value(i ? dh.b + dy.b : dh.a + dy.a), dc, saved, Value(i ? previous_h.b : previous_h.a),
-                                   Value(i ? previous_c.b : previous_c.a), Value(i ? h.b : h.a), da[i])
-                        .value;
-                if constexpr (Cell::kHasC) shared.dc[r][unit + i] = dc.value;
+                Cell::backward(from, saved, before, one(in.h), parameters, drives, da[i], to, da[i] + Cell::kSlots);
+                direct[i] = to[0].value;
+                OSTINATO_UNROLL
+                for (int k = 0; k < kBehind; k++) shared.dc[k][r][unit + i] = to[1 + k].value;
             }
             dh = {direct[0], direct[1]};
             Element* const to = dgates.at(row, unit);
             OSTINATO_UNROLL
-            for (int k = 0; k < Cell::kGrads; k++)
+            for (int k = 0; k < kValues; k++)
                 store_at(to + position_of<Cell>(k) * kHidden, rank * kUnits + unit, Pair{da[0][k].value, da[1][k].value});
         }
         keep(shared.dh[r], unit, dh);
-        OSTINATO_UNROLL
-        for (int g = 0; g < kGates; g++) {
-            using Two = typename WordsOf<Operand>::Two;
-            const Two both = join(word_of(to_operand<Math>(da[0][g].value)), word_of(to_operand<Math>(da[1][g].value)));
-            *reinterpret_cast<Two*>(&grads[place][g * kUnits + unit]) = both;
+        if constexpr (kHasProduct<Cell>) {
+            OSTINATO_UNROLL
+            for (int g = 0; g < kGates; g++) {
+                using Two = typename WordsOf<Operand>::Two;
+                const Pair da_g = of_units<Cell>({da[0][g].value, da[1][g].value}, rank * kUnits + unit);
+                const Two both = join(word_of(to_operand<Math>(da_g.a)), word_of(to_operand<Math>(da_g.b)));
+                *reinterpret_cast<Two*>(&(*grads)[place][g * kUnits + unit]) = both;
+            }
         }
     }
 
@@ -414,18 +467,19 @@ struct BackwardLoop {
         for (int pair = thread_index(); pair < kGroups * kGroupPairs; pair += kThreads) {
             const int unit = pair % (kUnits / 2) * 2, r = pair / (kUnits / 2);
             const Row row = shared.rows[r];
-            const auto read = [&](const void* states) {
-                const auto* from = static_cast<const Element*>(row.index < 0 ? nullptr : states);
-                return load_pair(state_row(from, loop, row.index), rank * kUnits + unit);
-            };
-            keep(shared.dh[r], unit, read(call.dh_n));
-            if constexpr (Cell::kHasC) keep(shared.dc[r], unit, read(call.dc_n));
+            const auto* const dh_n = static_cast<const Element*>(row.index < 0 ? nullptr : call.dh_n);
+            keep(shared.dh[r], unit, load_pair(state_row(dh_n, loop, row.index), rank * kUnits + unit));
+            const auto* const dc_n = static_cast<const Element*>(row.index < 0 ? nullptr : call.dc_n);
+            OSTINATO_UNROLL
+            for (int k = 0; k < kBehind; k++)
+                keep(shared.dc[k][r], unit, load_pair(state_row<kBehind>(dc_n, loop, row.index, k), rank * kUnits + unit));
         }
+        shared.template load_parameters<Element>(call.parameters, rank);
     }
 
     OSTINATO_DEVICE void end() {
         for (int group = 0; group < kGroups; group++) {
-            await(loop.steps, group);
+            if constexpr (kHasProduct<Cell>) await(loop.steps, group);
             OSTINATO_ROLLED
             for (int pair = thread_index(); pair < kGroupPairs; pair += kThreads) {
                 const int place = pair / (kUnits / 2), unit = pair % (kUnits / 2) * 2, r = group * kGroupRows + place;
@@ -433,8 +487,8 @@ struct BackwardLoop {
                 if (row.index < 0) continue;
                 const Start start = loop.first_start(row);
                 leave(row, start, unit, arrived(loop.steps, group, place, unit), call.dh_0, call.dreset_h);
-                if constexpr (Cell::kHasC)
-                    leave(row, start, unit, {shared.dc[r][unit], shared.dc[r][unit + 1]}, call.dc_0, call.dreset_c);
+                OSTINATO_UNROLL
+                for (int k = 0; k < kBehind; k++) leave_behind(row, start, unit, r, k);
             }
             if constexpr (kExchange == Exchange::kGrid) block_barrier();  // before the next group's sums overwrite these
         }
@@ -442,9 +496,9 @@ struct BackwardLoop {
 
     OSTINATO_DEVICE void run() {
         open(shared, loop, task.tile);
-        Product product;
+        typename Shared::Product product;
         begin();
-        product.load(shared.weights, static_cast<const Element*>(call.weight_hh), rank);
+        if constexpr (kHasProduct<Cell>) product.load(shared.weights, static_cast<const Element*>(call.weight_hh), rank);
         block_barrier();  // orders the gradients of the last states
         // Every block's barriers stand before anybody pushes.
         if constexpr (kExchange == Exchange::kCluster) cluster_barrier();
@@ -458,23 +512,29 @@ struct BackwardLoop {
         for (int n = 0; n < loop.steps; n++) OSTINATO_ROLLED
         for (int group = 0; group < kGroups; group++) {
             if (!kReadsAhead) load_inputs(at, away, t, group, inputs);
-            await(n, group);
-            auto& grads = shared.grads[group % kHalves];
+            typename Shared::Grads* grads = nullptr;
+            if constexpr (kHasProduct<Cell>) {
+                await(n, group);
+                grads = &shared.grads[group % kHalves];
+            }
             OSTINATO_UNROLL
             for (int e = 0; e < kPairs; e++)
                 if (is_mine(pair_of(e))) step(n, t, group, dgates, inputs[e], pair_of(e), grads);
             const bool is_last = group + 1 == kGroups;
             if (is_last) {
-                at.dy.move(away), at.dcells.move(away), at.y.move(away), at.reserve.move(away), dgates.move(away);
+                at.dy.move(away), at.dcells.move(away), at.y.move(away), at.reserve.move(away), at.drives.move(away);
+                dgates.move(away);
                 t += turn, away = loop.rows_between(t, turn);
             }
             if (kReadsAhead) load_inputs(at, away, t, is_last ? 0 : group + 1, inputs);
-            block_barrier();  // orders the gate gradients
-            product.multiply(shared.weights, grads, [&](int slice, int tile, int unit, int row, Pair pair) {
-                send(n + 1, group, slice, tile, unit, row, pair);
-            });
+            if constexpr (kHasProduct<Cell>) {
+                block_barrier();  // orders the gate gradients
+                product.multiply(shared.weights, *grads, [&](int slice, int tile, int unit, int row, Pair pair) {
+                    send(n + 1, group, slice, tile, unit, row, pair);
+                });
+            }
         }
-        if constexpr (kExchange == Exchange::kBlock) block_barrier();  // orders the last group's sums
+        if constexpr (kHasProduct<Cell> && kExchange == Exchange::kBlock) block_barrier();  // orders the last group's sums
         end();
         // Nobody leaves while its shared memory may still be written.
         if constexpr (kExchange == Exchange::kCluster) cluster_barrier();
@@ -485,6 +545,7 @@ template <class Cell, class Math>
 OSTINATO_DEVICE void backward(const Backward& call, Task task) {
     auto& shared = shared_memory<BackwardShared<Cell, Math>>();
     static_assert(sizeof(shared) == OSTINATO_SHARED_BYTES, "shared memory as config.py has it");
+    static_assert(kFits<Cell>, "one block alone, or blocks that exchange what a product reads");
     BackwardLoop<Cell, Math>{call, shared, Loop{call.batch, task.direction, 0}, block_index() % kBlocks, task}.run();
 }
 

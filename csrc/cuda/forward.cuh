@@ -17,14 +17,16 @@ namespace {
 
 struct Forward {
     Batch batch;
-    const void* gates_x;  // [D, N, G * H], x times weight_ih, without biases
-    const void *weight_hh, *bias_ih, *bias_hh;  // [G * H, H], [G * H], of this block's direction
-    const void *h_0, *c_0, *reset_h, *reset_c;  // [D, B, H]
+    const void* gates_x;  // [D, N, G * H], x times weight_ih, without biases; G of the input
+    const void *weight_hh, *bias_ih, *bias_hh;  // [G * H, H], [G * H], of this block's direction; G of the state and the input
+    const void *h_0, *c_0, *reset_h, *reset_c;  // [D, B, H], [D, B, E * H]
     void* y;  // [N, D * H]; what lies past a row's end stays as it is
-    void *h_n, *c_n;  // [D, B, H]
+    void *h_n, *c_n;  // [D, B, H], [D, B, E * H]
     void* reserve;  // [N, D, kSaved, H] for backward, or null
-    void* cells;  // [N, D * H], c after every step, or null
+    void* cells;  // [N, D, E * H], the states behind h after every step, or null
     void* exchange;  // with Exchange::kGrid words [loops of a launch, groups, 2, kGroupRows, kPadded], zeros
+    const void* parameters;  // [P, H], of this block's direction; null where the cell has none
+    const void* drives;  // [N, n * H]; null where the cell has none
 };
 
 // ---- weight_hh times state ----
@@ -38,6 +40,7 @@ struct ForwardProduct {
     static constexpr int kChains = chains_of(Cell::kGates * kEights, kSteps);
     using Held = Fragments<kCount>;
     using Operand = typename Math::Operand;
+    using Sums = float[kSlices][Cell::kGates][kGroupRows][kUnits + 4];
     Held fragments;
     int tile, slice;
 
@@ -59,7 +62,7 @@ struct ForwardProduct {
     }
 
     OSTINATO_DEVICE void multiply(const Fragment* shared, const Operand (&state)[kGroupRows][kPadded + kRowPad<Math>],
-                                  float (&sums)[kSlices][Cell::kGates][kGroupRows][kUnits + 4]) const {
+                                  Sums& sums) const {
         float sum[Cell::kGates][kChains][kEights][4] = {};
         OSTINATO_UNROLL
         for (int k = 0; k < kSteps; k++) {
@@ -84,10 +87,12 @@ template <class Cell, class Math>
 struct ForwardProduct<Cell, Math, false> {
     static constexpr int kGates = Cell::kGates;
     static constexpr int kSlices = kThreads / kUnits, kSteps = kPadded / kSlices;
-    static_assert(kSlices * kUnits == kThreads && kSteps * kSlices == kPadded && kSteps % 4 == 0,
+    // Where a cell has no product, a compiler looks here all the same: nothing of it depends on the cell.
+    static_assert(!kHasProduct<Cell> || (kSlices * kUnits == kThreads && kSteps * kSlices == kPadded && kSteps % 4 == 0),
                   "threads share the product evenly");
     using Product = RowProduct<kGates, kSteps / 4>;
     using Held = typename Product::Held;
+    using Sums = float[kSlices][kGates][kGroupRows][kUnits + 4];
     Product product;
     int unit, slice;
 
@@ -105,7 +110,7 @@ struct ForwardProduct<Cell, Math, false> {
     }
 
     OSTINATO_DEVICE void multiply(const Fragment* shared, const float (&state)[kGroupRows][kPadded + kRowPad<Math>],
-                                  float (&sums)[kSlices][kGates][kGroupRows][kUnits + 4]) const {
+                                  Sums& sums) const {
         product.multiply(
             shared, [&](int row, int k) { return &state[row][slice * kSteps + k]; },
             [&](int first, const auto& sum) {
@@ -118,17 +123,30 @@ struct ForwardProduct<Cell, Math, false> {
 
 // ---- shared memory ----
 
-template <class Cell, class Math>
-struct ForwardShared {
+// What a product asks of it; nothing where there is none.
+template <class Cell, class Math, bool kMultiplies = kHasProduct<Cell>>
+struct ForwardParts {
     using Product = ForwardProduct<Cell, Math>;
+    using Sums = typename Product::Sums;
     static constexpr int kStates = kExchange == Exchange::kGrid ? 1 : kBuffers * kGroups;
     typename Math::Operand state[kStates][kGroupRows][kPadded + kRowPad<Math>];
     // What gathers has a barrier between two groups.
     static constexpr int kSums = kExchange == Exchange::kGrid ? 1 : kHalves;
-    float sums[kSums][Product::kSlices][Cell::kGates][kGroupRows][kUnits + 4];
+    Sums sums[kSums];
     Fragment weights[largest(Product::Held::kShared, 0) * kThreads + 1];
-    float bias[Cell::kGates + 1][kUnits];  // of the joint gates their sum; last that of the input product that stays apart
-    float h[kRows][kUnits], c[Cell::kHasC ? kRows : 1][kUnits];
+};
+template <class Cell, class Math>
+struct ForwardParts<Cell, Math, false> {
+    struct Product {};
+    struct Sums {};
+};
+
+template <class Cell, class Math>
+struct ForwardShared : Parameters<Cell>, ForwardParts<Cell, Math> {
+    // Of the sums, then of the input products apart.
+    static constexpr int kBiases = Cell::kGates + places(kApart<Cell>);
+    float bias[kBiases][kUnits];
+    float h[kRows][kUnits], c[places(Cell::kBehind)][Cell::kBehind ? kRows : 1][kUnits];
     Row rows[kRows];
     u64 arrived[kBuffers][kGroups];
 };
@@ -143,7 +161,7 @@ struct ForwardLoop {
     using Shared = ForwardShared<Cell, Math>;
     using Words = Marked<Operand, Math::kDepth == 0>;
     using Word = typename Words::Word;
-    static constexpr int kGates = Cell::kGates;
+    static constexpr int kGates = Cell::kGates, kInputs = Cell::kInputGates, kBehind = Cell::kBehind;
 
     const Forward& call;
     Shared& shared;
@@ -151,8 +169,10 @@ struct ForwardLoop {
     int rank;
     Task task;
 
-    // What a pair of units needs of the input product at one step.
-    using Gates = Raw<Element>[kGates];
+    // What a pair of units needs of the input product at one step, and what drives it.
+    struct Gates {
+        Raw<Element> x[kInputs], drives[places(Cell::kDrives)];
+    };
 
     OSTINATO_DEVICE Operand (&state_of(int s, int group)) [kGroupRows][kPadded + kRowPad<Math>] {
         if constexpr (kExchange == Exchange::kGrid) return shared.state[0];
@@ -224,26 +244,31 @@ struct ForwardLoop {
         }
     }
 
-    OSTINATO_DEVICE Pair initial(const void* states, const void* resets, const Row& row, Start start, int unit) const {
+    template <int kAll = 1>
+    OSTINATO_DEVICE Pair initial(const void* states, const void* resets, const Row& row, Start start, int unit,
+                                 int k = 0) const {
         if (row.index < 0) return {0, 0};
         const auto* from = static_cast<const Element*>(start == Start::kReset ? resets : states);
-        return load_pair(state_row(from, loop, row.index), rank * kUnits + unit);
+        return load_pair(state_row<kAll>(from, loop, row.index, k), rank * kUnits + unit);
     }
 
     // States and biases; the own part of the first state goes to every block.
     OSTINATO_DEVICE void begin() {
         OSTINATO_ROLLED
-        for (int i = thread_index(); i < (kGates + 1) * kUnits; i += kThreads) {
-            const int gate = i / kUnits, unit = rank * kUnits + i % kUnits;
+        for (int i = thread_index(); i < Shared::kBiases * kUnits; i += kThreads) {
+            const int place = i / kUnits, unit = rank * kUnits + i % kUnits;
             const auto bias = [&](const void* from, int g) {
                 return from && unit < kHidden ? widen(static_cast<const Element*>(from)[g * kHidden + unit]) : 0.0f;
             };
-            const bool is_apart = gate == kGates, is_joint = gate < Cell::kJoint;
-            float sum = 0;
-            if (!is_apart) sum = bias(call.bias_hh, gate) + (is_joint ? bias(call.bias_ih, gate) : 0.0f);
-            if (is_apart) sum = kHasApart<Cell> ? bias(call.bias_ih, kGates - 1) : 0.0f;
-            shared.bias[gate][i % kUnits] = sum;
+            // Which gate's input product this place has too.
+            int input = place < kGates && !(kHiddenAlone<Cell> >> place & 1) ? place : -1;
+            OSTINATO_UNROLL
+            for (int g = 0; g < kInputs; g++)
+                if (!Cell::is_joint(g) && place == kGates + count_below(kInputsApart<Cell>, g)) input = g;
+            const float sum = place < kGates ? bias(call.bias_hh, place) : 0.0f;
+            shared.bias[place][i % kUnits] = input < 0 ? sum : sum + bias(call.bias_ih, input);
         }
+        shared.template load_parameters<Element>(call.parameters, rank);
         OSTINATO_ROLLED
         for (int group = 0; group < kGroups; group++) OSTINATO_ROLLED
         for (int pair = thread_index(); pair < kGroupPairs; pair += kThreads) {
@@ -252,14 +277,17 @@ struct ForwardLoop {
             const Start start = loop.first_start(row);
             const Pair h = initial(call.h_0, call.reset_h, row, start, unit);
             keep(shared.h[r], unit, h);
-            if constexpr (Cell::kHasC) keep(shared.c[r], unit, initial(call.c_0, call.reset_c, row, start, unit));
-            if (loop.steps) send(0, group, place, unit, h);
+            OSTINATO_UNROLL
+            for (int k = 0; k < kBehind; k++)
+                keep(shared.c[k][r], unit, initial<kBehind>(call.c_0, call.reset_c, row, start, unit, k));
+            if constexpr (kHasProduct<Cell>)
+                if (loop.steps) send(0, group, place, unit, h);
         }
     }
 
     // This thread's units in all that has a row for each row of x, from the first step on.
     struct Arrays {
-        Walk<const Element> gates;
+        Walk<const Element> gates, drives;
         Walk<Element> y, reserve, cells;
     };
     OSTINATO_DEVICE Arrays arrays() const {
@@ -270,27 +298,31 @@ struct ForwardLoop {
             Element* const first = static_cast<Element*>(array) + loop.direction * values * kHidden + rank * kUnits;
             return Walk<Element>(first, directions * values * kHidden, shared.rows, row);
         };
+        const auto* const drives = static_cast<const Element*>(call.drives) + rank * kUnits;
         return {
-            {gates + loop.direction * loop.batch.rows * kGates * kHidden + rank * kUnits, kGates * kHidden, shared.rows, row},
+            {gates + loop.direction * loop.batch.rows * kInputs * kHidden + rank * kUnits, kInputs * kHidden, shared.rows, row},
+            {drives, Cell::kDrives * kHidden, shared.rows, row},
             output(call.y, 1),
             output(call.reserve, Cell::kSaved),
-            output(call.cells, 1)};
+            output(call.cells, kBehind)};
     }
 
     // Of a pair at time t, which is where `from` is.
-    OSTINATO_DEVICE void load_gates(const Walk<const Element>& from, int t, int group, int pair, Gates& gates) const {
+    OSTINATO_DEVICE void load_gates(const Arrays& from, int t, int group, int pair, Gates& gates) const {
         const int unit = pair % (kUnits / 2) * 2;
         const Row row = shared.rows[group * kGroupRows + pair / (kUnits / 2)];
         if (!loop.is_active(row, t)) return;
-        const Element* const at = from.at(row, unit);
+        const Element* const at = from.gates.at(row, unit);
         OSTINATO_UNROLL
-        for (int g = 0; g < kGates; g++) gates[g] = load_at(at + g * kHidden, rank * kUnits + unit);
+        for (int g = 0; g < kInputs; g++) gates.x[g] = load_at(at + g * kHidden, rank * kUnits + unit);
+        OSTINATO_UNROLL
+        for (int k = 0; k < Cell::kDrives; k++)
+            gates.drives[k] = load_at(from.drives.at(row, unit) + k * kHidden, rank * kUnits + unit);
     }
 
     // How the rows of a group begin at time `next`. With several groups less than a step lies between a read of the input product
     // and its use, so that of `next` goes into the second cache level.
-    OSTINATO_DEVICE void look_ahead(const Walk<const Element>& from, int away, int t, int next, int group,
-                                    Start (&starts)[kPairs]) const {
+    OSTINATO_DEVICE void look_ahead(const Arrays& from, int away, int t, int next, int group, Start (&starts)[kPairs]) const {
         OSTINATO_UNROLL
         for (int e = 0; e < kPairs; e++) {
             const int pair = pair_of(e), unit = pair % (kUnits / 2) * 2, global = rank * kUnits + unit;
@@ -301,9 +333,12 @@ struct ForwardLoop {
             if (loop.batch.flags) starts[e] = loop.start(row, next);
             // Once for every 32 bytes.
             if (kGroups > 1 && global < kHidden && global % (32 / static_cast<int>(sizeof(Element))) == 0) {
-                const Element* const at = from.shifted(from.at(row, unit), away);
+                const Element* const at = from.gates.shifted(from.gates.at(row, unit), away);
                 OSTINATO_UNROLL
-                for (int g = 0; g < kGates; g++) prefetch(at + g * kHidden);
+                for (int g = 0; g < kInputs; g++) prefetch(at + g * kHidden);
+                OSTINATO_UNROLL
+                for (int k = 0; k < Cell::kDrives; k++)
+                    prefetch(from.drives.shifted(from.drives.at(row, unit), away) + k * kHidden);
             }
         }
     }
@@ -312,40 +347,57 @@ struct ForwardLoop {
     // used its own: it is on its way for a whole turn, and takes no other registers.
     template <class Load>
     OSTINATO_DEVICE void step(int s, int t, int group, const Arrays& arrays, const Gates& gates, Start next, int pair,
-                              const float (&sums)[Shared::Product::kSlices][kGates][kGroupRows][kUnits + 4], Load load) {
+                              const typename Shared::Sums* sums, Load load) {
         const int place = pair / (kUnits / 2), unit = pair % (kUnits / 2) * 2, r = group * kGroupRows + place;
         const Row row = shared.rows[r];
         Pair h{shared.h[r][unit], shared.h[r][unit + 1]};
         if (!loop.is_active(row, t)) {
             load();
         } else {
-            Value a[2][kGates], x[2] = {0.0f, 0.0f};
-            OSTINATO_UNROLL
-            for (int i = 0; i < 2; i++) OSTINATO_UNROLL
-            for (int g = 0; g < kGates; g++) {
-                float sum = shared.bias[g][unit + i];
-                OSTINATO_UNROLL
-                for (int slice = 0; slice < Shared::Product::kSlices; slice++) sum += sums[slice][g][place][unit + i];
-                const Pair input = widen(gates[g]);
-                const float from_x = i ? input.b : input.a;
-                if (g < Cell::kJoint)
-                    sum += from_x;
-                else
-                    x[i] = from_x + shared.bias[kGates][unit + i];
-                a[i][g] = sum;
-            }
-            load();
-            float next_h[2], next_c[2] = {0, 0};
-            Value saved[2][largest(Cell::kSaved, 1)];
+            Value a[2][places(kGates)], x[2][places(kApart<Cell>)], drives[2][places(Cell::kDrives)];
+            x[0][0] = x[1][0] = 0.0f;
             OSTINATO_UNROLL
             for (int i = 0; i < 2; i++) {
-                Value c = Cell::kHasC ? shared.c[Cell::kHasC ? r : 0][unit + i] : 0.0f;
-                next_h[i] = Cell::forward(a[i], x[i], Value(i ? h.b : h.a), c, saved[i]).value;
-                next_c[i] = c.value;
+                OSTINATO_UNROLL
+                for (int g = 0; g < kGates; g++) {
+                    float sum = shared.bias[g][unit + i];
+                    if constexpr (kHasProduct<Cell>) {
+                        OSTINATO_UNROLL
+                        for (int slice = 0; slice < Shared::Product::kSlices; slice++)
+                            sum += (*sums)[slice][g][place][unit + i];
+                    }
+                    if (Cell::is_joint(g)) {
+                        const Pair input = widen(gates.x[g < kInputs ? g : 0]);
+                        sum += i ? input.b : input.a;
+                    }
+                    a[i][g] = sum;
+                }
+                OSTINATO_UNROLL
+                for (int g = 0; g < kInputs; g++) {
+                    if (Cell::is_joint(g)) continue;
+                    const Pair input = widen(gates.x[g]);
+                    const int apart = count_below(kInputsApart<Cell>, g);
+                    x[i][apart] = (i ? input.b : input.a) + shared.bias[kGates + apart][unit + i];
+                }
+                OSTINATO_UNROLL
+                for (int k = 0; k < Cell::kDrives; k++) {
+                    const Pair both = widen(gates.drives[k]);
+                    drives[i][k] = i ? both.b : both.a;
+                }
             }
-            h = {next_h[0], next_h[1]};
-            Pair c{next_c[0], next_c[1]};
+            load();
+            Value after[2][1 + kBehind], saved[2][places(Cell::kSaved)];
+            OSTINATO_UNROLL
+            for (int i = 0; i < 2; i++) {
+                Value before[1 + kBehind], parameters[places(Cell::kParameters)];
+                before[0] = i ? h.b : h.a;
+                OSTINATO_UNROLL
+                for (int k = 0; k < kBehind; k++) before[1 + k] = shared.c[k][r][unit + i];
+                shared.read_parameters(unit + i, parameters);
+                Cell::forward(a[i], x[i], before, parameters, drives[i], after[i], saved[i]);
+            }
             const int global = rank * kUnits + unit;
+            h = of_units<Cell>({after[0][0].value, after[1][0].value}, global);
             store_at(arrays.y.at(row, unit), global, h);
             if (call.reserve) {
                 Element* const to = arrays.reserve.at(row, unit);
@@ -355,13 +407,16 @@ struct ForwardLoop {
             }
             if (next != Start::kNot) h = initial(call.h_0, call.reset_h, row, next, unit);
             keep(shared.h[r], unit, h);
-            if constexpr (Cell::kHasC) {
-                if (call.cells) store_at(arrays.cells.at(row, unit), global, c);
-                if (next != Start::kNot) c = initial(call.c_0, call.reset_c, row, next, unit);
-                keep(shared.c[r], unit, c);
+            OSTINATO_UNROLL
+            for (int k = 0; k < kBehind; k++) {
+                Pair c{after[0][1 + k].value, after[1][1 + k].value};
+                if (call.cells) store_at(arrays.cells.at(row, unit) + k * kHidden, global, c);
+                if (next != Start::kNot) c = initial<kBehind>(call.c_0, call.reset_c, row, next, unit, k);
+                keep(shared.c[k][r], unit, c);
             }
         }
-        if (s + 1 < loop.steps) send(s + 1, group, place, unit, h);
+        if constexpr (kHasProduct<Cell>)
+            if (s + 1 < loop.steps) send(s + 1, group, place, unit, h);
     }
 
     OSTINATO_DEVICE void end() const {
@@ -371,12 +426,13 @@ struct ForwardLoop {
             const int unit = pair % (kUnits / 2) * 2, r = group * kGroupRows + pair / (kUnits / 2);
             const Row row = shared.rows[r];
             if (row.index < 0) continue;
-            const auto write = [&](void* states, const float (&values)[kUnits]) {
-                store_units(state_row(static_cast<Element*>(states), loop, row.index), rank * kUnits + unit,
-                            Pair{values[unit], values[unit + 1]});
+            const auto write = [&](Element* to, const float (&values)[kUnits]) {
+                store_units(to, rank * kUnits + unit, Pair{values[unit], values[unit + 1]});
             };
-            write(call.h_n, shared.h[r]);
-            if constexpr (Cell::kHasC) write(call.c_n, shared.c[r]);
+            write(state_row(static_cast<Element*>(call.h_n), loop, row.index), shared.h[r]);
+            OSTINATO_UNROLL
+            for (int k = 0; k < kBehind; k++)
+                write(state_row<kBehind>(static_cast<Element*>(call.c_n), loop, row.index, k), shared.c[k][r]);
         }
     }
 
@@ -389,32 +445,33 @@ struct ForwardLoop {
         }
         typename Shared::Product product;
         begin();
-        product.load(shared.weights, static_cast<const Element*>(call.weight_hh), rank);
+        if constexpr (kHasProduct<Cell>) product.load(shared.weights, static_cast<const Element*>(call.weight_hh), rank);
         block_barrier();  // orders biases, states and, of one block alone, what it sent itself
         Arrays at = arrays();
         Gates gates[kPairs] = {};
         OSTINATO_UNROLL
         for (int e = 0; e < kPairs; e++)
-            if (is_mine(pair_of(e))) load_gates(at.gates, loop.time(0), 0, pair_of(e), gates[e]);
+            if (is_mine(pair_of(e))) load_gates(at, loop.time(0), 0, pair_of(e), gates[e]);
         OSTINATO_ROLLED
         for (int s = 0, t = loop.time(0), turn = loop.direction ? -1 : 1; s < loop.steps; s++, t += turn) {
             const int next = t + turn, away = loop.rows_between(t, turn);
             OSTINATO_ROLLED
             for (int group = 0; group < kGroups; group++) {
                 Start starts[kPairs];
-                look_ahead(at.gates, away, t, next, group, starts);
-                await(s, group);
-                auto& sums = shared.sums[group % Shared::kSums];
-                product.multiply(shared.weights, state_of(s, group), sums);
-                block_barrier();  // orders the sums
+                look_ahead(at, away, t, next, group, starts);
+                const typename Shared::Sums* sums = nullptr;
+                if constexpr (kHasProduct<Cell>) {
+                    await(s, group);
+                    sums = &shared.sums[group % Shared::kSums];
+                    product.multiply(shared.weights, state_of(s, group), shared.sums[group % Shared::kSums]);
+                    block_barrier();  // orders the sums
+                }
                 const bool is_last = group + 1 == kGroups;
-                if (is_last) at.gates.move(away);
+                if (is_last) at.gates.move(away), at.drives.move(away);
                 OSTINATO_UNROLL
                 for (int e = 0; e < kPairs; e++) {
                     const int pair = pair_of(e);
-                    const auto load = [&] {
-                        load_gates(at.gates, is_last ? next : t, is_last ? 0 : group + 1, pair, gates[e]);
-                    };
+                    const auto load = [&] { load_gates(at, is_last ? next : t, is_last ? 0 : group + 1, pair, gates[e]); };
                     if (is_mine(pair)) step(s, t, group, at, gates[e], starts[e], pair, sums, load);
                 }
             }
@@ -430,6 +487,7 @@ template <class Cell, class Math>
 OSTINATO_DEVICE void forward(const Forward& call, Task task) {
     auto& shared = shared_memory<ForwardShared<Cell, Math>>();
     static_assert(sizeof(shared) == OSTINATO_SHARED_BYTES, "shared memory as config.py has it");
+    static_assert(kFits<Cell>, "one block alone, or blocks that exchange what a product reads");
     ForwardLoop<Cell, Math>{call, shared, Loop{call.batch, task.direction, 0}, block_index() % kBlocks, task}.run();
 }
 

@@ -13,7 +13,7 @@ namespace {
 
 // How the blocks of a tile hand each other their part of a step.
 enum class Exchange {
-    kBlock,  // one block: its own shared memory
+    kBlock,  // one block: its own shared memory; several where a cell has no hidden product, so that nothing is exchanged
     kCluster,  // a cluster: pushed into each other's shared memory, bytes counted by barriers there (sm_90)
     kGrid,  // any blocks that run at once: words in global memory, each with a mark of the step it belongs to
 };
@@ -32,7 +32,6 @@ OSTINATO_DEVICE bool is_unit(int unit) { return kPadded == kHidden || unit < kHi
 
 static_assert(kEights * 8 == kGroupRows, "whole eights");
 static_assert(kUnits % 16 == 0 && kPadded >= kHidden, "units of a block");
-static_assert(kExchange != Exchange::kBlock || kBlocks == 1, "one block alone");
 static_assert(kGroups == 1 || kGroups % 2 == 0, "halves alternate");
 
 // Where several groups take turns, a barrier lies between two uses of the same half, so that one barrier per group suffices.

@@ -136,22 +136,69 @@ OSTINATO_DEVICE bool is_mine(int pair) { return kGroupPairs % kThreads == 0 || p
 
 OSTINATO_DEVICE void keep(float (&values)[kUnits], int unit, Pair pair) { values[unit] = pair.a, values[unit + 1] = pair.b; }
 
-// Row `index` of [D, B, H], or null.
-template <class T>
-OSTINATO_DEVICE T* state_row(T* states, const Loop& loop, int index) {
-    return states ? states + (loop.direction * loop.batch.batch + index) * kHidden : nullptr;
+// What of a pair goes into a product: zeros of units that do not exist, whose weights are zeros, but NaN times zero is NaN.
+template <class Cell>
+OSTINATO_DEVICE Pair of_units(Pair pair, int unit) {
+    if (Cell::kIsFinite) return pair;
+    return {is_unit(unit) ? pair.a : 0.0f, is_unit(unit + 1) ? pair.b : 0.0f};
 }
 
-// The gate whose input product stays apart (cells.h, kJoint), if there is one, is the last.
-template <class Cell>
-constexpr bool kHasApart = Cell::kJoint < Cell::kGates;
+// Row `index` of [D, B, H], or null; state `k` of `kAll` beside each other, [D, B, kAll * H].
+template <int kAll = 1, class T>
+OSTINATO_DEVICE T* state_row(T* states, const Loop& loop, int index, int k = 0) {
+    return states ? states + (loop.direction * loop.batch.batch + index) * (kAll * kHidden) + k * kHidden : nullptr;
+}
 
-// A slot of backward's gate gradients in memory. Those of the hidden product are the first kGates, those of the input product the
-// last: [n of the hidden product, r, z, n of the input product]. So each is a matrix for one product with x, h or weight_ih.
+// What each unit of a block has of a cell's numbers per unit, [kParameters, H], in shared memory; nothing where there are none.
+template <class Cell, bool kHasSome = (Cell::kParameters > 0)>
+struct Parameters {
+    float parameters[Cell::kParameters][kUnits];
+
+    template <class Element>
+    OSTINATO_DEVICE void load_parameters(const void* from, int rank) {
+        OSTINATO_ROLLED
+        for (int i = thread_index(); i < Cell::kParameters * kUnits; i += kThreads) {
+            const int unit = rank * kUnits + i % kUnits;
+            const auto* const row = static_cast<const Element*>(from) + i / kUnits * kHidden;
+            parameters[i / kUnits][i % kUnits] = unit < kHidden ? widen(row[unit]) : 0.0f;
+        }
+    }
+    template <class Value>
+    OSTINATO_DEVICE void read_parameters(int unit, Value* values) const {
+        OSTINATO_UNROLL
+        for (int k = 0; k < Cell::kParameters; k++) values[k] = parameters[k][unit];
+    }
+};
+template <class Cell>
+struct Parameters<Cell, false> {
+    template <class Element>
+    OSTINATO_DEVICE void load_parameters(const void*, int) {}
+    template <class Value>
+    OSTINATO_DEVICE void read_parameters(int, Value*) const {}
+};
+
+// A place for each of so many; C++ has no arrays of none.
+constexpr int places(int count) { return largest(count, 1); }
+
+// How many input products stay apart.
+template <class Cell>
+constexpr int kApart = count_below(kInputsApart<Cell>, Cell::kInputGates);
+
+// What a cell asks of a kernel's shape.
+template <class Cell>
+constexpr bool kHasProduct = Cell::kGates > 0;
+template <class Cell>
+constexpr bool kFits = kHasProduct<Cell> ? kExchange != Exchange::kBlock || kBlocks == 1 : kExchange == Exchange::kBlock;
+
+// A slot of backward's gradients in memory. First come the hidden products that are alone, then the sums, then the input products
+// apart, the parameters and the drives. So the first kGates belong to the hidden product, and the kInputGates behind those that
+// are alone to the input product: each is a matrix for one product with x, h or weight_ih. A GRU has [n of the hidden product, r,
+// z, n of the input product].
 template <class Cell>
 constexpr int position_of(int slot) {
-    if (!kHasApart<Cell>) return slot;
-    return slot == Cell::kGates - 1 ? 0 : slot < Cell::kGates - 1 ? slot + 1 : slot;
+    if (slot >= Cell::kGates) return slot;
+    const int before = count_below(kHiddenAlone<Cell>, slot);
+    return Cell::is_joint(slot) ? count_below(kHiddenAlone<Cell>, Cell::kGates) + slot - before : before;
 }
 
 }  // namespace

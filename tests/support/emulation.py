@@ -14,7 +14,7 @@ import torch
 from ostinato import route
 from ostinato.call import Call
 from ostinato.cuda import sequence
-from ostinato.cuda.config import Previous
+from ostinato.cuda.config import Config, Previous
 from ostinato.tensors import check_call
 from support import calls
 from support.samples import generator, tensor, weights_of
@@ -45,7 +45,10 @@ def build(config):
     defines = [f"-D{name}={value}" for name, value in config.defines.items()]
     library = _folder() / f"{hashlib.sha256(repr(config).encode()).hexdigest()[:24]}.so"
     command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
-    command += ["-shared", "-fPIC", "-x", "c++", str(SOURCES / "cuda" / config.source)]
+    # An own cell's kernel begins with its struct.
+    text = library.with_suffix(".cpp")
+    text.write_text(f'{config.head}#include "{config.source}"\n', "utf-8")
+    command += ["-shared", "-fPIC", f"-I{SOURCES / 'cuda'}", str(text)]
     subprocess.run([*command, *defines, "-o", str(library)], check=True)
     entry = ctypes.CDLL(str(library)).ostinato_emulate
     entry.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
@@ -62,7 +65,8 @@ def argument_count(config):
     """How many arguments a kernel takes."""
     if isinstance(config, Previous):
         return 12
-    return 10 + len(sequence.BACKWARD if config.is_backward else sequence.FORWARD)
+    count = len(sequence.BACKWARD if config.is_backward else sequence.FORWARD)
+    return 10 + count + (len(sequence.EXTRAS) if config.has_extras else 0)
 
 
 def _value(argument):
@@ -94,6 +98,27 @@ def launcher(schedule=0):
     # More than one loop, and fewer than most calls have.
     launch.at_once = lambda config: 3
     return launch
+
+
+def pair(cell, math, shape):
+    """The kernels of both time loops, with as many warps as share their products evenly.
+
+    `shape` is hidden, blocks, units, warps, groups, resident, exchange and, if not 8, rows of a
+    group.
+    """
+    hidden, blocks, units, warps, groups, resident, exchange, *rows = shape
+    found = []
+    for is_backward in (False, True):
+        for count in (warps, 2, 1, 4, 3, 6, 8):
+            front = cell, math, hidden, blocks, units, count, groups
+            config = Config(*front, resident, exchange, is_backward, *rows)
+            if config.is_even:
+                break
+        if math == "fp32":
+            # There a step in k is held whole or not at all.
+            config = config._replace(resident=resident * config.width)
+        found.append(config)
+    return found
 
 
 def draw(

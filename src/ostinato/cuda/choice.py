@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from importlib import resources
 from typing import Any, NamedTuple
 
-from ostinato.cells import CELLS
+from ostinato.cells import cell_of
 
 
 class Question(NamedTuple):
     """What a choice depends on, in the words of a row of the benchmark."""
 
-    cell: str  # "rnn_tanh", "rnn_relu", "gru" or "lstm"
+    cell: str  # "rnn_tanh", "rnn_relu", "gru", "lstm", or an own cell's name
     math: str  # "bf16", "fp16", "tf32" or "fp32"
     hidden: int
     batch: int
@@ -95,7 +95,7 @@ def answer(rows: list[dict[str, Any]], question: Question) -> Answer:
     Each row has the fields of a question and `ratio`, the lower quartile of torch.nn / ours. Past
     the last measured size that one speaks, but does not cover the asked one.
     """
-    cell = CELLS[question.cell].timed_as or question.cell
+    cell = cell_of(question.cell).timed_as or question.cell
     alike = (cell, question.math, question.form, question.is_training)
     ratios = {
         (row["hidden"], row["batch"]): row["ratio"]

@@ -43,6 +43,10 @@ class Instantiation(Protocol):
         """The main file's name, relative to csrc/cuda."""
 
     @property
+    def head(self) -> str:
+        """What stands before the text of that file."""
+
+    @property
     def entry(self) -> str:
         """The name of the extern "C" kernel."""
 
@@ -130,6 +134,7 @@ def _key(text: Path, config: Instantiation, arch: str) -> str:
     parts = {
         "sources": sources(text),
         "source": config.source,
+        "head": config.head,
         "entry": config.entry,
         "defines": {name: str(value) for name, value in config.defines.items()},
         "arch": arch,
@@ -149,6 +154,11 @@ def sources(text: Path) -> dict[str, str]:
     }
 
 
+def text_of(config: Instantiation, folder: Path) -> str:
+    """Return what is compiled of an instantiation; the sources are in `folder`."""
+    return config.head + (folder / config.source).read_text("utf-8")
+
+
 def _compile(text: Path, config: Instantiation, arch: str) -> Compiled:
     folder = text / "cuda"
     what = f"{config.source} with {dict(config.defines)} for {arch}"
@@ -162,7 +172,7 @@ def _compile(text: Path, config: Instantiation, arch: str) -> Compiled:
     )
     log = _Log()
     try:
-        code = core().Program((folder / config.source).read_text("utf-8"), "c++", options)
+        code = core().Program(text_of(config, folder), "c++", options)
         cubin = bytes(code.compile("cubin", logs=log).code)
     except cuda_error() as error:
         raise CompileError(f"NVRTC cannot compile {what}", _clean(str(error))) from error

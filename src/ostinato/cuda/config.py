@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-from ostinato.cells import CELLS, Cell
+from ostinato.cells import Cell, cell_of
+from ostinato.own import cuda as own
 
 
 class Math(NamedTuple):
@@ -48,12 +49,17 @@ class Config(NamedTuple):
     @property
     def kind(self) -> Cell:
         """What cell this is."""
-        return CELLS[self.cell]
+        return cell_of(self.cell)
 
     @property
     def source(self) -> str:
         """The main file's name, in csrc/cuda."""
         return "sequence.cu"
+
+    @property
+    def head(self) -> str:
+        """The struct of an own cell; csrc/cells.h has the others."""
+        return own.head_of(self.cell) if self.kind.is_own else ""
 
     @property
     def entry(self) -> str:
@@ -84,7 +90,7 @@ class Config(NamedTuple):
     def defines(self) -> dict[str, str | int]:
         """The macros that csrc/cuda/plan.cuh asks for."""
         return {
-            "OSTINATO_CELL_TYPE": self.kind.kernel,
+            "OSTINATO_CELL_TYPE": own.STRUCT if self.kind.is_own else self.kind.kernel,
             "OSTINATO_MATH": MATHS[self.math].type,
             "OSTINATO_HIDDEN": self.hidden,
             "OSTINATO_BLOCKS": self.blocks,
@@ -95,8 +101,14 @@ class Config(NamedTuple):
             "OSTINATO_RESIDENT": self.resident,
             "OSTINATO_EXCHANGE": _EXCHANGES[self.exchange],
             "OSTINATO_BACKWARD": int(self.is_backward),
+            "OSTINATO_EXTRAS": int(self.has_extras),
             "OSTINATO_SHARED_BYTES": self.shared_bytes,
         }
+
+    @property
+    def has_extras(self) -> bool:
+        """Whether the kernel takes numbers per unit, or what drives a step."""
+        return bool(self.kind.parameters or self.kind.drives)
 
     @property
     def slices(self) -> int:
@@ -110,7 +122,7 @@ class Config(NamedTuple):
     def width(self) -> int:
         """How many fragments are used together, one for each of so many sums."""
         gates = self.kind.gates
-        if not self.is_backward:
+        if not self.is_backward or not gates:
             return gates
         if not MATHS[self.math].depth:
             return self.padded * self.slices // self.threads
@@ -134,6 +146,8 @@ class Config(NamedTuple):
     def is_even(self) -> bool:
         """Whether warps, or threads, share the product evenly, as the kernel asks."""
         depth, gates = MATHS[self.math].depth, self.kind.gates
+        if not gates:
+            return True
         workers = self.warps if depth else self.threads
         size = 16 if depth else 1
         depth = depth or 4
@@ -159,19 +173,32 @@ class Config(NamedTuple):
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a block: ForwardShared, BackwardShared."""
+        kind, unit = self.kind, self.units * 4
+        size = kind.parameters * unit
+        # A Fragment, which only a product has, is aligned to 16 bytes.
+        size, alignment = (size + self._parts_bytes, 16) if kind.gates else (size, 8)
+        if not self.is_backward:
+            apart = kind.grads - kind.gates - kind.parameters - kind.drives
+            size += (kind.gates + max(apart, 1)) * unit
+        size += self.rows * unit + (kind.behind * self.rows or 1) * unit
+        size += self.rows * 8
+        buffers = 2 if self.exchange == "cluster" else 1
+        return _align(_align(size, 8) + buffers * self.groups * 8, alignment)
+
+    @property
+    def _parts_bytes(self) -> int:
+        """Shared memory of a product: ForwardParts, BackwardParts."""
         item, gates = MATHS[self.math].bytes, self.kind.gates
         pad = 16 // item
         halves = 2 if self.groups > 1 else 1
         buffers = 2 if self.exchange == "cluster" else 1
-        is_grid, has_c = self.exchange == "grid", self.kind.has_c
+        is_grid = self.exchange == "grid"
         sums = self.group_rows * (self.units + 4) * 4
-        states = self.rows * self.units * 4
         weights = (max(self.fragments - self.resident, 0) * self.threads + 1) * 16
         size = 0
         if self.is_backward:
             size += halves * self.group_rows * (gates * self.units + pad) * item
             size += (1 if is_grid else buffers * self.groups) * self.sources * sums
-            size = _align(size, 16) + weights
         else:
             size += (
                 (1 if is_grid else buffers * self.groups)
@@ -180,12 +207,7 @@ class Config(NamedTuple):
                 * item
             )
             size += (1 if is_grid else halves) * self.slices * gates * sums
-            size = _align(size, 16) + weights
-            size += (gates + 1) * self.units * 4
-        size += states + (states if has_c else self.units * 4)
-        size += self.rows * 8
-        size = _align(size, 8) + buffers * self.groups * 8
-        return _align(size, 16)
+        return _align(size, 16) + weights
 
     @property
     def sources(self) -> int:
@@ -222,6 +244,7 @@ class Previous:
         return {"OSTINATO_ITEM_BYTES": self.bytes, "OSTINATO_THREADS": self.threads}
 
     # As Config has them.
+    head: ClassVar[str] = ""
     source: ClassVar[str] = "previous.cu"
     entry: ClassVar[str] = "ostinato_previous"
     threads: ClassVar[int] = 256

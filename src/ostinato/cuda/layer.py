@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ostinato.call import Call, Results
-from ostinato.cells import CELLS
+from ostinato.cells import cell_of, find
 from ostinato.check import shapes_of
 from ostinato.cuda import choice, kept, launch, sequence, trial
 from ostinato.cuda.config import Config, Previous
@@ -76,7 +76,7 @@ def is_cut(call: Call) -> bool:
 
 def _layers(call: Call) -> int:
     """Return how many layers are decided together: those of a stack that cuDNN would run whole."""
-    if is_cut(call) or call.all_states or call.recompute:
+    if is_cut(call) or call.all_states or call.recompute or call.cell not in TORCH_OPERATORS:
         return 1
     return max(call.layers, call.stack)
 
@@ -95,18 +95,20 @@ def _has(call: Call) -> str:
 def _known(call: Call, layers: int, is_training: bool) -> Decision:
     """Decide by what is known."""
     input, weights = call.input, call.weights
-    math = math_of(input.dtype)
-    if call.cell not in CELLS or input.dim() < 2:
+    math, kind = math_of(input.dtype), find(call.cell)
+    if kind is None or input.dim() < 2:
         return Decision(False, "the arguments are not those of a layer")
+    if not kind.has_engine:
+        return Decision(False, "this cell asks for the reference")
     if math is None:
         return Decision(False, f"no kernel computes in {input.dtype}")
     count, rest = divmod(len(weights), 1 + call.bidirectional)
     weight_ih, weight_hh, *_ = (*weights, input, input)
     if rest or count < 2 or weight_ih.dim() != 2 or weight_hh.dim() != 2:
         return Decision(False, "the weights are not those of a layer")
-    if count != (4 if call.has_biases else 2):
+    if count != (4 if call.has_biases else 2) + (kind.parameters > 0):
         return Decision(False, "no kernel projects h (proj_size)")
-    if _is_sure(input.numel() == 0) or not (weight_ih.numel() and weight_hh.numel()):
+    if _is_sure(input.numel() == 0) or not (weight_ih.numel() and weight_hh.shape[1]):
         return Decision(False, "there is nothing to compute")
     if not all(t is None or t.layout is torch.strided for t in call.tensors()):
         return Decision(False, "not all tensors are strided")
@@ -192,8 +194,10 @@ def _decide(
         found = found._replace(is_ours=False, is_covered=False)
     if is_beyond_cudnn:
         reason = found.reason if found.is_ours else f"cuDNN has no such layer; {found.reason}"
-        if choice.is_forced() or (choice.is_known(name) and not is_wide):
-            # It is not compared with cuDNN. That some kernels were right on this device is enough.
+        is_enough = choice.is_known(name) and not is_wide and not cell_of(cell).is_own
+        if choice.is_forced() or is_enough:
+            # It is not compared with cuDNN. That some kernels were right on this device is enough,
+            # but for an own cell, whose arithmetic nobody has seen.
             return Decision(choice.is_known(name), reason)
         found = found._replace(reason=reason)
     elif found.is_covered:

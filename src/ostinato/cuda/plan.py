@@ -15,7 +15,9 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from ostinato.cells import Cell, cell_of
 from ostinato.cuda.config import MATHS, Config
+from ostinato.own.cuda import MOST_SAVED
 
 
 class Device(NamedTuple):
@@ -108,13 +110,16 @@ def plan(
 ) -> Config | None:
     """Return the configuration whose modelled time is shortest, or None where none fits the device.
 
-    For the words that `cell` and `math` may be, see `ostinato.cuda.choice.Question`.
+    For the words that `cell` and `math` may be, see `ostinato.cuda.choice.Question`. No own cell
+    was measured: for these the costs are a guess.
 
     Example:
         >>> found = plan("gru", "bf16", 64, 16, 1, False, H200)
         >>> found.exchange, found.rows
         ('block', 8)
     """
+    if cell_of(cell).saved > MOST_SAVED:
+        return None
     rows = batch * directions
     sizes = _GROUP_ROWS if rows > _FEW_ROWS else _GROUP_ROWS[:1]
     found = _with_enough_warps(configs(cell, math, hidden, is_backward, device, sizes))
@@ -142,7 +147,7 @@ def configs(
 ) -> Iterator[Config]:
     """Yield every configuration that fits registers and shared memory; of groups of such sizes."""
     rows = group_rows if MATHS[math].depth else _GROUP_ROWS[:1]
-    for exchange, blocks, units in _shapes(math, hidden, device):
+    for exchange, blocks, units in _shapes(cell, hidden, device):
         for warps in _WARPS:
             for groups, size in itertools.product(_GROUPS, rows):
                 front = cell, math, hidden, blocks, units, warps, groups
@@ -157,9 +162,16 @@ def configs(
                     yield config
 
 
-def _shapes(math: str, hidden: int, device: Device) -> Iterator[tuple[str, int, int]]:
+def _shapes(cell: str, hidden: int, device: Device) -> Iterator[tuple[str, int, int]]:
     sixteens = -(-hidden // 16)
     yield "block", 1, sixteens * 16
+    if not cell_of(cell).gates:
+        # Nothing is exchanged, so that any blocks may share the units.
+        for units in (8, 4, 2, 1):
+            blocks = -(-sixteens // units)
+            if 1 < blocks <= device.processors:
+                yield "block", blocks, units * 16
+        return
     for blocks in _CLUSTERS:
         if blocks <= device.cluster:
             units = -(-sixteens // blocks)
@@ -182,13 +194,15 @@ def _pairs(config: Config) -> int:
 
 
 def _tiles(config: Config) -> int:
-    if not config.is_backward or not MATHS[config.math].depth:
+    if not config.is_backward or not MATHS[config.math].depth or not config.kind.gates:
         return 1
     return config.padded // 16 * config.slices // config.warps
 
 
 def _resident(config: Config, room: int) -> int:
     """Fragments that this many registers hold."""
+    if not config.fragments:
+        return 0
     # Where none is read from shared memory, nothing keeps the compiler from reading far ahead.
     ahead = 24 if MATHS[config.math].depth else 36
     if 4 * config.fragments + ahead <= room:
@@ -204,10 +218,11 @@ def _resident(config: Config, room: int) -> int:
 def overhead(config: Config) -> int:
     """Registers beside the weights; tests/test_cuda_report.py holds that nothing spills."""
     gates, pairs, words = config.kind.gates, _pairs(config), MATHS[config.math].bytes // 2
+    own = _of_own_cells(config.kind, pairs * words)
     if not MATHS[config.math].depth:
         if config.is_backward:
-            return 104 + 56 * (pairs - 1)
-        return 94 + 16 * (pairs - 1) + 12 * (gates == 1 and config.exchange == "grid")
+            return 104 + own + 56 * (pairs - 1)
+        return 94 + own + 16 * (pairs - 1) + 12 * (gates == 1 and config.exchange == "grid")
     eights = config.group_rows // 8
     # Gathering; few gates, whose product the compiler reads far ahead; exact activations.
     more = 10 * (config.exchange == "grid") + 64 * (gates < 3 and not config.is_backward)
@@ -222,8 +237,18 @@ def overhead(config: Config) -> int:
         else:
             # Where a warp's many tiles go; of 16 units, in steps that the compiler knows.
             more += 24 + 2 * tiles if config.units > 16 else 16 * (tiles > 8)
-        return 92 + more + 8 * gates + 8 * words + 28 * words * (pairs - 1)
-    return 72 + more + 8 * words + 5 * gates * words + 8 * words * (pairs - 1)
+        return 92 + own + more + 8 * gates + 8 * words + 28 * words * (pairs - 1)
+    return 72 + own + more + 8 * words + 5 * gates * words + 8 * words * (pairs - 1)
+
+
+def _of_own_cells(kind: Cell, words: int) -> int:
+    """Registers for what the built-in cells have not: numbers per unit, drives, further states.
+
+    `words` are those of a number of all pairs of units of a thread. What is read ahead of a product
+    stays in registers meanwhile.
+    """
+    ahead = max(kind.input_gates + kind.drives - kind.gates, 0)
+    return 2 * (kind.parameters + kind.drives + max(kind.behind - 1, 0)) + ahead * words
 
 
 def _with_enough_warps(found: Iterable[Config]) -> list[Config]:

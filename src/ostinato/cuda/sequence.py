@@ -5,7 +5,7 @@ what backward needs. Backward: the time loop, which leaves gate gradients, then 
 x, h and weight_ih. Nothing here waits for the device.
 
 Legend: T steps, B batch, N rows of input (packed, or T * B), I input, H hidden, D directions,
-G gates.
+G gates, E states behind h, P numbers per unit, n numbers per unit that drive a step.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from ostinato import arrays
 from ostinato.arrays import STATES
 from ostinato.call import Call, Parts, Results, padded
+from ostinato.cuda.columns import Columns, columns_of, ordered, part, restored
 from ostinato.cuda.config import Config, Previous
 from ostinato.sizes import Sizes
 from ostinato.tensors import without_autocast
@@ -148,21 +149,19 @@ def forward(
     `config` is of a forward kernel for its cell, precision and hidden size. `keep` says whether
     backward is to follow.
     """
-    x, directions = call.input, sizes.directions
+    x, directions, behind = call.input, sizes.directions, call.kind.behind
     gates_x = _input_products(call, sizes, config.math)
     # Past the end of a row nothing is written.
     make = x.new_empty if call.lengths is None else x.new_zeros
-    wide, state = (
-        (*x.shape[:-1], directions * sizes.hidden),
-        (directions, sizes.batch, sizes.hidden),
-    )
-    output, h_n = make(wide), x.new_empty(state)
-    c_n = x.new_empty(state) if call.kind.has_c else None
-    cells = make(wide) if c_n is not None and call.all_states else None
+    *rows_of_x, _ = x.shape
+    wide, state = directions * sizes.hidden, (directions, sizes.batch, sizes.hidden)
+    output, h_n = make((*rows_of_x, wide)), x.new_empty(state)
+    c_n = x.new_empty((*state[:2], behind * sizes.hidden)) if behind else None
+    cells = make((*rows_of_x, behind * wide)) if behind and call.all_states else None
     reserve = make(reserve_bytes(call, sizes), dtype=torch.uint8) if keep else None
     given = {"gates_x": gates_x, **_by_direction(call, directions), **_states(call)}
     given |= {"output": output, "h_n": h_n, "c_n": c_n, "reserve": reserve, "cells": cells}
-    _launch(config, launch, sizes, rows, x, tuple([given[name] for name in FORWARD]))
+    _launch(config, launch, sizes, rows, call, given)
     last = (h_n,) if c_n is None else (h_n, c_n)
     return Results(output, last, () if cells is None else (cells,)), reserve
 
@@ -175,7 +174,7 @@ def _input_products(call: Call, sizes: Sizes, math: str) -> Tensor:
             weight_ih, *_ = call.weights
             found: Tensor = torch.nn.functional.linear(flat, weight_ih)
             return found
-        found = flat.new_empty(sizes.directions, sizes.rows, call.kind.gates * sizes.hidden)
+        found = flat.new_empty(sizes.directions, sizes.rows, call.kind.input_gates * sizes.hidden)
         for product, weight_ih in zip(found.unbind(), call.weights[::count], strict=True):
             torch.mm(flat, weight_ih.t(), out=product)
         return found
@@ -184,7 +183,25 @@ def _input_products(call: Call, sizes: Sizes, math: str) -> Tensor:
 def _flat(call: Call, sizes: Sizes) -> Tensor:
     """Return the rows of input, (N, I)."""
     found: Tensor = call.input
+    if call.kind.drives:
+        return _rows(call, sizes)[:, : sizes.input]
     return found if found.dim() == 2 else found.reshape(sizes.rows, sizes.input)
+
+
+def _rows(call: Call, sizes: Sizes) -> Tensor:
+    """Return the rows of input with the drives behind them, (N, I + n * H)."""
+    found: Tensor = call.input.reshape(sizes.rows, call.input.shape[-1])
+    return found
+
+
+def _drives(call: Call, sizes: Sizes) -> Tensor | None:
+    """Return what drives each step, (N, n * H), or None.
+
+    A copy, since kernels read pairs of numbers, which need not be aligned behind the input.
+    """
+    if not call.kind.drives:
+        return None
+    return _rows(call, sizes)[:, sizes.input :].contiguous()
 
 
 def backward(
@@ -211,18 +228,21 @@ def backward(
     shape = sizes.rows, kind.grads * hidden
     dgates = make(shape if directions == 1 else (directions, *shape))
     make = x.new_empty if rows.flags is None else x.new_zeros
-    state = directions, sizes.batch, hidden
-    initial = tuple([make(state) if want else None for want in asked.initial])
+    shapes = [(directions, sizes.batch, width * hidden) for width in (1, kind.behind)]
+    initial = tuple(
+        [make(s) if want else None for s, want in zip(shapes, asked.initial, strict=False)]
+    )
     reset_to = [
-        x.new_zeros(state, dtype=torch.float32) if want else None for want in asked.reset_to
+        x.new_zeros(s, dtype=torch.float32) if want else None
+        for s, want in zip(shapes, asked.reset_to, strict=False)
     ]
     given = {"output": output, "reserve": reserve, "dgates": dgates, "grad_output": arrived.output}
     given |= {**_by_direction(call, directions), **_states(call)}
     for names, grads in zip(_GRADS, (arrived.every, arrived.last, initial, reset_to), strict=True):
         given.update(zip(names, padded(grads, first=len(STATES) - len(names)), strict=True))
-    _launch(config, launch, sizes, rows, x, tuple([given[name] for name in BACKWARD]))
+    _launch(config, launch, sizes, rows, call, given)
     previous, count = None, len(call.weights) // directions
-    if rows is not _PLAIN and any(asked.weights[1::count]):
+    if rows is not _PLAIN and kind.gates and any(asked.weights[1::count]):
         previous = _previous(call, sizes, rows, launch, output)
     with products_in(config.math, x):
         dx, dweights = _products(call, sizes, previous, dgates, output, asked)
@@ -241,6 +261,8 @@ BACKWARD = (
     *("grad_cells", "grad_h_n", "grad_c_n", "dgates"),
     *("grad_h_0", "grad_c_0", "grad_reset_h", "grad_reset_c"),
 )
+# What they take behind `exchange` of a cell that has any of it.
+EXTRAS = ("parameters", "parameters_reverse", "drives")
 
 
 # Gradients of the states behind h after every step, of the last, and of those that begin.
@@ -251,12 +273,14 @@ _GRADS = tuple(
 
 
 def _by_direction(call: Call, directions: int) -> dict[str, Tensor | None]:
-    """Name weight_hh and the biases of both directions; one stands for both."""
+    """Name weight_hh, biases and parameters of both directions; one stands for both."""
     count = len(call.weights) // directions
-    _, hh, *biases = call.weights[:count]
-    _, hh_reverse, *biases_reverse = call.weights[-count:]
-    (ih, both), (ih_reverse, both_reverse) = biases or _NONE, biases_reverse or _NONE
+    (hh, ih, both, own), (hh_reverse, ih_reverse, both_reverse, own_reverse) = (
+        _named(call, weights) for weights in (call.weights[:count], call.weights[-count:])
+    )
     return {
+        "parameters": own,
+        "parameters_reverse": own_reverse,
         "weight_hh": hh,
         "bias_ih": ih,
         "bias_hh": both,
@@ -269,6 +293,13 @@ def _by_direction(call: Call, directions: int) -> dict[str, Tensor | None]:
 _NONE = (None, None)
 
 
+def _named(call: Call, weights: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Return weight_hh, bias_ih, bias_hh and the parameters of a direction."""
+    _, hh, *others = weights
+    own = others.pop() if call.kind.parameters else None
+    return hh, *(others or _NONE), own
+
+
 def _states(call: Call) -> dict[str, Tensor | None]:
     """Name h_0, c_0 and the states of resets, None for what there is not."""
     return dict(zip(_GIVEN, (*padded(call.initial), *padded(call.reset_to)), strict=True))
@@ -279,25 +310,30 @@ def _launch(
     launch: Launcher,
     sizes: Sizes,
     rows: Rows,
-    x: Tensor,
-    given: tuple[Tensor | None, ...],
+    call: Call,
+    given: dict[str, Tensor | None],
 ) -> None:
-    """Launch a kernel for all tiles of all directions.
+    """Launch a kernel for all tiles of all directions; `given` are its arrays by name.
 
     Blocks that wait for each other through global memory must be on the device together: where not
     all loops are, several launches follow each other.
     """
-    arguments = sizes.steps, sizes.rows, sizes.batch, sizes.directions, *rows, *given
+    arrays = [given[name] for name in (BACKWARD if config.is_backward else FORWARD)]
+    arguments = sizes.steps, sizes.rows, sizes.batch, sizes.directions, *rows, *arrays
+    extras: tuple[Tensor | None, ...] = ()
+    if config.has_extras:
+        given["drives"] = _drives(call, sizes)
+        extras = tuple([given[name] for name in EXTRAS])
     loops = config.loops(sizes.batch, sizes.directions)
     if config.exchange != "grid":
-        launch(config, loops, (0, *arguments, None))
+        launch(config, loops, (0, *arguments, None, *extras))
         return
     most = launch.at_once(config)
-    exchange = x.new_zeros(config.exchange_bytes(min(loops, most)), dtype=torch.uint8)
+    exchange = call.input.new_zeros(config.exchange_bytes(min(loops, most)), dtype=torch.uint8)
     for first in range(0, loops, most):
         if first:
             exchange.zero_()
-        launch(config, min(most, loops - first), (first, *arguments, exchange))
+        launch(config, min(most, loops - first), (first, *arguments, exchange, *extras))
 
 
 def _products(
@@ -309,53 +345,76 @@ def _products(
     wanted: Parts,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Return the gradients of input and weights, products over all steps."""
-    hidden, gates, directions = sizes.hidden, call.kind.gates, sizes.directions
+    hidden, columns, directions = sizes.hidden, columns_of(call.cell), sizes.directions
     flat, count = _flat(call, sizes), len(call.weights) // directions
     dx: Tensor | None = None
     dweights: list[Tensor | None] = []
     for d in range(directions):
         own = dgates if directions == 1 else dgates[d]
-        of_input = of_hidden = own
-        # csrc/cuda/sequence.cuh, position_of: the last columns belong to the input product, the
-        # first to the hidden one, where a GRU's n comes before r and z.
-        turn = hidden if call.kind.grads > gates else 0
-        if turn:
-            of_input, of_hidden = own[:, turn:], own[:, : gates * hidden]
+        of_input = part(own, columns.alone, columns.parameters, hidden)
+        of_hidden = part(own, 0, len(columns.hidden), hidden)
         if wanted.input:
-            weight_ih = call.weights[d * count]
+            weight_ih = ordered(call.weights[d * count], columns.input, hidden)
             dx = torch.mm(of_input, weight_ih) if dx is None else dx.addmm_(of_input, weight_ih)
-        want_ih, want_hh, *want_biases = wanted.weights[d * count : (d + 1) * count]
-        dweights.append(torch.mm(of_input.t(), flat) if want_ih else None)
+        want_ih, want_hh, *want_others = wanted.weights[d * count : (d + 1) * count]
+        of_x = torch.mm(of_input.t(), flat) if want_ih else None
+        dweights.append(None if of_x is None else restored(of_x, columns.input, hidden))
         of_states = None
-        if want_hh and previous is None:
+        if want_hh and not columns.hidden:
+            of_states = own.new_zeros(0, hidden)
+        elif want_hh and previous is None:
             of_states = _of_plain_rows(call, sizes, of_hidden, output, d)
         elif want_hh and previous is not None:
             of_states = torch.mm(of_hidden.t(), previous if directions == 1 else previous[d])
-        dweights.append(None if of_states is None else _turned(of_states, turn))
-        if want_biases:
-            dweights += _of_biases(own, turn, gates * hidden, want_biases)
+        dweights.append(None if of_states is None else restored(of_states, columns.hidden, hidden))
+        if want_others:
+            dweights += _sums(own, columns, hidden, want_others)
+    if dx is not None and columns.drives:
+        dx = torch.cat([dx, _of_drives(dgates, columns, hidden)], -1)
     if dx is not None and call.input.dim() != 2:
         dx = dx.view(call.input.shape)
     return dx, dweights
 
 
-def _of_biases(dgates: Tensor, turn: int, size: int, wanted: Sequence[bool]) -> list[Tensor | None]:
-    """Return the gradients of bias_ih and bias_hh, which a GRU has apart."""
+def _sums(
+    dgates: Tensor, columns: Columns, hidden: int, wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """Return the gradients of what is the same in every row: biases, then the parameters."""
     if not any(wanted):
-        return [None, None]
-    total, (want_ih, want_hh) = dgates.sum(0), wanted
-    if not turn:
-        return [
-            total if want_ih else None,
-            (total.clone() if want_ih else total) if want_hh else None,
-        ]
-    own = total[turn:] if want_ih else None
-    return [own, _turned(total[:size], turn) if want_hh else None]
+        return [None] * len(wanted)
+    total = part(dgates, 0, columns.slots, hidden).sum(0)
+    want_biases, found = list(wanted), []
+    want_own = want_biases.pop() if columns.slots > columns.parameters else False
+    if want_biases:
+        found = _of_biases(total, columns, hidden, want_biases)
+    if len(found) < len(wanted):
+        own = part(total, columns.parameters, columns.slots, hidden)
+        found.append(own.reshape(-1, hidden) if want_own else None)
+    return found
 
 
-def _turned(gradient: Tensor, by: int) -> Tensor:
-    """Bring what belongs to the last gate behind the others."""
-    return gradient.roll(-by, 0) if by else gradient
+def _of_biases(
+    total: Tensor, columns: Columns, hidden: int, wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """Return the gradients of bias_ih and bias_hh."""
+    want_ih, want_hh = wanted
+    of_input = of_hidden = None
+    if want_ih:
+        of_input = part(total, columns.alone, columns.parameters, hidden)
+        of_input = restored(of_input, columns.input, hidden)
+    if want_hh:
+        shared = part(total, 0, len(columns.hidden), hidden)
+        of_hidden = restored(shared, columns.hidden, hidden)
+        # What may be the same numbers is not the same memory.
+        if want_ih and of_hidden is shared:
+            of_hidden = of_hidden.clone()
+    return [of_input, of_hidden]
+
+
+def _of_drives(dgates: Tensor, columns: Columns, hidden: int) -> Tensor:
+    """Return the gradient of what drives the steps of all directions, (N, n * H)."""
+    own = dgates[..., columns.slots * hidden :]
+    return own.sum(0) if own.dim() == 3 else own
 
 
 def _of_plain_rows(

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from ostinato import __version__, reference_backend, torch_operator
-from ostinato.call import Call, Results
+from ostinato.call import Call, Parts, Results
+from ostinato.cells import cell_of
 from ostinato.cuda import choice, compiler, kept, launch
 from ostinato.cuda.kept import Kept, Place
 from ostinato.tensors import check_call, is_recorded, keeps
@@ -291,13 +292,19 @@ def run(call: Call, place: Place, device: TrialDevice) -> Kept | None:
         _lock.release()
 
 
+def _word(cell: str) -> str:
+    """Return what a user calls a cell: the name of an own cell is its whole graph."""
+    kind = cell_of(cell)
+    return kind.layer if kind.is_own else cell
+
+
 def _told(call: Call, place: Place, device: TrialDevice) -> Kept:
     """Run a trial, keep what it found, and log it."""
     layer = place.layer
     other = "the reference" if layer.is_beyond_cudnn else "torch.nn"
     what = (
-        f"{layer.cell} in {layer.math}, H {layer.hidden}, {layer.form}, about B {place.batch}, "
-        f"T {place.steps}, I {place.size}, L {layer.layers}, "
+        f"{_word(layer.cell)} in {layer.math}, H {layer.hidden}, {layer.form}, "
+        f"about B {place.batch}, T {place.steps}, I {place.size}, L {layer.layers}, "
         f"{'training' if layer.is_training else 'inference'}, on {device.name}"
     )
     try:
@@ -398,6 +405,8 @@ class _Draw:
             reset_to=tuple(self._between(t, 1.0) for t in parts.reset_to),
             weights=[self._between(t, bound) for t in parts.weights],
         )
+        if call.kind.is_own:
+            drawn = _with_own_numbers(call, drawn)
         for new in drawn.flat():
             if new is not None:
                 # Whoever is answered by this trial may want what the first caller did not.
@@ -429,6 +438,29 @@ class _Draw:
         if tensor is None:
             return None
         return self._like(tensor).uniform_(-bound, bound, generator=self._rng)
+
+
+def _with_own_numbers(call: Call, drawn: Parts) -> Parts:
+    """Return what was drawn with the user's states, parameters and drives in it.
+
+    A step may need these within bounds, as a decay from 0 to 1.
+    """
+    ways, kind = 1 + call.bidirectional, call.kind
+    _, weight_hh, *_ = call.weights
+    count, weights = len(call.weights) // (ways * call.layers), list(drawn.weights)
+    with torch.no_grad():
+        if kind.drives:
+            behind = kind.drives * weight_hh.shape[1]
+            drawn.input[..., -behind:] = call.input[..., -behind:]
+        if kind.parameters:
+            for last in range(count - 1, len(weights), count):
+                weights[last] = call.weights[last].detach().clone()
+    given = call.parts(call.tensors())
+    initial, reset_to = (
+        tuple(None if t is None else t.detach().clone() for t in states)
+        for states in (given.initial, given.reset_to)
+    )
+    return drawn._replace(initial=initial, reset_to=reset_to, weights=weights)
 
 
 def _shortened(call: Call) -> Call:
@@ -470,7 +502,10 @@ def _compared(ours: _Side, theirs: _Side, layer: kept.Layer, draw: _Draw) -> _Ve
     # A gradient of relu jumps where a state is nearly zero: so far rounding alone may go.
     near = exact._replace(call=draw.moved(exact.call, rounding))
     sides = (ours, theirs, near)
-    expected, found = exact.values(seeds), [side.values(seeds) for side in sides]
+    expected = exact.values(seeds)
+    if not all(bool(value.isfinite().all()) for value in expected):
+        return _Verdict("the reference has no finite numbers to compare with", False, math.inf)
+    found = [side.values(seeds) for side in sides]
     rival = "the reference" if layer.is_beyond_cudnn else "torch.nn"
     refused, largest = "", 0.0
     for k, (wanted, *values) in enumerate(zip(expected, *found, strict=True)):
