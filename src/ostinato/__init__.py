@@ -8,7 +8,8 @@
 - `ostinato.numpy`: inference and streaming on NumPy arrays, without torch.
 - `ostinato.ops`: the operators under the modules. `ostinato.cuda`: what runs on a GPU.
 - `ostinato.decompositions()`: a program of torch.export in operators of ATen alone.
-- `ostinato.from_r(weights)`: weights from R's torch, which counts layers from 1.
+- `ostinato.convert`: weights of Keras, Flax, ONNX and R's torch, and back to Keras and ONNX;
+  `ostinato.from_r(weights)` is one of these functions.
 - `ostinato.onnx`: ONNX models with one node for each layer.
 - `ostinato.opacus`: gradients of each sample for Opacus.
 - `ostinato.bench`: what a shape would gain.
@@ -25,10 +26,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from typing import Any
 
-    from ostinato import bench, cuda, nn, numpy, onnx, opacus, ops, reference, zoo
+    from ostinato import bench, convert, cuda, nn, numpy, onnx, opacus, ops, reference, zoo
     from ostinato.aten import decompositions
+    from ostinato.convert import from_r
     from ostinato.explained import explain
-    from ostinato.names import from_r
     from ostinato.switch import replace, restore
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 __all__ = [
     "__version__",
     "bench",
+    "convert",
     "cuda",
     "decompositions",
     "explain",
@@ -55,7 +57,7 @@ __all__ = [
 _FUNCTIONS = {
     "decompositions": "aten",
     "explain": "explained",
-    "from_r": "names",
+    "from_r": "convert",
     "replace": "switch",
     "restore": "switch",
 }

@@ -21,6 +21,7 @@ class Onnx:
     # what makes it compute our equations
     attributes: dict[str, int] = field(default_factory=dict)
     activation: str = ""  # the function that it is told for each direction, or nothing
+    functions: tuple[str, ...] = ()  # all that it applies, in its order
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Cell:
     reads_previous: bool  # whether a step reads the last h beside its product with weight_hh
     onnx: Onnx | None = None  # how ONNX's operator is told to compute this, if it has one
     dim_word: str = ""  # a word that torch's layer adds when it refuses an input's dimensions
+    letters: str = ""  # of the gates, where there are several (docs/math.md)
+    keras: tuple[int, ...] = ()  # our gates, in the order of Keras's layer, if it has one
     timed_as: str = ""  # the cell whose measured times stand for this one's, or nothing
     # What only an own cell says; of the others it follows from the fields above.
     of_input: int | None = None  # rows of weight_ih for each unit, where not G
@@ -101,7 +104,8 @@ _RNN = Cell(
     projects=False,
     reads_output=True,
     reads_previous=False,
-    onnx=Onnx((0,), activation="Tanh"),
+    onnx=Onnx((0,), activation="Tanh", functions=("Tanh",)),
+    keras=(0,),
     dim_word=" tensor",
 )
 _RELU = replace(
@@ -109,7 +113,7 @@ _RELU = replace(
     name="rnn_relu",
     number=1,
     kernel="Rnn<true>",
-    onnx=Onnx((0,), activation="Relu"),
+    onnx=Onnx((0,), activation="Relu", functions=("Relu",)),
     timed_as="rnn_tanh",
 )
 _GRU = Cell(
@@ -124,7 +128,9 @@ _GRU = Cell(
     projects=False,
     reads_output=False,
     reads_previous=True,
-    onnx=Onnx((1, 0, 2), {"linear_before_reset": 1}),
+    onnx=Onnx((1, 0, 2), {"linear_before_reset": 1}, functions=("Sigmoid", "Tanh")),
+    letters="rzn",
+    keras=(1, 0, 2),
 )
 _LSTM = Cell(
     name="lstm",
@@ -138,7 +144,9 @@ _LSTM = Cell(
     projects=True,
     reads_output=False,
     reads_previous=False,
-    onnx=Onnx((0, 3, 1, 2)),
+    onnx=Onnx((0, 3, 1, 2), functions=("Sigmoid", "Tanh", "Tanh")),
+    letters="ifgo",
+    keras=(0, 1, 2, 3),
 )
 CELLS = {cell.name: cell for cell in (_RNN, _RELU, _GRU, _LSTM)}
 # By the name of a layer, in small letters. An RNN's two cells differ in nothing that is asked here.

@@ -265,6 +265,29 @@ def layer(
     return _run(_Given("layer", names, call))
 
 
+def read(
+    kind: str, cell: str, parameters: Mapping[str, Array], prefix: str
+) -> tuple[list[Array], bool, int]:
+    """Return a layer's weights by their names, checked, without an input.
+
+    Raises what `gru` raises for such parameters, with `kind` for the layer.
+
+    Returns:
+        The weights, layer by layer and direction by direction; whether there are biases; D.
+    """
+    first = parameters.get(f"{prefix}weight_ih_l0")
+    like = np.zeros((0, 1, 1)) if first is None or first.ndim != 2 else first[None, :0]
+    given = _named(kind, cell, like, parameters, None, None, False, prefix)
+    _check(given)
+    call = given.call
+    return list(call.weights), call.has_biases, 2 if call.bidirectional else 1
+
+
+def is_of_layer(name: str, prefix: str) -> bool:
+    """Whether this is the name of a layer's weight behind the prefix."""
+    return name.startswith(prefix) and bool(_NAME.fullmatch(name, len(prefix)))
+
+
 class _Given(NamedTuple):
     """Arguments as they came, one name per weight; `_check` has not seen them yet."""
 
@@ -309,7 +332,7 @@ def _named(
     expected = set(names)
     for name in map(str, parameters):
         # Ignored, it would be a layer, direction or bias that silently does nothing.
-        if name not in expected and name.startswith(prefix) and _NAME.fullmatch(name, len(prefix)):
+        if name not in expected and is_of_layer(name, prefix):
             raise ValueError(f"{kind}: expected parameters {names}, got {name!r} as well")
     weights = [parameters[name] for name in names]
     options = cell, has_biases, len(ways) > 1

@@ -1,4 +1,4 @@
-"""The names under which weights are stored, where they are not torch's."""
+"""R: names of its torch, which counts layers from 1."""
 
 from __future__ import annotations
 
