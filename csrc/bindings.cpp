@@ -17,6 +17,7 @@
 #include "cpu/engine.h"
 #include "cpu/programs.h"
 #include "gpu.h"
+#include "stream.h"
 #include "tensors.h"
 
 namespace nb = nanobind;
@@ -185,6 +186,7 @@ NB_MODULE(_core, m) {
     m.def(
         "set_isa", [](const std::string& name) { set_isa(name, "instruction set"); }, nb::arg("name"),
         "Uses another instruction set from now on, in every thread.");
+    define_stream(m);
     define_tensors(m);
     define_gpu(m);
     m.attr("forced_threads") = forced_threads();

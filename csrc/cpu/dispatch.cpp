@@ -9,6 +9,7 @@
 
 #include "engine.h"
 #include "lengths.h"
+#include "streams.h"
 #include "threads.h"
 
 namespace ostinato {
@@ -25,17 +26,21 @@ constexpr char kBaseline[] = "portable";
 struct Isa {
     const char* name;
     const Kernels* tables[kDtypes];  // [Dtype]
+    const StreamKernels* streams[kDtypes];  // [Dtype], null where there is none
 };
 
 }  // namespace
 
-// What kernels.cpp defines for one instruction set, under the name that users see.
-#define OSTINATO_ISA(isa, name)                                                                                        \
-    extern const Kernels kernels_##isa##_float, kernels_##isa##_double;                                                \
-    extern const Kernels kernels_##isa##_bfloat16, kernels_##isa##_float16;                                            \
-    namespace {                                                                                                        \
-    constexpr Isa k_##isa = {                                                                                          \
-        name, {&kernels_##isa##_float, &kernels_##isa##_double, &kernels_##isa##_bfloat16, &kernels_##isa##_float16}}; \
+// What kernels.cpp and stream_kernels.cpp define for one instruction set, under the name that users see.
+#define OSTINATO_ISA(isa, name)                                                                                 \
+    extern const Kernels kernels_##isa##_float, kernels_##isa##_double;                                         \
+    extern const Kernels kernels_##isa##_bfloat16, kernels_##isa##_float16;                                     \
+    extern const StreamKernels streams_##isa##_float, streams_##isa##_double;                                   \
+    namespace {                                                                                                 \
+    constexpr Isa k_##isa = {                                                                                   \
+        name,                                                                                                   \
+        {&kernels_##isa##_float, &kernels_##isa##_double, &kernels_##isa##_bfloat16, &kernels_##isa##_float16}, \
+        {&streams_##isa##_float, &streams_##isa##_double}};                                                     \
     }
 
 OSTINATO_ISA(portable, kBaseline)
@@ -273,6 +278,31 @@ template void run(Cell, Dtype, const Forward&, int);
 template void run(Cell, Dtype, const Backward&, int);
 template void run_all(Cell, Dtype, const Forward*, int64_t, int);
 template void run_all(Cell, Dtype, const Backward*, int64_t, int);
+
+// ---- streams ----
+
+const StreamKernel* stream_kernel(Cell cell, Dtype dtype) {
+    const StreamKernels* table = active().streams[static_cast<int>(dtype)];
+    return table && static_cast<int>(cell) < kCells ? &(*table)[cell] : nullptr;
+}
+
+int64_t work_of(const StreamCall& call) {
+    const StreamSizes& z = call.sizes;
+    return call.steps * call.rows * (z.work(0) + (z.layers - 1) * z.work(z.layers - 1));
+}
+
+bool is_worth_a_team(const StreamCall& call) {
+    const StreamSizes& z = call.sizes;
+    // As in members_for.
+    if (call.steps > 1 && call.rows == 1 && z.cell.gates * z.hidden * z.output() < kWorthRelay) return false;
+    return work_of(call) >= kWorthATeam;
+}
+
+void run(const StreamKernel& kernel, const StreamCall& call, int threads) {
+    Team team(is_worth_a_team(call) ? threads : 1);
+    Scratch<1> scratch(kernel.scratch_bytes(call, team.members()));
+    kernel.run(call, team, scratch.get());
+}
 
 const char* isa_name(int index) { return index < isas().count ? isas().found[index].name : nullptr; }
 

@@ -16,10 +16,11 @@ namespace ostinato {
 // By functions of these names over the lane type (functions.h, interpreter.h).
 #define OSTINATO_UNARY(X) \
     X(neg) X(sigmoid) X(tanh) X(relu) X(exp) X(log) X(sqrt) X(rsqrt) X(abs) X(softplus) X(erf) X(logical_not)
-#define OSTINATO_BINARY(X)                                                                                                     \
-    X(add)                                                                                                                     \
-    X(sub)                                                                                                                     \
-    X(mul) X(div) X(minimum) X(maximum) X(lt) X(le) X(gt) X(ge) X(eq) X(ne) X(logical_and) X(logical_or) X(sigmoid_times_tanh) \
+#define OSTINATO_BINARY(X)                                                                                              \
+    X(add)                                                                                                              \
+    X(sub)                                                                                                              \
+    X(mul)                                                                                                              \
+    X(div) X(minimum) X(maximum) X(lt) X(le) X(gt) X(ge) X(eq) X(ne) X(logical_and) X(logical_or) X(sigmoid_times_tanh) \
         X(sigmoid_slope) X(tanh_slope) X(relu_slope)
 #define OSTINATO_TERNARY(X) X(fma) X(fnma) X(select)
 #define OSTINATO_OPERATIONS(X) OSTINATO_LOADS(X) OSTINATO_STORES(X) OSTINATO_UNARY(X) OSTINATO_BINARY(X) OSTINATO_TERNARY(X)

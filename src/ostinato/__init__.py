@@ -5,7 +5,8 @@
 - `ostinato.replace(model)`: torch.nn's recurrent layers in a model become these;
   `ostinato.restore(model)`: and back.
 - `ostinato.explain(layer, x)`: who would run a call, and why nobody before.
-- `ostinato.numpy`: inference and streaming on NumPy arrays, without torch.
+- `ostinato.numpy`: inference on NumPy arrays, without torch.
+- `ostinato.Stream`: frozen weights and the states inside, step by step, without torch.
 - `ostinato.ops`: the operators under the modules. `ostinato.cuda`: what runs on a GPU.
 - `ostinato.decompositions()`: a program of torch.export in operators of ATen alone.
 - `ostinato.convert`: weights of Keras, Flax, ONNX and R's torch, and back to Keras and ONNX;
@@ -30,11 +31,13 @@ if TYPE_CHECKING:
     from ostinato.aten import decompositions
     from ostinato.convert import from_r
     from ostinato.explained import explain
+    from ostinato.stream import Stream
     from ostinato.switch import replace, restore
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Stream",
     "__version__",
     "bench",
     "convert",
@@ -53,8 +56,9 @@ __all__ = [
     "zoo",
 ]
 
-# Functions, and the module that each stands in.
+# Functions and classes, and the module that each stands in.
 _FUNCTIONS = {
+    "Stream": "stream",
     "decompositions": "aten",
     "explain": "explained",
     "from_r": "convert",

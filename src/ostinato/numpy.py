@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
@@ -205,7 +205,7 @@ def lstm(
         if len(hx) != 2:
             raise RuntimeError(f"LSTM: expected hx to hold two states (h_0, c_0), got {len(hx)}")
         for i, state in enumerate(hx):
-            _check_array("LSTM", f"hx[{i}]", state)
+            check_array("LSTM", f"hx[{i}]", state)
         h_0, c_0 = hx
     call = _named("LSTM", "lstm", input, parameters, h_0, c_0, batch_first, prefix)
     output, h_n, c_n = _run(call)
@@ -275,12 +275,8 @@ def read(
     Returns:
         The weights, layer by layer and direction by direction; whether there are biases; D.
     """
-    first = parameters.get(f"{prefix}weight_ih_l0")
-    like = np.zeros((0, 1, 1)) if first is None or first.ndim != 2 else first[None, :0]
-    given = _named(kind, cell, like, parameters, None, None, False, prefix)
-    _check(given)
-    call = given.call
-    return list(call.weights), call.has_biases, 2 if call.bidirectional else 1
+    _, call, sizes = read_parameters(kind, cell, parameters, prefix)
+    return list(call.weights), call.has_biases, sizes.directions
 
 
 def is_of_layer(name: str, prefix: str) -> bool:
@@ -340,6 +336,30 @@ def _named(
     return _Given(kind, names, call, batch_first)
 
 
+def read_parameters(
+    kind: str,
+    cell: str,
+    parameters: Mapping[str, Any],
+    prefix: str,
+    convert: Callable[[str, Any], Array] | None = None,
+) -> tuple[list[str], Call, Sizes]:
+    """Check the parameters of a stack by name, each after `convert(name, parameter)` if given.
+
+    Returns:
+        Their names, a call of one step that holds them in this order, and the first layer's sizes.
+    """
+    given = _named(kind, cell, np.zeros((1, 1, 1)), parameters, None, None, False, prefix)
+    weights = given.call.weights
+    if convert is not None:
+        weights = list(map(convert, given.names, weights))
+    weight_ih, *_ = weights
+    check_array(kind, next(iter(given.names)), weight_ih)
+    size = weight_ih.shape[-1] if weight_ih.ndim else 1
+    input = np.zeros((1, 1, size), weight_ih.dtype)
+    call, sizes = _check(given._replace(call=given.call._replace(input=input, weights=weights)))
+    return given.names, call, sizes
+
+
 def _reject_prefix(kind: str, first: str, parameters: Mapping[str, Array]) -> NoReturn:
     ends = [name for name in map(str, parameters) if name.endswith("weight_ih_l0")]
     found = [name.removesuffix("weight_ih_l0") for name in ends]
@@ -360,10 +380,10 @@ def _check(given: _Given) -> tuple[Call, Sizes]:
     if call.cell not in CELLS:
         raise ValueError(f"cell: expected one of {', '.join(CELLS)}, got {call.cell!r}")
     input = call.input
-    _check_array(kind, "input", input)
+    check_array(kind, "input", input)
     _check_dims(given)
     for name, weight in zip(names, call.weights, strict=True):
-        _check_array(kind, name, weight)
+        check_array(kind, name, weight)
     if call.batch_sizes is None and input.ndim == 2:
         input = input[:, None]  # one sequence is a batch of one
         call = call.each_state(lambda state: state[:, None])
@@ -422,7 +442,8 @@ def _state_names(given: _Given) -> list[str]:
     return ["hx"] if count == 1 else [f"hx[{k}]" for k in range(count)]
 
 
-def _check_array(kind: str, name: str, array: object) -> None:
+def check_array(kind: str, name: str, array: object) -> None:
+    """Refuse what is no plain array of floating or complex numbers."""
     # The engine would not see a mask, and a matrix means something else by the same operators.
     if not isinstance(array, np.ndarray) or isinstance(array, (np.ma.MaskedArray, np.matrix)):
         _reject_type(kind, name, "a NumPy array", array)
@@ -457,7 +478,7 @@ def _check_dims(given: _Given) -> None:
     pairs = zip(_state_names(given), call.initial, strict=False)
     states = [(name, state) for name, state in pairs if state is not None]
     for name, state in states:
-        _check_array(kind, name, state)
+        check_array(kind, name, state)
     if all(state.ndim == dim for _, state in states):
         return
     batched = "unbatched 2-D" if dim == 2 else "batched 3-D"

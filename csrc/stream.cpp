@@ -1,0 +1,366 @@
+#include "stream.h"
+
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/vector.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/streams.h"
+#include "plain.h"
+
+namespace ostinato {
+
+namespace {
+
+using Address = uintptr_t;
+
+struct Free {
+    void operator()(void* p) const { std::free(p); }
+};
+using Memory = std::unique_ptr<void, Free>;
+
+Memory zeros(int64_t bytes) {
+    const auto size = static_cast<size_t>((bytes + 64) / 64 * 64);  // at least one line: none may come back as null
+    Memory memory(std::aligned_alloc(64, size));
+    if (!memory) throw std::bad_alloc();
+    std::memset(memory.get(), 0, size);
+    return memory;
+}
+
+// What the fast path for NumPy needs of it.
+struct NumPy {
+    PyTypeObject* array;
+    nb::object empty, dtype, threads;  // numpy.empty, the stream's dtype, and what says how many threads there are
+};
+
+// A dense array that somebody else owns, while this lives.
+class Buffer {
+public:
+    ~Buffer() {
+        if (is_open_) PyBuffer_Release(&view_);
+    }
+    // False where it is no plain array of numbers in this format.
+    bool open(nb::handle object, char format) {
+        if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_STRIDES | PyBUF_FORMAT) != 0) {
+            PyErr_Clear();
+            return false;
+        }
+        is_open_ = true;
+        if (!view_.format || view_.format[0] != format || view_.format[1] || address() % static_cast<Address>(view_.itemsize))
+            return false;
+        Py_ssize_t expected = view_.itemsize;
+        for (int i = view_.ndim - 1; i >= 0; expected *= view_.shape[i--])
+            if (view_.shape[i] != 1 && view_.strides[i] != expected) return false;
+        return true;
+    }
+    // The same for an array that NumPy has just made.
+    bool open_fresh(nb::handle object) {
+        is_open_ = PyObject_GetBuffer(object.ptr(), &view_, PyBUF_WRITABLE) == 0;
+        if (!is_open_) PyErr_Clear();
+        return is_open_;
+    }
+    int dims() const { return view_.ndim; }
+    const Py_ssize_t* shape() const { return view_.shape; }
+    void* data() const { return view_.buf; }
+
+private:
+    Address address() const { return reinterpret_cast<Address>(view_.buf); }
+
+    Py_buffer view_;
+    bool is_open_ = false;
+};
+
+class Stream {
+public:
+    // sizes: layers, batch, input, hidden, projection.
+    Stream(int cell, int dtype, const std::array<int64_t, 5>& sizes, bool is_batched, nb::type_object array, nb::object empty,
+           nb::object numpy_dtype, nb::object threads)
+        : dtype_(static_cast<Dtype>(dtype)),
+          is_batched_(is_batched),
+          numpy_{reinterpret_cast<PyTypeObject*>(array.ptr()), std::move(empty), std::move(numpy_dtype), std::move(threads)} {
+        if (cell < 0 || cell >= kCells) throw std::invalid_argument("cell must be 0.." + std::to_string(kCells - 1));
+        if (dtype < 0 || dtype >= kDtypes || !(kernel_ = stream_kernel(static_cast<Cell>(cell), dtype_)))
+            throw std::invalid_argument("dtype must be one that streams have");
+        const auto [layers, batch, input, hidden, projection] = sizes;
+        if (layers < 1 || batch < 0 || input < 1 || hidden < 1 || projection < 0)
+            throw std::invalid_argument("sizes must be positive, batch and projection not negative");
+        z_ = {layers, batch, input, hidden, projection, kTraits[static_cast<Cell>(cell)]};
+        if (projection && !z_.cell.projects) throw std::invalid_argument("this cell has no projection");
+        h_ = zeros(layers * h_bytes());
+        c_ = zeros(z_.cell.has_c ? layers * c_bytes() : 0);
+        seen_.resize(static_cast<size_t>(batch));
+    }
+
+    // weights: addresses of weight_ih, weight_hh, bias_ih, bias_hh, weight_hr of each layer, 0 where absent.
+    void load(const std::vector<Address>& weights) {
+        const Turn turn(*this);
+        check_addresses(weights);
+        std::vector<Memory> packed;
+        for (int64_t k = 0; k < z_.layers; k++) {
+            packed.push_back(zeros(kernel_->packed_bytes(z_, k)));
+            kernel_->pack(z_, k, weights_at<const void*>(weights, k), packed.back().get());
+        }
+        packed_ = std::move(packed);
+        layers_.clear();
+        for (int64_t k = 0; k < z_.layers; k++)
+            layers_.push_back({packed_[static_cast<size_t>(k)].get(), static_cast<char*>(h_.get()) + k * h_bytes(),
+                               z_.cell.has_c ? static_cast<char*>(c_.get()) + k * c_bytes() : nullptr});
+    }
+
+    void save(const std::vector<Address>& weights) {
+        const Turn turn(*this);
+        check_addresses(weights);
+        check_loaded();
+        for (int64_t k = 0; k < z_.layers; k++)
+            kernel_->unpack(z_, k, layers_[static_cast<size_t>(k)].packed, weights_at<void*>(weights, k));
+    }
+
+    // The output, or None if it declines.
+    nb::object call(nb::handle x) { return run_object(x, nb::none(), false); }
+    nb::object step(nb::handle x, nb::handle rows) { return run_object(x, rows, true); }
+
+    // On addresses: x [steps, rows, I], y [steps, rows, O], ids [rows] or 0.
+    void run_at(Address x, Address y, int64_t steps, int64_t rows, Address ids, int threads) {
+        const Turn turn(*this);
+        if (steps < 0 || rows < 0 || (!ids && rows != z_.batch)) throw std::invalid_argument("sizes must fit the stream");
+        const auto call =
+            prepare(reinterpret_cast<void*>(x), reinterpret_cast<void*>(y), steps, rows, reinterpret_cast<const int64_t*>(ids));
+        run_prepared(call, threads);
+    }
+
+    // Copies h [L, B, O] and c [L, B, H]; 0 for c where there is none.
+    void read_state(Address h, Address c) { copy_state(h, c, false); }
+    void write_state(Address h, Address c) { copy_state(h, c, true); }
+
+    // Zeros for the rows ids [count], or for all where ids is 0.
+    void reset(Address ids, int64_t count) {
+        const Turn turn(*this);
+        if (!ids) {
+            std::memset(h_.get(), 0, static_cast<size_t>(z_.layers * h_bytes()));
+            if (z_.cell.has_c) std::memset(c_.get(), 0, static_cast<size_t>(z_.layers * c_bytes()));
+            return;
+        }
+        const auto* rows = reinterpret_cast<const int64_t*>(ids);
+        check_ids(rows, count);
+        for (int64_t k = 0; k < z_.layers; k++)
+            for (int64_t i = 0; i < count; i++) {
+                const int64_t row = k * z_.batch + rows[i];
+                std::memset(static_cast<char*>(h_.get()) + row * h_row(), 0, static_cast<size_t>(h_row()));
+                if (z_.cell.has_c) std::memset(static_cast<char*>(c_.get()) + row * c_row(), 0, static_cast<size_t>(c_row()));
+            }
+    }
+
+    int64_t bytes() const {
+        int64_t sum = z_.layers * (h_bytes() + (z_.cell.has_c ? c_bytes() : 0));
+        for (int64_t k = 0; k < z_.layers; k++) sum += kernel_->packed_bytes(z_, k);
+        return sum;
+    }
+
+private:
+    // One thread at a time.
+    class Turn {
+    public:
+        explicit Turn(Stream& stream) : busy_(stream.busy_) {
+            if (busy_.exchange(true, std::memory_order_acquire))
+                throw std::runtime_error(
+                    "Stream: expected one thread at a time, but another thread is in a call of this stream");
+        }
+        ~Turn() { busy_.store(false, std::memory_order_release); }
+        Turn(const Turn&) = delete;
+        Turn& operator=(const Turn&) = delete;
+
+    private:
+        std::atomic<bool>& busy_;
+    };
+
+    static constexpr int64_t kArrays = 5;
+
+    template <class Pointer>
+    static Weights<Pointer> weights_at(const std::vector<Address>& all, int64_t layer) {
+        const auto at = [&](int64_t i) { return reinterpret_cast<Pointer>(all[static_cast<size_t>(layer * kArrays + i)]); };
+        return {at(0), at(1), at(2), at(3), at(4), nullptr};
+    }
+    void check_addresses(const std::vector<Address>& weights) const {
+        if (static_cast<int64_t>(weights.size()) != z_.layers * kArrays)
+            throw std::invalid_argument("expected five addresses for each layer");
+    }
+    void check_loaded() const {
+        if (layers_.empty()) throw std::runtime_error("Stream: expected weights to be loaded first");
+    }
+
+    int64_t h_row() const { return padded(z_.output()) * computed_bytes(dtype_); }
+    int64_t c_row() const { return padded(z_.hidden) * computed_bytes(dtype_); }
+    int64_t h_bytes() const { return z_.batch * h_row(); }
+    int64_t c_bytes() const { return z_.batch * c_row(); }
+
+    // A row may stand in a call once: `seen_` holds the number of the last call that a row was seen in.
+    void check_ids(const int64_t* ids, int64_t count) {
+        seen_now_++;
+        for (int64_t i = 0; i < count; i++) {
+            if (ids[i] < 0 || ids[i] >= z_.batch)
+                throw std::invalid_argument("Stream: rows: expected numbers from 0 to " + std::to_string(z_.batch - 1) +
+                                            ", got " + std::to_string(ids[i]));
+            int64_t& seen = seen_[static_cast<size_t>(ids[i])];
+            if (seen == seen_now_)
+                throw std::invalid_argument("Stream: rows: expected each row once, got " + std::to_string(ids[i]) + " twice");
+            seen = seen_now_;
+        }
+    }
+
+    StreamCall prepare(const void* x, void* y, int64_t steps, int64_t rows, const int64_t* ids) {
+        check_loaded();
+        if (ids) check_ids(ids, rows);
+        return {z_, layers_.data(), steps, rows, ids, x, y};
+    }
+
+    void run_prepared(const StreamCall& call, int threads) {
+        if (call.steps == 0 || call.rows == 0) return;
+        // Giving the GIL up and taking it again is worth it for others only where there is something to wait for.
+        if (!is_long(call)) return run(*kernel_, call, threads);
+        nb::gil_scoped_release release;
+        run(*kernel_, call, threads);
+    }
+    static bool is_long(const StreamCall& call) { return work_of(call) >= kLong; }
+
+    int threads_for(const StreamCall& call) const {
+        return is_worth_a_team(call) ? static_cast<int>(nb::cast<int64_t>(numpy_.threads())) : 1;
+    }
+
+    // Steps and rows of an input of these sizes; false if it is not this stream's. One sequence has no dimension for rows.
+    template <class Size>
+    bool read_shape(const Size* shape, int64_t dims, bool is_step, int64_t ids, int64_t& steps, int64_t& rows) const {
+        const int64_t least = 1 + is_batched_;
+        if (dims < least || dims > least + !is_step || shape[dims - 1] != z_.input) return false;
+        steps = dims > least ? shape[0] : 1;
+        rows = is_batched_ ? shape[dims - 2] : 1;
+        return rows == (ids < 0 ? z_.batch : ids);
+    }
+
+    nb::object run_object(nb::handle x, nb::handle rows, bool is_step) {
+        Buffer ids;
+        const bool has_ids = !rows.is_none();
+        if (layers_.empty() || (has_ids && !is_batched_)) return nb::none();
+        if (has_ids && (Py_TYPE(rows.ptr()) != numpy_.array || !ids.open(rows, 'l') || ids.dims() != 1)) return nb::none();
+        const int64_t count = has_ids ? ids.shape()[0] : -1;
+        const auto* id = has_ids ? static_cast<const int64_t*>(ids.data()) : nullptr;
+        if (Py_TYPE(x.ptr()) == numpy_.array) {
+            Buffer in, out;
+            int64_t steps, n;
+            const char format = dtype_ == Dtype::kFloat64 ? 'd' : 'f';
+            if (!in.open(x, format) || !read_shape(in.shape(), in.dims(), is_step, count, steps, n)) return nb::none();
+            const nb::object y = new_array(in);
+            if (!out.open_fresh(y)) return nb::none();
+            const Turn turn(*this);
+            const StreamCall call = prepare(in.data(), out.data(), steps, n, id);
+            run_prepared(call, threads_for(call));
+            return y;
+        }
+        Reader reader;
+        DlTensor in;
+        int64_t steps, n;
+        const void* data = reader.read(x, in);
+        if (!data || reader.dtype != dtype_ || wants_gradient(x) || !read_shape(in.shape, in.ndim, is_step, count, steps, n))
+            return nb::none();
+        const Fresh y = new_tensor(x, in);
+        const Turn turn(*this);
+        const StreamCall call = prepare(data, y.data, steps, n, id);
+        run_prepared(call, threads_for(call));
+        return y.tensor;
+    }
+
+    // There is none through a stream, and the caller says so.
+    bool wants_gradient(nb::handle x) const {
+        const auto found = nb::steal(PyObject_GetAttr(x.ptr(), requires_grad_.ptr()));
+        if (!found.is_valid()) throw nb::python_error();
+        return found.ptr() != Py_False;
+    }
+
+    // empty_like takes half the time of new_empty, so one tensor of the last output's shape is kept for it.
+    Fresh new_tensor(nb::handle x, const DlTensor& in) {
+        std::array<int64_t, 3> shape{in.ndim > 1 ? in.shape[0] : -1, in.ndim > 2 ? in.shape[1] : -1, in.ndim};
+        if (!pattern_.is_valid() || shape != pattern_shape_) {
+            std::array<int64_t, 3> sizes{};
+            std::copy(in.shape, in.shape + in.ndim, sizes.begin());
+            sizes[static_cast<size_t>(in.ndim - 1)] = z_.output();
+            pattern_ = new_empty(x, sizes.data(), in.ndim);
+            pattern_shape_ = shape;
+        }
+        return Fresh(pattern_);
+    }
+
+    nb::object new_array(const Buffer& like) const {
+        const auto shape = nb::steal(PyTuple_New(like.dims()));
+        for (int i = 0; i < like.dims(); i++) {
+            const int64_t size = i + 1 == like.dims() ? z_.output() : like.shape()[i];
+            PyTuple_SetItem(shape.ptr(), i, PyLong_FromLongLong(size));
+        }
+        PyObject* arguments[] = {nullptr, shape.ptr(), numpy_.dtype.ptr()};
+        auto fresh =
+            nb::steal(PyObject_Vectorcall(numpy_.empty.ptr(), arguments + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
+        if (!fresh.is_valid()) throw nb::python_error();
+        return fresh;
+    }
+
+    void copy_state(Address h, Address c, bool writes) {
+        const Turn turn(*this);
+        const int64_t rows = z_.layers * z_.batch;
+        copy_rows(reinterpret_cast<char*>(h), h_.get(), rows, z_.output() * computed_bytes(dtype_), h_row(), writes);
+        if (z_.cell.has_c)
+            copy_rows(reinterpret_cast<char*>(c), c_.get(), rows, z_.hidden * computed_bytes(dtype_), c_row(), writes);
+    }
+    static void copy_rows(char* dense, void* own, int64_t rows, int64_t bytes, int64_t stride, bool writes) {
+        char* row = static_cast<char*>(own);
+        for (int64_t i = 0; i < rows; i++, row += stride, dense += bytes)
+            if (writes)
+                std::memcpy(row, dense, static_cast<size_t>(bytes));
+            else
+                std::memcpy(dense, row, static_cast<size_t>(bytes));
+    }
+
+    static constexpr int64_t kLong = 1 << 20;  // multiply-adds of some twenty microseconds
+
+    const Dtype dtype_;
+    const bool is_batched_;
+    const NumPy numpy_;
+    const StreamKernel* kernel_ = nullptr;
+    StreamSizes z_{};
+    Memory h_, c_;
+    std::vector<Memory> packed_;
+    std::vector<StreamLayer> layers_;
+    std::vector<int64_t> seen_;
+    int64_t seen_now_ = 0;
+    const nb::object requires_grad_ = nb::steal(PyUnicode_InternFromString("requires_grad"));
+    nb::object pattern_;
+    std::array<int64_t, 3> pattern_shape_{};
+    std::atomic<bool> busy_{false};
+};
+
+}  // namespace
+
+void define_stream(nb::module_& m) {
+    nb::class_<Stream>(m, "Stream", "Frozen layers and their states. Use ostinato.Stream instead.")
+        .def(nb::init<int, int, const std::array<int64_t, 5>&, bool, nb::type_object, nb::object, nb::object, nb::object>(),
+             nb::arg("cell"), nb::arg("dtype"), nb::arg("sizes"), nb::arg("is_batched"), nb::arg("array"), nb::arg("empty"),
+             nb::arg("numpy_dtype"), nb::arg("threads"),
+             "sizes: layers, batch, input, hidden, projection. array, empty: NumPy's. threads: says how many there are.")
+        .def("load", &Stream::load, nb::arg("weights"),
+             "Packs weights: addresses of weight_ih, weight_hh, bias_ih, bias_hh, weight_hr of each layer, 0 for none.")
+        .def("save", &Stream::save, nb::arg("weights"), "Writes the weights to such addresses.")
+        .def("call", &Stream::call, nb::arg("x"), "One step or many of all rows; None if it declines.")
+        .def("step", &Stream::step, nb::arg("x"), nb::arg("rows").none(), "One step of some rows; None if it declines.")
+        .def("run", &Stream::run_at, nb::arg("x"), nb::arg("y"), nb::arg("steps"), nb::arg("rows"), nb::arg("ids"),
+             nb::arg("threads"), "The same on addresses: x [steps, rows, I], y [steps, rows, O], ids [rows] or 0.")
+        .def("read_state", &Stream::read_state, nb::arg("h"), nb::arg("c"), "Copies the states to h [L, B, O] and c [L, B, H].")
+        .def("write_state", &Stream::write_state, nb::arg("h"), nb::arg("c"), "Copies them from there.")
+        .def("reset", &Stream::reset, nb::arg("ids"), nb::arg("count"), "Zeros for these rows, or for all where ids is 0.")
+        .def_prop_ro("bytes", &Stream::bytes, "Memory of weights and states.");
+}
+
+}  // namespace ostinato
