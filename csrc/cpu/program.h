@@ -10,20 +10,20 @@
 
 namespace ostinato {
 
+// clang-format off
 // Index: of a gate, a state, a parameter, a drive, a value that forward kept.
 #define OSTINATO_LOADS(X) X(gate) X(x) X(h) X(state) X(parameter) X(drive) X(saved) X(output) X(grad)
 #define OSTINATO_STORES(X) X(next) X(save) X(slot) X(to_state) X(to_drive)
 // By functions of these names over the lane type (functions.h, interpreter.h).
 #define OSTINATO_UNARY(X) \
     X(neg) X(sigmoid) X(tanh) X(relu) X(exp) X(log) X(sqrt) X(rsqrt) X(abs) X(softplus) X(erf) X(logical_not)
-#define OSTINATO_BINARY(X)                                                                                              \
-    X(add)                                                                                                              \
-    X(sub)                                                                                                              \
-    X(mul)                                                                                                              \
-    X(div) X(minimum) X(maximum) X(lt) X(le) X(gt) X(ge) X(eq) X(ne) X(logical_and) X(logical_or) X(sigmoid_times_tanh) \
-        X(sigmoid_slope) X(tanh_slope) X(relu_slope)
+#define OSTINATO_BINARY(X) \
+    X(add) X(sub) X(mul) X(div) X(minimum) X(maximum) X(lt) X(le) X(gt) X(ge) X(eq) X(ne) X(logical_and) X(logical_or) \
+    X(sigmoid_times_tanh) X(sigmoid_slope) X(tanh_slope) X(relu_slope)
 #define OSTINATO_TERNARY(X) X(fma) X(fnma) X(select)
-#define OSTINATO_OPERATIONS(X) OSTINATO_LOADS(X) OSTINATO_STORES(X) OSTINATO_UNARY(X) OSTINATO_BINARY(X) OSTINATO_TERNARY(X)
+#define OSTINATO_OPERATIONS(X) \
+    OSTINATO_LOADS(X) OSTINATO_STORES(X) OSTINATO_UNARY(X) OSTINATO_BINARY(X) OSTINATO_TERNARY(X)
+// clang-format on
 
 #define OSTINATO_ENUMERATOR(name) k_##name,
 enum class Operation : uint8_t { OSTINATO_OPERATIONS(OSTINATO_ENUMERATOR) };

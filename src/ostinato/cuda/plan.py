@@ -248,7 +248,8 @@ def _of_own_cells(kind: Cell, words: int) -> int:
     stays in registers meanwhile.
     """
     ahead = max(kind.input_gates + kind.drives - kind.gates, 0)
-    return 2 * (kind.parameters + kind.drives + max(kind.behind - 1, 0)) + ahead * words
+    more = kind.parameters + kind.drives + max(kind.behind - 1, 0)
+    return (8 * more + ahead) * words
 
 
 def _with_enough_warps(found: Iterable[Config]) -> list[Config]:
