@@ -213,7 +213,7 @@ class Call(NamedTuple):
 
         drives = self.kind.drives
         if k and drives:
-            *_, weight_hh = self.weights[:2]
+            _, weight_hh, *_ = self.weights
             behind = self.input[..., self.input.shape[-1] - drives * weight_hh.shape[1] :]
             input = namespace(input).concatenate([input, behind], -1)
 

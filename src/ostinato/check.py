@@ -38,7 +38,7 @@ def shape_of(call: Call) -> Shape | None:
             return None
         projection = weights[count - 1].shape[0]
     if kind.is_own:
-        weight_hh = weights[1]
+        _, weight_hh, *_ = weights
         hidden = weight_hh.shape[1] if weight_hh.ndim == 2 else 0
         return call.input.shape[-1] - kind.drives * hidden, hidden, 0, directions
     return call.input.shape[-1], weights[0].shape[0] // kind.gates, projection, directions

@@ -282,7 +282,8 @@ class WithCells(Neighbour):
             else:
                 # No gate of the state: a weight without rows.
                 shape = (0, self.hidden_size) if name == "weight_hh" else (0,)
-                found.append(found[0].new_empty(shape))
+                weight_ih, *_ = found
+                found.append(weight_ih.new_empty(shape))
         rows = [p.reshape(-1, self.hidden_size) for p in self._cell_parameters(suffix)]
         if rows:
             found.append(rows[0] if len(rows) == 1 else torch.cat(rows))
