@@ -241,6 +241,7 @@ class Probe(NamedTuple):
     source: str
     entry: str
     defines: dict
+    head: str = ""
 
 
 def test_a_gpu_has_every_function(tmp_path, monkeypatch):
