@@ -1,4 +1,7 @@
-"""Steps that cannot be recorded: each is refused with the operation, the line and what there is."""
+"""Steps that cannot be recorded: each is refused with the operation, the line and what there is.
+
+A long file, because it is one list: ninety steps, each with what is to be said of it.
+"""
 
 import copy
 import inspect

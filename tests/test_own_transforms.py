@@ -120,6 +120,20 @@ def test_compiled_as_one_graph(cell, layer, drives):
     torch.testing.assert_close(*grads)
 
 
+@traced
+def test_a_process_that_unpickles_a_layer_compiles_it(cell, layer, drives, tmp_path, request):
+    x = draw()
+    torch.save((layer, x, drives, layer(x, drives=drives)), tmp_path / "layer.pt")
+    text = f"""
+        import sys, torch
+        sys.path.insert(0, {str(request.config.rootpath / "tests")!r})
+        layer, x, drives, expected = torch.load({str(tmp_path / "layer.pt")!r}, weights_only=False)
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x, drives=drives), expected)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(text)], check=True, timeout=120)
+
+
 class Driven(torch.nn.Module):
     def __init__(self, layer):
         super().__init__()

@@ -6,6 +6,8 @@ written in place, so torch's autograd differentiates through it as often as aske
 `torch.func.vmap`.
 Equation numbers refer to docs/math.md.
 
+A long file, since the specification is to be read in one place.
+
 Legend: T steps, B batch, N packed rows (N = sum of batch_sizes), I input, H hidden,
 O output of a step (proj_size, or H), D directions, G gates (1 RNN, 3 GRU, 4 LSTM).
 """

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ostinato.call import States
+from ostinato.cells import Cell as Record
 from ostinato.cells import cell_of, known
 from ostinato.nn._arguments import (
     attribute,
@@ -257,6 +258,11 @@ class WithCells(Neighbour):
             state["_name_of_cell"] = None
         return state
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make the cell's record, which another process does not have; a compiler cannot."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        cell_of(self._cell_name())
+
     def _shapes_of_cell(self) -> dict[str, tuple[int, ...]]:
         kind, hidden = self._kind_of_cell(), self.hidden_size
         of_input, of_state = kind.input_gates * hidden, kind.gates * hidden
@@ -267,8 +273,8 @@ class WithCells(Neighbour):
             shapes["per_unit"] = (kind.parameters, hidden)
         return shapes
 
-    def _kind_of_cell(self) -> Any:
-        raise NotImplementedError
+    def _kind_of_cell(self) -> Record:
+        return cell_of(self._cell_name())
 
     def _weights_of(self, suffix: str) -> list[Tensor]:
         """Return the weights of one layer and direction, in the order of the operators."""

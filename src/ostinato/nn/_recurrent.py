@@ -15,7 +15,6 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ostinato import route
 from ostinato.call import Call, Shape, States
-from ostinato.cells import cell_of
 from ostinato.nn._arguments import (
     cast,
     check_devices,
@@ -172,9 +171,6 @@ class Recurrent(WithCells, Sequences):
             input = self._with_drives(input, drives)
         return super().forward(input, hx, lengths, resets, reset_to, return_all_states)
 
-    def _kind_of_cell(self) -> Any:
-        return self._record()
-
     def _cuts(
         self, input: Any, lengths: Any, resets: Any, reset_to: Any, return_all_states: bool
     ) -> Cuts | None:
@@ -321,9 +317,6 @@ class RecurrentCell(WithCells):
             return (hx,)
         found = self._packed_states("hx", hx)
         return (None, None) if found is None else found
-
-    def _kind_of_cell(self) -> Any:
-        return cell_of(self._cell_name())
 
     def _call(self, weights: list[Tensor], input: Tensor, states: States) -> Call:
         """Check everything; return the call of a layer with one step."""
