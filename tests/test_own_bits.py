@@ -9,7 +9,6 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from ostinato import _core, nn, zoo
 from support import own
-from support.engine import INSTRUCTION_SETS
 from support.pairs import flat
 
 CELLS = (own.Gru, own.Lstm, own.Independent, own.Everything, own.Five)
@@ -54,7 +53,7 @@ def test_threads_and_instruction_sets(cell, hidden, options):
     layer, *given = drawn(cell, hidden, batch=20, **options)
     torch.set_num_threads(1)
     expected = run(layer, *given)
-    for isa in INSTRUCTION_SETS:
+    for isa in _core.instruction_sets():
         _core.set_isa(isa)
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)

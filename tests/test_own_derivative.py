@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ostinato.own.encoding import OPERATIONS, encode
+from ostinato.own.encoding import encode
 from ostinato.own.lowering import lower
-from support.blocks import interpret, run_program
+from support.blocks import OPERATIONS, interpret, run_program
 from support.steps import CELLS, FUNCTIONS, cell_of
 
 NAMES = list(OPERATIONS)

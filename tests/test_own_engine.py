@@ -10,7 +10,6 @@ import pytest
 from ostinato import _core, reference
 from ostinato.cells import cell_of
 from ostinato.own import records
-from support.engine import INSTRUCTION_SETS
 from support.own_graphs import TEXTS
 
 cells = pytest.mark.parametrize("name", TEXTS)
@@ -124,12 +123,11 @@ def settings():
     _core.set_isa(isa)
 
 
-@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @cells
-def test_results_are_the_reference_s(name, sizes, directions, isa):
-    _core.set_isa(isa)
+@pytest.mark.usefixtures("isa")
+def test_results_are_the_reference_s(name, sizes, directions):
     for dtype, bound in ((np.float64, 1e-12), (np.float32, 2e-5)):
         engine = Engine(name, sizes, directions, dtype)
         found, expected = engine.forward(), engine.reference()
@@ -175,7 +173,7 @@ def test_bits_of_threads_and_instruction_sets(name):
     expected = engine.forward()
     seeds = engine.seeds(expected)
     grads, weights = engine.backward(expected, seeds)
-    for isa in INSTRUCTION_SETS:
+    for isa in _core.instruction_sets():
         _core.set_isa(isa)
         for threads in (1, 2, 3):
             found = engine.forward(threads=threads)

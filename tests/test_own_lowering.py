@@ -5,10 +5,11 @@ import torch
 
 from ostinato.own import kept
 from ostinato.own.arithmetic import LOADS, STORES, Instruction
-from ostinato.own.encoding import OPERATIONS, encode
+from ostinato.own.encoding import encode
 from ostinato.own.errors import StepError
 from ostinato.own.graph import Graph
 from ostinato.own.lowering import lower
+from support.blocks import OPERATIONS
 from support.steps import (
     CELLS,
     FUNCTIONS,

@@ -6,6 +6,12 @@
 
 #include "vec.h"
 
+// Those of one number that an own cell's program may name (program.h).
+// clang-format off
+#define OSTINATO_FUNCTIONS(X) \
+    X(sigmoid) X(tanh) X(relu) X(exp) X(log) X(sqrt) X(rsqrt) X(abs) X(softplus) X(erf)
+// clang-format on
+
 namespace ostinato {
 namespace {
 

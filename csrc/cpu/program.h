@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "engine.h"
+#include "functions.h"
 
 namespace ostinato {
 
@@ -15,8 +16,7 @@ namespace ostinato {
 #define OSTINATO_LOADS(X) X(gate) X(x) X(h) X(state) X(parameter) X(drive) X(saved) X(output) X(grad)
 #define OSTINATO_STORES(X) X(next) X(save) X(slot) X(to_state) X(to_drive)
 // By functions of these names over the lane type (functions.h, interpreter.h).
-#define OSTINATO_UNARY(X) \
-    X(neg) X(sigmoid) X(tanh) X(relu) X(exp) X(log) X(sqrt) X(rsqrt) X(abs) X(softplus) X(erf) X(logical_not)
+#define OSTINATO_UNARY(X) X(neg) X(logical_not) OSTINATO_FUNCTIONS(X)
 #define OSTINATO_BINARY(X) \
     X(add) X(sub) X(mul) X(div) X(minimum) X(maximum) X(lt) X(le) X(gt) X(ge) X(eq) X(ne) X(logical_and) X(logical_or) \
     X(sigmoid_times_tanh) X(sigmoid_slope) X(tanh_slope) X(relu_slope)

@@ -207,9 +207,7 @@ OSTINATO_DEVICE void store_shared_words(u64* p, u64 a, u64 b) {
     asm volatile("st.relaxed.gpu.global.v2.u64 [%0], {%1, %2};" ::"l"(p), "l"(a), "l"(b) : "memory");
 }
 
-OSTINATO_DEVICE float exponential(float x) { return expf(x); }
 OSTINATO_DEVICE float reciprocal(float x) { return __frcp_rn(x); }
-OSTINATO_DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
 OSTINATO_DEVICE float fast_hyperbolic_tangent(float x) {
     float y;
     asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -219,9 +217,6 @@ OSTINATO_DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
 OSTINATO_DEVICE float quotient(float a, float b) { return __fdiv_rn(a, b); }
 OSTINATO_DEVICE float square_root(float x) { return __fsqrt_rn(x); }
 OSTINATO_DEVICE float reciprocal_square_root(float x) { return rsqrtf(x); }
-OSTINATO_DEVICE float logarithm(float x) { return logf(x); }
-OSTINATO_DEVICE float logarithm_of_one_and(float x) { return log1pf(x); }
-OSTINATO_DEVICE float error_function(float x) { return erff(x); }
 
 }  // namespace
 }  // namespace ostinato
@@ -262,11 +257,11 @@ OSTINATO_DEVICE Real<kF> fma(Real<kF> a, Real<kF> b, Real<kF> c) {
 }
 template <bool kF>
 OSTINATO_DEVICE Real<kF> tanh(Real<kF> a) {
-    return kF ? fast_hyperbolic_tangent(a.value) : hyperbolic_tangent(a.value);
+    return kF ? fast_hyperbolic_tangent(a.value) : tanhf(a.value);
 }
 template <bool kF>
 OSTINATO_DEVICE Real<kF> sigmoid(Real<kF> a) {
-    return kF ? fused(0.5f, fast_hyperbolic_tangent(0.5f * a.value), 0.5f) : reciprocal(1.0f + exponential(-a.value));
+    return kF ? fused(0.5f, fast_hyperbolic_tangent(0.5f * a.value), 0.5f) : reciprocal(1.0f + expf(-a.value));
 }
 template <bool kF>
 OSTINATO_DEVICE Real<kF> sigmoid_times_tanh(Real<kF> a, Real<kF> b) {
@@ -290,11 +285,11 @@ OSTINATO_DEVICE Real<kF> operator/(Real<kF> a, Real<kF> b) {
 }
 template <bool kF>
 OSTINATO_DEVICE Real<kF> exp(Real<kF> a) {
-    return exponential(a.value);
+    return expf(a.value);
 }
 template <bool kF>
 OSTINATO_DEVICE Real<kF> log(Real<kF> a) {
-    return logarithm(a.value);
+    return logf(a.value);
 }
 template <bool kF>
 OSTINATO_DEVICE Real<kF> sqrt(Real<kF> a) {
@@ -306,12 +301,12 @@ OSTINATO_DEVICE Real<kF> rsqrt(Real<kF> a) {
 }
 template <bool kF>
 OSTINATO_DEVICE Real<kF> erf(Real<kF> a) {
-    return error_function(a.value);
+    return erff(a.value);
 }
 // log(1 + e^a), and a above 20, as in torch.
 template <bool kF>
 OSTINATO_DEVICE Real<kF> softplus(Real<kF> a) {
-    return a.value > 20.0f ? a.value : logarithm_of_one_and(exponential(a.value));
+    return a.value > 20.0f ? a.value : log1pf(expf(a.value));
 }
 template <bool kF>
 OSTINATO_DEVICE Real<kF> abs(Real<kF> a) {

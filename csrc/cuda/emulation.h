@@ -319,17 +319,12 @@ inline void store_shared_words(Word* p, Word a, Word b) {
     send(reinterpret_cast<char*>(p + 1), b, nullptr);
 }
 
-inline float exponential(float x) { return std::exp(x); }
 inline float reciprocal(float x) { return 1.0f / x; }
-inline float hyperbolic_tangent(float x) { return std::tanh(x); }
 inline float fast_hyperbolic_tangent(float x) { return std::tanh(x); }
 inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
 inline float quotient(float a, float b) { return a / b; }
 inline float square_root(float x) { return std::sqrt(x); }
 inline float reciprocal_square_root(float x) { return 1.0f / std::sqrt(x); }
-inline float logarithm(float x) { return std::log(x); }
-inline float logarithm_of_one_and(float x) { return std::log1p(x); }
-inline float error_function(float x) { return std::erf(x); }
 
 inline void run_fiber() {
     gang.kernel();

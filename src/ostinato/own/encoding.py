@@ -6,30 +6,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ostinato.own.arithmetic import LOADS, STORES, Instruction
+from ostinato.own.arithmetic import STORES, Instruction
 from ostinato.own.block import Block
 from ostinato.own.errors import StepError
 
-# Every operation of a block, and how many values it takes: what an engine has to have. A graph has
-# others beside these, which are taken apart (silu, gelu, clamp, powers). Masks are what comparisons
-# make; `select` and the logical operations take them.
-OPERATIONS = {
-    **dict.fromkeys(LOADS, 0),
-    **dict.fromkeys(STORES, 1),
-    **dict.fromkeys(("add", "sub", "mul", "div", "minimum", "maximum"), 2),
-    # a * b + c; c - a * b
-    **dict.fromkeys(("fma", "fnma"), 3),
-    **dict.fromkeys(("neg", "abs", "sigmoid", "tanh", "relu", "softplus"), 1),
-    **dict.fromkeys(("exp", "log", "sqrt", "rsqrt", "erf"), 1),
-    # sigmoid(a) * tanh(b)
-    "sigmoid_times_tanh": 2,
-    # g * (y * (1 - y)); g * (1 - y * y); 0 where y <= 0, otherwise g
-    **dict.fromkeys(("sigmoid_slope", "tanh_slope", "relu_slope"), 2),
-    **dict.fromkeys(("lt", "le", "gt", "ge", "eq", "ne", "logical_and", "logical_or"), 2),
-    "logical_not": 1,
-    # b where mask a is true, otherwise c
-    "select": 3,
-}
 LARGEST_REGISTERS = 250
 # Integers of one instruction: operation, register of the result, and three arguments.
 WIDTH = 5

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ostinato.own.graph import COMPARISONS, LARGEST_POWER, LEAVES, SOFTPLUS_THRESHOLD
+from ostinato.own.graph import COMPARISONS, LARGEST_POWER, LEAVES, SOFTPLUS_THRESHOLD, TAKES
 from ostinato.own.refused import reason_of
 from ostinato.own.values import VALUE_TYPE, Recorder, Rows, Symbol, Value
 
@@ -148,20 +148,10 @@ def _unary(name: str) -> None:
     _FUNCTIONS[name] = record
 
 
-for _name in (
-    "neg",
-    "sigmoid",
-    "tanh",
-    "relu",
-    "exp",
-    "log",
-    "sqrt",
-    "rsqrt",
-    "abs",
-    "silu",
-    "erf",
-):
-    _unary(_name)
+# Those that torch knows by the same name, with one argument. Others have a function of their own below.
+for _name, _takes in TAKES.items():
+    if _takes == "n":
+        _unary(_name)
 
 
 def _comparison(name: str) -> None:

@@ -352,8 +352,6 @@ _CALLS: dict[str, Callable[..., Array]] = {
     "silu": _silu,
     "gelu": _gelu,
     "erf": _erf,
-    **{
-        name: _named(name)
-        for name in ("tanh", "exp", "log", "sqrt", "abs", "minimum", "maximum", "where")
-    },
 }
+# The others are functions of torch and of NumPy by the same name.
+_CALLS |= {name: _named(name) for name in TAKES if name not in _CALLS}

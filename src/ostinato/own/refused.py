@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-ELEMENTWISE = (
-    "a step is arithmetic on each element: + - * / **, sigmoid, tanh, relu, exp, log, sqrt, rsqrt,"
-    " abs, minimum, maximum, clamp, where, comparisons, softplus, silu, gelu, erf"
+from ostinato.own.graph import COMPARISONS, LOGICAL, TAKES
+
+_WRITTEN = ("add", "sub", "mul", "div", "neg", "pow", *COMPARISONS, *LOGICAL)
+ELEMENTWISE = "a step is arithmetic on each element: + - * / **, comparisons, " + ", ".join(
+    name for name in TAKES if name not in _WRITTEN
 )
 _REASONS: dict[str, tuple[str, str]] = {}
 
