@@ -21,7 +21,7 @@ SOURCES := $(shell find csrc src -type f -not -name '*.so' -not -path '*/__pycac
 PACKAGE := $(SOURCES) CMakeLists.txt pyproject.toml README.md LICENSE
 CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 # What runs without torch: the engine by itself and the NumPy face of it.
-ENGINE_TESTS := tests/test_core.py tests/test_16_bits.py tests/test_numpy.py tests/test_stream.py tests/test_cuts_of_engine.py tests/test_own_engine.py
+ENGINE_TESTS := tests/test_core.py tests/test_16_bits.py tests/test_numpy.py tests/test_stream.py tests/test_stream_int8.py tests/test_cuts_of_engine.py tests/test_own_engine.py
 
 # A comparison of something with the name of a cell.
 NAMED_CELL := '[!=]= ?"(rnn_tanh|rnn_relu|gru|lstm|RNN|GRU|LSTM)"'

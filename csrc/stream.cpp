@@ -80,25 +80,29 @@ private:
 class Stream {
 public:
     // sizes: layers, batch, input, hidden, projection.
-    Stream(int cell, int dtype, const std::array<int64_t, 5>& sizes, bool is_batched, nb::type_object array, nb::object empty,
-           nb::object numpy_dtype, nb::object threads)
+    // planes: rows of int8 that are multiplied with int8 weights, 1 or 2; 0 where the weights are of the stream's dtype.
+    Stream(int cell, int dtype, int planes, const std::array<int64_t, 5>& sizes, bool is_batched, nb::type_object array,
+           nb::object empty, nb::object numpy_dtype, nb::object threads)
         : dtype_(static_cast<Dtype>(dtype)),
           is_batched_(is_batched),
           numpy_{reinterpret_cast<PyTypeObject*>(array.ptr()), std::move(empty), std::move(numpy_dtype), std::move(threads)} {
         if (cell < 0 || cell >= kCells) throw std::invalid_argument("cell must be 0.." + std::to_string(kCells - 1));
-        if (dtype < 0 || dtype >= kDtypes || !(kernel_ = stream_kernel(static_cast<Cell>(cell), dtype_)))
+        if (dtype < 0 || dtype >= kDtypes || !(kernel_ = stream_kernel(static_cast<Cell>(cell), dtype_, planes > 0)))
             throw std::invalid_argument("dtype must be one that streams have");
+        if (planes < 0 || planes > 2 || (planes && dtype_ != Dtype::kFloat32))
+            throw std::invalid_argument("planes must be 0, or 1 or 2 beside float32");
         const auto [layers, batch, input, hidden, projection] = sizes;
         if (layers < 1 || batch < 0 || input < 1 || hidden < 1 || projection < 0)
             throw std::invalid_argument("sizes must be positive, batch and projection not negative");
-        z_ = {layers, batch, input, hidden, projection, kTraits[static_cast<Cell>(cell)]};
+        z_ = {layers, batch, input, hidden, projection, kTraits[static_cast<Cell>(cell)], planes};
         if (projection && !z_.cell.projects) throw std::invalid_argument("this cell has no projection");
         h_ = zeros(layers * h_bytes());
         c_ = zeros(z_.cell.has_c ? layers * c_bytes() : 0);
         seen_.resize(static_cast<size_t>(batch));
     }
 
-    // weights: addresses of weight_ih, weight_hh, bias_ih, bias_hh, weight_hr of each layer, 0 where absent.
+    // weights: addresses of weight_ih, weight_hh, bias_ih, bias_hh, weight_hr and of the three weights' scales, of each layer;
+    // 0 where absent.
     void load(const std::vector<Address>& weights) {
         const Turn turn(*this);
         check_addresses(weights);
@@ -180,16 +184,16 @@ private:
         std::atomic<bool>& busy_;
     };
 
-    static constexpr int64_t kArrays = 5;
+    static constexpr int64_t kArrays = 8;
 
     template <class Pointer>
-    static Weights<Pointer> weights_at(const std::vector<Address>& all, int64_t layer) {
+    static StreamWeights<Pointer> weights_at(const std::vector<Address>& all, int64_t layer) {
         const auto at = [&](int64_t i) { return reinterpret_cast<Pointer>(all[static_cast<size_t>(layer * kArrays + i)]); };
-        return {at(0), at(1), at(2), at(3), at(4), nullptr};
+        return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
     }
     void check_addresses(const std::vector<Address>& weights) const {
         if (static_cast<int64_t>(weights.size()) != z_.layers * kArrays)
-            throw std::invalid_argument("expected five addresses for each layer");
+            throw std::invalid_argument("expected eight addresses for each layer");
     }
     void check_loaded() const {
         if (layers_.empty()) throw std::runtime_error("Stream: expected weights to be loaded first");
@@ -346,12 +350,14 @@ private:
 
 void define_stream(nb::module_& m) {
     nb::class_<Stream>(m, "Stream", "Frozen layers and their states. Use ostinato.Stream instead.")
-        .def(nb::init<int, int, const std::array<int64_t, 5>&, bool, nb::type_object, nb::object, nb::object, nb::object>(),
-             nb::arg("cell"), nb::arg("dtype"), nb::arg("sizes"), nb::arg("is_batched"), nb::arg("array"), nb::arg("empty"),
-             nb::arg("numpy_dtype"), nb::arg("threads"),
-             "sizes: layers, batch, input, hidden, projection. array, empty: NumPy's. threads: says how many there are.")
+        .def(
+            nb::init<int, int, int, const std::array<int64_t, 5>&, bool, nb::type_object, nb::object, nb::object, nb::object>(),
+            nb::arg("cell"), nb::arg("dtype"), nb::arg("planes"), nb::arg("sizes"), nb::arg("is_batched"), nb::arg("array"),
+            nb::arg("empty"), nb::arg("numpy_dtype"), nb::arg("threads"),
+            "sizes: layers, batch, input, hidden, projection. array, empty: NumPy's. threads: says how many there are.")
         .def("load", &Stream::load, nb::arg("weights"),
-             "Packs weights: addresses of weight_ih, weight_hh, bias_ih, bias_hh, weight_hr of each layer, 0 for none.")
+             "Packs weights: addresses of weight_ih, weight_hh, bias_ih, bias_hh, weight_hr and scales of each layer, 0 for "
+             "none.")
         .def("save", &Stream::save, nb::arg("weights"), "Writes the weights to such addresses.")
         .def("call", &Stream::call, nb::arg("x"), "One step or many of all rows; None if it declines.")
         .def("step", &Stream::step, nb::arg("x"), nb::arg("rows").none(), "One step of some rows; None if it declines.")

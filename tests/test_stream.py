@@ -335,7 +335,7 @@ BAD = {
     "kind's type": ((3, {}), TypeError, r"kind must be a str, got int"),
     "own cell": (("own:1", {}), ValueError, r"a cell of one's own has no stream"),
     "nonlinearity": (("rnn", {"nonlinearity": "no"}), ValueError, r"one of tanh, relu, got 'no'"),
-    "dtype": (("gru", {"dtype": "int8"}), ValueError, r"one of float32, float64, got 'int8'"),
+    "dtype": (("gru", {"dtype": "int4"}), ValueError, r"one of float32, float64, int8, got 'int4'"),
     "dtype's type": (("gru", {"dtype": np.float32}), TypeError, r"dtype must be a str, got type"),
     "parameters' dtype": (
         ("gru", {"dtype": "float64"}),

@@ -117,7 +117,7 @@ def test_what_is_refused():
         (
             lambda: Stream.of(nn.GRU(3, 3, dtype=torch.bfloat16)),
             ValueError,
-            r"one of float32, float64, got 'bfloat16'",
+            r"one of float32, float64, int8, got 'bfloat16'",
         ),
         (lambda: stream(x.requires_grad_()), RuntimeError, r"needs no gradient"),
         (

@@ -32,13 +32,13 @@ def defined_symbols(path: Path) -> list[tuple[str, str]]:
 
 
 def main(build: str) -> int:
-    objects = sorted(Path(build).glob("**/ostinato_kernels_*.dir/**/*.o"))
+    objects = sorted(Path(build).glob("**/ostinato_*_*.dir/**/*.o"))
     if not objects:
         print(f"{build}: no object file of a kernel; is the package built?", file=sys.stderr)
         return 1
     bad = 0
     for path in objects:
-        isa = re.search(r"ostinato_kernels_(\w+)\.dir", str(path))[1]
+        isa = re.search(r"ostinato_(\w+)\.dir", str(path))[1]
         symbols = defined_symbols(path)
         letters = Counter(letter for letter, _ in symbols)
         exported = [name for letter, name in symbols if letter.isupper() and letter not in MERGED]

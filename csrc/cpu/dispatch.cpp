@@ -7,6 +7,12 @@
 #include <type_traits>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+
 #include "engine.h"
 #include "lengths.h"
 #include "streams.h"
@@ -27,6 +33,7 @@ struct Isa {
     const char* name;
     const Kernels* tables[kDtypes];  // [Dtype]
     const StreamKernels* streams[kDtypes];  // [Dtype], null where there is none
+    const StreamKernels* int8_streams;      // those of int8 weights, which Isas chooses
 };
 
 }  // namespace
@@ -40,7 +47,8 @@ struct Isa {
     constexpr Isa k_##isa = {                                                                                   \
         name,                                                                                                   \
         {&kernels_##isa##_float, &kernels_##isa##_double, &kernels_##isa##_bfloat16, &kernels_##isa##_float16}, \
-        {&streams_##isa##_float, &streams_##isa##_double}};                                                     \
+        {&streams_##isa##_float, &streams_##isa##_double},                                                      \
+        nullptr};                                                                                               \
     }
 
 OSTINATO_ISA(portable, kBaseline)
@@ -49,6 +57,20 @@ OSTINATO_ISA(avx2, "avx2")
 #endif
 #ifdef OSTINATO_HAVE_AVX512
 OSTINATO_ISA(avx512, "avx512")
+#endif
+// Streams with int8 weights, which have instructions that not every processor of a set has.
+extern const StreamKernels streams_portable_int8;
+#ifdef OSTINATO_HAVE_AVX2
+extern const StreamKernels streams_avx2_int8;
+#endif
+#ifdef OSTINATO_HAVE_AVXVNNI
+extern const StreamKernels streams_avxvnni_int8;
+#endif
+#ifdef OSTINATO_HAVE_DOTPROD
+extern const StreamKernels streams_dotprod_int8;
+#endif
+#ifdef OSTINATO_HAVE_AVX512
+extern const StreamKernels streams_avx512vnni_int8;
 #endif
 
 namespace {
@@ -62,12 +84,45 @@ struct Isas {
 #ifdef OSTINATO_HAVE_AVX512
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512vl"))
-            found[count++] = k_avx512;
+            add(k_avx512, int8_for_avx512());
 #endif
 #ifdef OSTINATO_HAVE_AVX2
-        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[count++] = k_avx2;
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) add(k_avx2, int8_for_avx2(count == 0));
 #endif
-        found[count++] = k_portable;
+        add(k_portable, int8_for_baseline());
+    }
+
+private:
+    void add(const Isa& isa, const StreamKernels* int8_streams) {
+        found[count] = isa;
+        found[count++].int8_streams = int8_streams;
+    }
+#ifdef OSTINATO_HAVE_AVX512
+    static const StreamKernels* int8_for_avx512() {
+        return __builtin_cpu_supports("avx512vnni") ? &streams_avx512vnni_int8 : int8_for_avx2(true);
+    }
+#endif
+#ifdef OSTINATO_HAVE_AVX2
+    // Below AVX-512 it is AVX2's own, so that there is a way to all of them.
+    static const StreamKernels* int8_for_avx2([[maybe_unused]] bool is_best) {
+#ifdef OSTINATO_HAVE_AVXVNNI
+        if (is_best && has_avx_vnni()) return &streams_avxvnni_int8;
+#endif
+        return &streams_avx2_int8;
+    }
+#endif
+#ifdef OSTINATO_HAVE_AVXVNNI
+    // __builtin_cpu_supports of GCC 11 does not know it: CPUID 7.1, EAX, bit 4.
+    static bool has_avx_vnni() {
+        unsigned a, b, c, d;
+        return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
+    }
+#endif
+    static const StreamKernels* int8_for_baseline() {
+#ifdef OSTINATO_HAVE_DOTPROD
+        if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) return &streams_dotprod_int8;
+#endif
+        return &streams_portable_int8;
     }
 };
 
@@ -281,8 +336,8 @@ template void run_all(Cell, Dtype, const Backward*, int64_t, int);
 
 // ---- streams ----
 
-const StreamKernel* stream_kernel(Cell cell, Dtype dtype) {
-    const StreamKernels* table = active().streams[static_cast<int>(dtype)];
+const StreamKernel* stream_kernel(Cell cell, Dtype dtype, bool has_int8_weights) {
+    const StreamKernels* table = has_int8_weights ? active().int8_streams : active().streams[static_cast<int>(dtype)];
     return table && static_cast<int>(cell) < kCells ? &(*table)[cell] : nullptr;
 }
 

@@ -92,49 +92,23 @@ struct RowPanels {
     int segments = 1;
     int64_t segment_stride = 0;
     bool is_paired = false;  // panels of bfloat16 pairs; rows of at most kPairedRows
+    int64_t first = 0;  // where k begins in each row
 };
 
 // Up to this many rows, a tile waits for its panels more than it computes: bfloat16 weights stay narrow in them.
 constexpr int64_t kPairedRows = 2;
 
-// Covers every (row, unit block) of [b0, b1) x [u0, u1) once, the rows innermost: a panel is read for all of them while it
-// is near. NV: vectors of a panel's row.
-template <class T, int NV>
-struct TileProduct {
-    static constexpr int L = Vec<T>::kLanes;
-    const RowPanels<T>& p;
-
-    template <int MR, int NJ>
-    void tile(int64_t b, int64_t u) const {
-        Vec<T> acc[NJ][MR][NV] = {};
-        const T* panel = p.panels + u * p.panel_stride;
-        const int64_t k_stride = NV == 1 ? p.k_stride : NV * L;
-        for (int segment = 0; segment < p.segments; segment++, panel += p.depth * k_stride) {
-            RowPointers<T, MR> a;
-            for (int r = 0; r < MR; r++) a.row[r] = p.rows[b + r] + segment * p.segment_stride;
-            if constexpr (sizeof(T) == 4 && MR <= kPairedRows) {
-                if (p.is_paired) {
-                    accumulate_pairs<MR, NJ, NV>(acc, a, panel, p.panel_stride, p.depth);
-                    continue;
-                }
-            }
-            accumulate<MR, NJ, NV>(acc, a, panel, p.panel_stride, p.depth, k_stride);
-        }
-        // A copy is handed on: accumulators whose address leaves this function would not stay in registers above.
-        _Pragma("GCC unroll 4") for (int j = 0; j < NJ; j++) {
-            Vec<T> sums[MR][NV];
-            _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++)
-                _Pragma("GCC unroll 4") for (int v = 0; v < NV; v++) sums[r][v] = acc[j][r][v];
-            p.take(p.taker, sums[0], MR, b, (u + j) * L);
-        }
-    }
-
+// Covers every (row, unit block) of [b0, b1) x [u0, u1) once, by calls of Product's tile<MR, NJ>(b, u); the rows innermost: a
+// panel is read for all of them while it is near. NV: vectors that a row of a tile accumulates for a block.
+template <class Product, int NV>
+struct Tiles {
     template <int MR>
     void blocks(int64_t b, int64_t u, int64_t u1) const {
         constexpr int NJ = blocks_side_by_side<NV, MR>();
-        for (; u + NJ <= u1; u += NJ) tile<MR, NJ>(b, u);
+        const auto& product = static_cast<const Product&>(*this);
+        for (; u + NJ <= u1; u += NJ) product.template tile<MR, NJ>(b, u);
         if constexpr (NJ > 1)
-            for (; u < u1; u++) tile<MR, 1>(b, u);
+            for (; u < u1; u++) product.template tile<MR, 1>(b, u);
     }
 
     template <int MR>
@@ -157,9 +131,43 @@ struct TileProduct {
     }
 };
 
+// NV: vectors of a panel's row.
+template <class T, int NV>
+struct TileProduct : Tiles<TileProduct<T, NV>, NV> {
+    static constexpr int L = Vec<T>::kLanes;
+    const RowPanels<T>& p;
+
+    explicit TileProduct(const RowPanels<T>& panels) : p(panels) {}
+
+    template <int MR, int NJ>
+    void tile(int64_t b, int64_t u) const {
+        Vec<T> acc[NJ][MR][NV] = {};
+        const T* panel = p.panels + u * p.panel_stride;
+        const int64_t k_stride = NV == 1 ? p.k_stride : NV * L;
+        for (int segment = 0; segment < p.segments; segment++, panel += p.depth * k_stride) {
+            RowPointers<T, MR> a;
+            for (int r = 0; r < MR; r++) a.row[r] = p.rows[b + r] + p.first + segment * p.segment_stride;
+            if constexpr (sizeof(T) == 4 && MR <= kPairedRows) {
+                if (p.is_paired) {
+                    accumulate_pairs<MR, NJ, NV>(acc, a, panel, p.panel_stride, p.depth);
+                    continue;
+                }
+            }
+            accumulate<MR, NJ, NV>(acc, a, panel, p.panel_stride, p.depth, k_stride);
+        }
+        // A copy is handed on: accumulators whose address leaves this function would not stay in registers above.
+        _Pragma("GCC unroll 4") for (int j = 0; j < NJ; j++) {
+            Vec<T> sums[MR][NV];
+            _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++)
+                _Pragma("GCC unroll 4") for (int v = 0; v < NV; v++) sums[r][v] = acc[j][r][v];
+            p.take(p.taker, sums[0], MR, b, (u + j) * L);
+        }
+    }
+};
+
 template <int NV, class T>
 __attribute__((noinline)) void multiply_tiles(const RowPanels<T>& panels, int64_t b0, int64_t b1, int64_t u0, int64_t u1) {
-    if (b0 < b1) TileProduct<T, NV>{panels}.run(b0, b1, u0, u1);
+    if (b0 < b1) TileProduct<T, NV>(panels).run(b0, b1, u0, u1);
 }
 
 // Members that take each step together. A step is cut into groups; a group is claimed by one compare-and-swap, a

@@ -18,46 +18,97 @@
 namespace ostinato {
 namespace {
 
-// Where the parts of a packed layer lie. Without a base it only counts.
-template <class T, class C>
-struct PackedLayer {
-    static constexpr int64_t L = Vec<T>::kLanes, G = C::kGates;
-    T *ih, *hh;  // [blocks][I][G][L], [blocks][O][G][L]
-    T* hr;  // [blocks of O][H][L]
-    T *start, *apart;  // [blocks][G][L] biases of the input product, [blocks][L] of a gate that takes its products apart
-    T *bias_ih, *bias_hh;  // [G*H] as they were given, to be given back
-    int64_t bytes;
+// Weights as the layers have them, and rows as they lie. A form of weights has
+//   Value, kChain       the type of all else, and how long a chain of the input product is;
+//   Rows                what a product reads of rows: each is read once, by read(), before the products of it;
+//   Matrix<NV>          NV * units rows of weights, and their product with columns [k0, k0 + depth) of rows.
+template <class T>
+struct Dense {
+    using Value = T;
+    static constexpr int64_t kChain = Product<T>::kDepth;
 
-    PackedLayer(const StreamSizes& z, int64_t layer, void* base) {
-        Arena arena(base);
-        const int64_t blocks = ceil_div(z.hidden, L);
-        ih = arena.take<T>(blocks * z.input_of(layer) * G * L);
-        hh = arena.take<T>(blocks * z.output() * G * L);
-        hr = arena.take<T>(z.projection ? ceil_div(z.projection, L) * z.hidden * L : 0);
-        start = arena.take<T>(blocks * G * L);
-        apart = arena.take<T>(blocks * L);
-        bias_ih = arena.take<T>(G * z.hidden);
-        bias_hh = arena.take<T>(G * z.hidden);
-        bytes = arena.used();
-    }
+    struct Rows {
+        const T** at = nullptr;
+
+        Rows() = default;
+        Rows(Arena& arena, int64_t count, int64_t, int64_t) : at(arena.take<const T*>(count)) {}
+        void read(int64_t b, const T* row, int64_t) const { at[b] = row; }
+        Rows from(int64_t b) const {
+            Rows rest = *this;
+            rest.at += b;
+            return rest;
+        }
+    };
+
+    template <int NV>
+    struct Matrix {
+        static constexpr int64_t L = Vec<T>::kLanes;
+        int64_t units, depth;
+        T* panels;  // [blocks][k][NV][L]
+
+        Matrix(Arena& arena, int64_t units_of, int64_t depth_of)
+            : units(units_of), depth(depth_of), panels(arena.take<T>(ceil_div(units_of, L) * depth_of * NV * L)) {}
+
+        void pack(const void* weights, const void*) const {
+            const T* w = static_cast<const T*>(weights);
+            T* panel = panels;
+            for (int64_t unit = 0; unit < units; unit += L, panel += depth * NV * L)
+                for (int64_t g = 0; g < NV; g++)
+                    pack_transposed(w + (g * units + unit) * depth, depth, min(L, units - unit), depth, panel + g * L, NV * L);
+        }
+        void unpack(void* weights, void*) const {
+            T* w = static_cast<T*>(weights);
+            for (int64_t g = 0; g < NV; g++)
+                for (int64_t j = 0; j < units; j++)
+                    for (int64_t k = 0; k < depth; k++) *w++ = panels[((j / L * depth + k) * NV + g) * L + j % L];
+        }
+        void multiply(const Rows& rows, int64_t k0, int64_t k_count, int64_t count, int64_t u0, int64_t u1,
+                      typename RowPanels<T>::Take take, const void* taker) const {
+            RowPanels<T> p{rows.at, k_count, panels + k0 * NV * L, depth * NV * L, NV * L, take, taker};
+            p.first = k0;
+            multiply_tiles<NV>(p, 0, count, u0, u1);
+        }
+    };
 };
 
-template <class T, class C>
+// Where the parts of a packed layer lie. Without a base it only counts.
+template <class Form, class C>
+struct PackedLayer {
+    using T = typename Form::Value;
+    static constexpr int64_t L = Vec<T>::kLanes, G = C::kGates;
+    Arena arena;
+    typename Form::template Matrix<G> ih, hh;
+    typename Form::template Matrix<1> hr;
+    T *start, *apart;  // [blocks][G][L] biases of the input product, [blocks][L] of a gate that takes its products apart
+    T *bias_ih, *bias_hh;  // [G*H] as they were given, to be given back
+
+    PackedLayer(const StreamSizes& z, int64_t layer, void* base)
+        : arena(base),
+          ih(arena, z.hidden, z.input_of(layer)),
+          hh(arena, z.hidden, z.output()),
+          hr(arena, z.projection, z.hidden),
+          start(arena.take<T>(ceil_div(z.hidden, L) * G * L)),
+          apart(arena.take<T>(ceil_div(z.hidden, L) * L)),
+          bias_ih(arena.take<T>(G * z.hidden)),
+          bias_hh(arena.take<T>(G * z.hidden)) {}
+};
+
+template <class Form, class C>
 class StreamLoop {
+    using T = typename Form::Value;
+    using Rows = typename Form::Rows;
     static constexpr int L = Vec<T>::kLanes, G = C::kGates;
-    using Packed = PackedLayer<T, C>;
+    using Packed = PackedLayer<Form, C>;
 
 public:
-    static int64_t packed_bytes(const StreamSizes& z, int64_t layer) { return Packed(z, layer, nullptr).bytes; }
+    static int64_t packed_bytes(const StreamSizes& z, int64_t layer) { return Packed(z, layer, nullptr).arena.used(); }
 
-    static void pack(const StreamSizes& z, int64_t layer, const Weights<const void*>& w, void* memory) {
+    static void pack(const StreamSizes& z, int64_t layer, const StreamWeights<const void*>& w, void* memory) {
         const Packed p(z, layer, memory);
-        const int64_t H = z.hidden, I = z.input_of(layer), O = z.output();
-        pack_gates(static_cast<const T*>(w.ih), H, I, p.ih);
-        pack_gates(static_cast<const T*>(w.hh), H, O, p.hh);
-        if (z.projection)
-            for (int64_t u = 0; u < O; u += L)
-                pack_transposed(static_cast<const T*>(w.hr) + u * H, H, min(L, O - u), H, p.hr + u * H, L);
+        const int64_t H = z.hidden;
+        p.ih.pack(w.ih, w.ih_scale);
+        p.hh.pack(w.hh, w.hh_scale);
+        if (z.projection) p.hr.pack(w.hr, w.hr_scale);
         for (int64_t i = 0; i < G * H; i++) {
             p.bias_ih[i] = w.bias_ih ? static_cast<const T*>(w.bias_ih)[i] : T(0);
             p.bias_hh[i] = w.bias_hh ? static_cast<const T*>(w.bias_hh)[i] : T(0);
@@ -71,16 +122,12 @@ public:
         }
     }
 
-    static void unpack(const StreamSizes& z, int64_t layer, void* memory, const Weights<void*>& w) {
+    static void unpack(const StreamSizes& z, int64_t layer, void* memory, const StreamWeights<void*>& w) {
         const Packed p(z, layer, memory);
-        const int64_t H = z.hidden, O = z.output();
-        if (w.ih) unpack_gates(p.ih, H, z.input_of(layer), static_cast<T*>(w.ih));
-        if (w.hh) unpack_gates(p.hh, H, O, static_cast<T*>(w.hh));
-        for (int64_t i = 0; w.hr && i < O * H; i++) {
-            const int64_t unit = i / H, k = i % H;
-            static_cast<T*>(w.hr)[i] = p.hr[(unit / L * H + k) * L + unit % L];
-        }
-        for (int64_t i = 0; i < G * H; i++) {
+        if (w.ih) p.ih.unpack(w.ih, w.ih_scale);
+        if (w.hh) p.hh.unpack(w.hh, w.hh_scale);
+        if (w.hr) p.hr.unpack(w.hr, w.hr_scale);
+        for (int64_t i = 0; i < G * z.hidden; i++) {
             if (w.bias_ih) static_cast<T*>(w.bias_ih)[i] = p.bias_ih[i];
             if (w.bias_hh) static_cast<T*>(w.bias_hh)[i] = p.bias_hh[i];
         }
@@ -98,8 +145,9 @@ public:
         for (int i = 0; i < 2; i++) between_[i] = arena_.take<T>(last > i ? rooms * rows * O : 0);
         gx_ = arena_.take<T>(rooms * rows * G * hp_);
         unprojected_ = arena_.take<T>(z_.projection ? rooms * tile_rows_ * hp_ : 0);
-        sources_ = arena_.take<const T*>(members * rows);
-        previous_ = arena_.take<const T*>(members * tile_rows_);
+        sources_ = Rows(arena_, rooms * rows, max(z_.input, last > 0 ? O : 0), z_.planes);
+        previous_ = Rows(arena_, members * tile_rows_, O, z_.planes);
+        if (z_.projection) unprojected_rows_ = Rows(arena_, rooms * tile_rows_, z_.hidden, z_.planes);
     }
 
     int64_t scratch_bytes() const { return arena_.used(); }
@@ -113,10 +161,14 @@ public:
                 Piece piece{*this, s0, min(call_.steps, s0 + tile_steps_), b0, b1, member, member};
                 for (int64_t k = 0; k < z_.layers; k++) {
                     const OfLayer layer(piece, k);
+                    layer.read_input();
                     layer.project_input(0, blocks_);
                     for (int64_t s = 0; s < piece.steps(); s++) {
+                        layer.read_state(s);
                         layer.units(s, 0, blocks_);
-                        if (z_.projection) layer.project(s, 0, ceil_div(z_.output(), L));
+                        if (!z_.projection) continue;
+                        layer.read_unprojected();
+                        layer.project(s, 0, ceil_div(z_.output(), L));
                     }
                     layer.keep_state();
                 }
@@ -127,18 +179,6 @@ public:
 private:
     static constexpr int64_t kGroup = 4;  // unit blocks that a member claims at once when all share a step
     static constexpr int64_t kTileBytes = 512 << 10, kNear = 4 << 20, kFarRows = 128;  // as in ForwardLoop
-
-    static void pack_gates(const T* w, int64_t hidden, int64_t depth, T* panels) {
-        for (int64_t unit = 0; unit < hidden; unit += L, panels += depth * G * L)
-            for (int64_t g = 0; g < G; g++)
-                pack_transposed(w + (g * hidden + unit) * depth, depth, min(L, hidden - unit), depth, panels + g * L, G * L);
-    }
-
-    static void unpack_gates(const T* panels, int64_t hidden, int64_t depth, T* w) {
-        for (int64_t g = 0; g < G; g++)
-            for (int64_t j = 0; j < hidden; j++)
-                for (int64_t k = 0; k < depth; k++) *w++ = panels[((j / L * depth + k) * G + g) * L + j % L];
-    }
 
     // Tiles of rows, and how many steps of a tile are projected at once.
     void share_rows(int members) {
@@ -164,22 +204,27 @@ private:
             const bool is_one = s1 - s0 == 1;
             for (int64_t k = 0; k < z_.layers; k++) {
                 const auto piece = [&](int member) { return Piece{*this, s0, s1, 0, call_.rows, 0, member}; };
+                const OfLayer layer(piece(0), k);
+                layer.read_input();
                 if (!is_one)
                     team.run(relay_.groups, [&](int64_t group, int member) {
                         OfLayer(piece(member), k).project_input(group * kGroup, last_block(group));
                     });
                 relay_.reset();
                 const auto share = [&](int64_t, int member) {
+                    const OfLayer mine(piece(member), k);
+                    int64_t read = -1;  // the last step whose states this member has read
                     relay_.run(s1 - s0, member, team.members(), [&](int64_t s, int64_t group) {
-                        const OfLayer layer(piece(member), k);
-                        if (is_one) layer.project_input(group * kGroup, last_block(group));
-                        layer.units(s, group * kGroup, last_block(group));
+                        if (is_one) mine.project_input(group * kGroup, last_block(group));
+                        if (read != s) mine.read_state(s);
+                        read = s;
+                        mine.units(s, group * kGroup, last_block(group));
                     });
                 };
                 team.run(team.members(), share);
                 share(0, 0);  // a closed relay is completed by the caller, who may have claimed no task
-                const OfLayer layer(piece(0), k);
                 if (z_.projection) {
+                    layer.read_unprojected();
                     const int64_t blocks = ceil_div(z_.output(), L);
                     team.run(ceil_div(blocks, kGroup),
                              [&](int64_t group, int) { layer.project(0, group * kGroup, min(blocks, (group + 1) * kGroup)); });
@@ -220,7 +265,7 @@ private:
         Plane<const T> x;
         Plane<T> y;
         T *gx, *unprojected;  // [steps, rows, G * Hp], [rows, Hp]
-        const T **sources, **previous;
+        Rows sources, previous, unprojected_rows;
 
         OfLayer(const Piece& of, int64_t k)
             : w(of.w), piece(of), packed(w.z_, k, w.call_.layers[k].packed), input(w.z_.input_of(k)) {
@@ -238,44 +283,48 @@ private:
                 y = {piece.between(k), piece.rows() * O, O};
             gx = w.gx_ + piece.room * rows * G * w.hp_;
             unprojected = w.z_.projection ? w.unprojected_ + piece.room * w.tile_rows_ * w.hp_ : nullptr;
-            sources = w.sources_ + piece.member * rows;
-            previous = w.previous_ + piece.member * w.tile_rows_;
+            sources = w.sources_.from(piece.room * rows);
+            previous = w.previous_.from(piece.member * w.tile_rows_);
+            if (unprojected) unprojected_rows = w.unprojected_rows_.from(piece.room * w.tile_rows_);
+        }
+
+        // The input of all rows and steps, for project_input.
+        void read_input() const {
+            for (int64_t s = 0, i = 0; s < piece.steps(); s++)
+                for (int64_t b = 0; b < piece.rows(); b++) sources.read(i++, x.at(s, b), input);
         }
 
         // gx of the unit blocks [u0, u1), row b of step s at gx + (s * rows + b) * G * Hp and there [block][G][L].
         void project_input(int64_t u0, int64_t u1) const {
-            constexpr int64_t kDepth = Product<T>::kDepth;
             const int64_t count = piece.steps() * piece.rows();
-            for (int64_t k0 = 0; k0 < input; k0 += kDepth) {
-                for (int64_t s = 0, i = 0; s < piece.steps(); s++)
-                    for (int64_t b = 0; b < piece.rows(); b++) sources[i++] = x.at(s, b) + k0;
+            for (int64_t k0 = 0; k0 < input; k0 += Form::kChain) {
                 const Input taker{gx, k0 ? nullptr : packed.start, G * w.hp_};
-                const RowPanels<T> panels{
-                    sources, min(kDepth, input - k0), packed.ih + k0 * G * L, input * G * L, G * L, take_input, &taker};
-                multiply_tiles<G>(panels, 0, count, u0, u1);
+                packed.ih.multiply(sources, k0, min(Form::kChain, input - k0), count, u0, u1, take_input, &taker);
             }
+        }
+
+        // The states before a step, for units.
+        void read_state(int64_t s) const {
+            const int64_t O = w.z_.output();
+            for (int64_t b = 0; b < piece.rows(); b++) previous.read(b, s ? y.at(s - 1, b) : h + piece.id(b) * padded(O), O);
         }
 
         // The unit blocks [u0, u1) of one step.
         void units(int64_t s, int64_t u0, int64_t u1) const {
-            const int64_t O = w.z_.output();
-            for (int64_t b = 0; b < piece.rows(); b++) previous[b] = s ? y.at(s - 1, b) : h + piece.id(b) * padded(O);
             const Step step{*this, gx + s * piece.rows() * G * w.hp_, y.at(s, 0)};
-            multiply_tiles<G>(RowPanels<T>{previous, O, packed.hh, O * G * L, G * L, take_cells, &step}, 0, piece.rows(), u0,
-                              u1);
+            packed.hh.multiply(previous, 0, w.z_.output(), piece.rows(), u0, u1, take_cells, &step);
+        }
+
+        // The states of a step before their projection, for project.
+        void read_unprojected() const {
+            for (int64_t b = 0; b < piece.rows(); b++) unprojected_rows.read(b, unprojected + b * w.hp_, w.z_.hidden);
         }
 
         // The blocks [u0, u1) of the projected state.
         void project(int64_t s, int64_t u0, int64_t u1) const {
             if constexpr (C::kProjects) {
-                const int64_t H = w.z_.hidden;
-                const T* rows[kProjected];
-                for (int64_t b0 = 0; b0 < piece.rows(); b0 += kProjected) {
-                    const int64_t count = min(kProjected, piece.rows() - b0);
-                    for (int64_t b = 0; b < count; b++) rows[b] = unprojected + (b0 + b) * w.hp_;
-                    const Projected taker{y.at(s, b0), y.row, w.z_.output()};
-                    multiply_tiles<1>(RowPanels<T>{rows, H, packed.hr, H * L, L, take_projected, &taker}, 0, count, u0, u1);
-                }
+                const Projected taker{y.at(s, 0), y.row, w.z_.output()};
+                packed.hr.multiply(unprojected_rows, 0, w.z_.hidden, piece.rows(), u0, u1, take_projected, &taker);
             }
         }
 
@@ -318,7 +367,7 @@ private:
             for (int g = 0; g < G; g++)
                 gates[g] = sums[g] + Vec<T>::load(g < C::kJoint ? in + g * L : layer.packed.apart + unit);
             if constexpr (C::kJoint < G) x = Vec<T>::load(in + C::kJoint * L);
-            if constexpr (C::kUsesPrevious) h = load_n(layer.previous[b + r] + unit, n);
+            if constexpr (C::kUsesPrevious) h = load_n(layer.previous.at[b + r] + unit, n);
             T* c = C::kHasC ? layer.c + layer.piece.id(b + r) * padded(layer.w.z_.hidden) + unit : nullptr;
             if constexpr (C::kHasC) cell = Vec<T>::load(c);
             h = C::forward(gates, x, h, cell, static_cast<Vec<T>*>(nullptr));
@@ -329,8 +378,6 @@ private:
                 store_n(h, step.y + (b + r) * layer.y.row + unit, n);
         }
     }
-
-    static constexpr int64_t kProjected = 64;  // rows that are projected at once
 
     struct Projected {
         T* y;
@@ -352,7 +399,7 @@ private:
     int64_t tiles_ = 1, tile_rows_ = 0, tile_steps_ = 0;
     T* between_[2];  // outputs of a layer that the next one reads
     T *gx_, *unprojected_;
-    const T **sources_, **previous_;
+    Rows sources_, previous_, unprojected_rows_;
 };
 
 }  // namespace

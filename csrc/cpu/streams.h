@@ -13,11 +13,19 @@ namespace ostinato {
 struct StreamSizes {
     int64_t layers, batch, input, hidden, projection;
     Traits cell{};
+    int64_t planes = 1;  // of 8 bits in what int8 weights are multiplied with: 1, or 2 for 16 bits
 
     constexpr int64_t output() const { return projection ? projection : hidden; }
     constexpr int64_t input_of(int64_t layer) const { return layer ? output() : input; }
     // Multiply-adds of a layer for one row and step.
     constexpr int64_t work(int64_t layer) const { return cell.gates * hidden * (input_of(layer) + output()); }
+};
+
+// A layer's weights as they are given: [G*H, I], [G*H, O], [O, H] with a scale for each row where they are int8, and biases [G*H].
+template <class Pointer>
+struct StreamWeights {
+    Pointer ih = nullptr, hh = nullptr, bias_ih = nullptr, bias_hh = nullptr, hr = nullptr;
+    Pointer ih_scale = nullptr, hh_scale = nullptr, hr_scale = nullptr;
 };
 
 // The memory of a layer, aligned to 64 bytes.
@@ -39,9 +47,9 @@ struct StreamCall {
 // Entry points for one instruction set, cell and type. scratch as in Loop.
 struct StreamKernel {
     int64_t (*packed_bytes)(const StreamSizes&, int64_t layer);
-    void (*pack)(const StreamSizes&, int64_t layer, const Weights<const void*>&, void* packed);
+    void (*pack)(const StreamSizes&, int64_t layer, const StreamWeights<const void*>&, void* packed);
     // Writes the weights back, those whose address is not null.
-    void (*unpack)(const StreamSizes&, int64_t layer, void* packed, const Weights<void*>&);
+    void (*unpack)(const StreamSizes&, int64_t layer, void* packed, const StreamWeights<void*>&);
     int64_t (*scratch_bytes)(const StreamCall&, int members);
     void (*run)(const StreamCall&, Team&, void* scratch);
 };
@@ -50,7 +58,8 @@ using StreamKernels = OfEachCell<StreamKernel>;
 // ---- dispatch.cpp ----
 
 // That of the instruction set in use: a stream keeps it, since its weights are packed for it. Null for a dtype without one.
-const StreamKernel* stream_kernel(Cell cell, Dtype dtype);
+// With int8 weights, dtype is that of all else.
+const StreamKernel* stream_kernel(Cell cell, Dtype dtype, bool has_int8_weights);
 
 // Multiply-adds of a call, and whether so many are worth more than one thread.
 int64_t work_of(const StreamCall& call);

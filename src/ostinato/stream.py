@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, NoReturn, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ostinato import _core
+from ostinato import _core, quantized
 from ostinato.cells import CELLS, Cell
 from ostinato.numpy import check_array, read_parameters
 from ostinato.sizes import Sizes
@@ -32,10 +32,18 @@ __all__ = ["Stream"]
 Array: TypeAlias = npt.NDArray[Any]
 State: TypeAlias = "Array | tuple[Array, ...]"
 
-# What a stream computes in, and the engine's number of it (csrc/cpu/engine.h).
-_DTYPES = {"float32": 0, "float64": 1}
-# Of a layer, in the order of `_core.Stream.load`.
+# What the arrays of a stream are by its dtype, and the engine's number of that (csrc/cpu/engine.h).
+_ARRAYS = {"float32": "float32", "float64": "float64", "int8": "float32"}
+_NUMBERS = {"float32": 0, "float64": 1}
+# Rows of 8 bits that one row is multiplied as.
+_PLANES = {"int8": 1, "int16": 2}
+# Of a layer, in the order of `_core.Stream.load`, where the scales of the weights come last.
 _PARTS = "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"
+_WEIGHTS = tuple(part for part in _PARTS if part.startswith("weight"))
+
+
+# Weights, biases and scales by torch's names, without a prefix.
+_Arrays: TypeAlias = "dict[str, Array]"
 
 
 class _Plan(NamedTuple):
@@ -45,6 +53,8 @@ class _Plan(NamedTuple):
     layers: int
     sizes: Sizes
     has_biases: bool
+    is_int8: bool
+    dtype: np.dtype[Any]  # of all but int8 weights
 
     def parts(self) -> tuple[str, ...]:
         """Return what a layer has of `_PARTS`."""
@@ -65,6 +75,19 @@ class _Plan(NamedTuple):
         is_first = part == "weight_ih" and layer == 0
         return rows, self.sizes.input if is_first else output
 
+    def empty(self) -> _Arrays:
+        """Return arrays for all parameters, in the order in which torch has them."""
+        found: _Arrays = {}
+        for k in range(self.layers):
+            for part in self.parts():
+                shape, name = self.shape(part, k), f"{part}_l{k}"
+                if not (self.is_int8 and part in _WEIGHTS):
+                    found[name] = np.empty(shape, self.dtype)
+                    continue
+                found[name] = np.empty(shape, np.int8)
+                found[name + quantized.SUFFIX] = np.empty(shape[:1], np.float32)
+        return found
+
 
 class Stream:
     """Run a stack of recurrent layers step by step, with frozen weights and the states inside.
@@ -80,7 +103,12 @@ class Stream:
             copied: what is written to them afterwards does not reach the stream.
         nonlinearity: "tanh" or "relu", for "rnn".
         batch: how many sequences are under way, B; None for one without a dimension of its own.
-        dtype: "float32" or "float64", the parameters' own.
+        dtype: "float32" or "float64", the parameters' own; or "int8": float32 in and out, and
+            weights of 8 bits with one scale for each row, made of float32 parameters or given as
+            such (int8 under torch's name, their scales (rows,) under `weight_ih_l0_scale`, ...).
+        activations: what int8 weights are multiplied with, "int8" or "int16": input and state,
+            quantised at each step by the largest number of their row (docs/deploying.md). Products
+            are summed exactly; gates and states are float32.
         prefix: what stands before the names in `parameters`, such as "encoder.gru.".
 
     Calls, with B left out everywhere where batch is None:
@@ -114,7 +142,10 @@ class Stream:
     Source: torch.nn.RNN, GRU and LSTM.
     """
 
-    __slots__ = ("__weakref__", "_batch", "_call", "_core", "_dtype", "_plan", "_prefix", "_step")
+    __slots__ = (
+        *("__weakref__", "_activations", "_batch", "_call", "_core", "_dtype", "_plan", "_prefix"),
+        "_step",
+    )
 
     def __init__(
         self,
@@ -124,24 +155,33 @@ class Stream:
         nonlinearity: str = "tanh",
         batch: int | None = None,
         dtype: str = "float32",
+        activations: str = "int8",
         prefix: str = "",
     ) -> None:
-        for name, value in (("kind", kind), ("nonlinearity", nonlinearity), ("dtype", dtype)):
+        words = {"kind": kind, "nonlinearity": nonlinearity, "dtype": dtype}
+        for name, value in (words | {"activations": activations, "prefix": prefix}).items():
             if not isinstance(value, str):
                 _reject_type(name, "a str", value)
         cell = _cell_of(kind, nonlinearity)
-        if dtype not in _DTYPES:
-            raise ValueError(f"Stream: dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+        for name, value, known in (
+            ("dtype", dtype, _ARRAYS),
+            ("activations", activations, _PLANES),
+        ):
+            if value not in known:
+                raise ValueError(f"Stream: {name} must be one of {', '.join(known)}, got {value!r}")
         if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int)):
             _reject_type("batch", "an int or None", batch)
         if batch is not None and batch < 0:
             raise ValueError(f"Stream: batch must not be negative, got {batch}")
-        self._batch, self._dtype, self._prefix = batch, np.dtype(dtype), prefix
-        self._plan, weights = _read(cell, parameters, prefix, self._dtype)
+        is_int8 = dtype == "int8"
+        self._batch, self._dtype, self._prefix = batch, np.dtype(_ARRAYS[dtype]), prefix
+        self._activations = activations
+        self._plan, weights = _read(cell, parameters, prefix, self._dtype, is_int8)
         sizes = self._plan.sizes
         self._core = _core.Stream(
             cell.number,
-            _DTYPES[dtype],
+            _NUMBERS[_ARRAYS[dtype]],
+            _PLANES[activations] if is_int8 else 0,
             (self._plan.layers, self._rows, sizes.input, sizes.hidden, sizes.projection),
             batch is not None,
             np.ndarray,
@@ -153,13 +193,22 @@ class Stream:
         self._call, self._step = self._core.call, self._core.step
 
     @classmethod
-    def of(cls, module: Any, *, batch: int | None = None) -> Stream:
+    def of(
+        cls,
+        module: Any,
+        *,
+        batch: int | None = None,
+        dtype: str | None = None,
+        activations: str = "int8",
+    ) -> Stream:
         """Make a stream of a torch layer, ours or torch.nn's, with its weights as they are now.
 
         Args:
             module: an RNN, GRU or LSTM of one direction, on any device. `batch_first` and `dropout`
                 say nothing here: a stream takes steps first, and infers.
             batch: how many sequences are under way, or None for one without a dimension of its own.
+            dtype: None for the module's own, or "int8" for weights of 8 bits.
+            activations: as for a new stream.
 
         Raises:
             TypeError: no such layer.
@@ -171,8 +220,10 @@ class Stream:
         # Not named_parameters(): a weight may be computed from others (torch.nn.utils.parametrize).
         _let_read_tensors()
         parameters = {name: getattr(module, name) for name in module._flat_weights_names}
-        dtype = str(parameters["weight_ih_l0"].dtype).removeprefix("torch.")
-        return cls(module.mode.lower(), parameters, batch=batch, dtype=dtype)
+        if dtype is None:
+            dtype = str(parameters["weight_ih_l0"].dtype).removeprefix("torch.")
+        kind = module.mode.lower()
+        return cls(kind, parameters, batch=batch, dtype=dtype, activations=activations)
 
     def __call__(self, x: Any) -> Any:
         """Take one step, or many, of all sequences."""
@@ -239,7 +290,7 @@ class Stream:
             prefix: what stands before the names; None for the prefix of the stream.
         """
         prefix = self._prefix if prefix is None else prefix
-        plan, weights = _read(self._plan.cell, parameters, prefix, self._dtype)
+        plan, weights = _read(self._plan.cell, parameters, prefix, self._dtype, self._plan.is_int8)
         if plan != self._plan:
             raise RuntimeError(
                 f"Stream: expected parameters of the stream's own sizes, {_described(self._plan)}, "
@@ -249,15 +300,13 @@ class Stream:
 
     @property
     def parameters(self) -> dict[str, Array]:
-        """Return copies of the weights, under the names that they came with."""
-        plan = self._plan
-        found = {
-            f"{self._prefix}{part}_l{k}": np.empty(plan.shape(part, k), self._dtype)
-            for k in range(plan.layers)
-            for part in plan.parts()
-        }
-        self._core.save(_addresses(plan, list(found.values())))
-        return found
+        """Return copies of the weights, under the names that they came with.
+
+        Those of 8 bits are int8, with their scales beside them: `weight_ih_l0_scale`.
+        """
+        found = self._plan.empty()
+        self._core.save(_addresses(self._plan, found))
+        return {self._prefix + name: array for name, array in found.items()}
 
     @property
     def nbytes(self) -> int:
@@ -266,10 +315,13 @@ class Stream:
 
     def __repr__(self) -> str:
         batch = f", batch={self._batch}" if self._batch is not None else ""
-        return f"Stream({_described(self._plan)}{batch}, dtype={self._dtype.name!r})"
+        options = f", dtype={self._dtype_name!r}"
+        options += f", activations={self._activations!r}" * self._plan.is_int8
+        return f"Stream({_described(self._plan)}{batch}{options})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        options = {"batch": self._batch, "dtype": self._dtype.name, "prefix": self._prefix}
+        options = {"batch": self._batch, "dtype": self._dtype_name, "prefix": self._prefix}
+        options["activations"] = self._activations
         return _restored, (type(self), self._plan.cell.name, self.parameters, options, self.state)
 
     # ---- what the fast path declined ----
@@ -303,6 +355,10 @@ class Stream:
         at = 0 if ids is None else ids.ctypes.data
         self._core.run(dense.ctypes.data, output.ctypes.data, steps, count, at, _threads())
         return sys.modules["torch"].from_numpy(output) if is_tensor else output
+
+    @property
+    def _dtype_name(self) -> str:
+        return "int8" if self._plan.is_int8 else self._dtype.name
 
     @property
     def _rows(self) -> int:
@@ -368,10 +424,22 @@ def _cell_of(kind: str, nonlinearity: str) -> Cell:
 
 
 def _read(
-    cell: Cell, parameters: Mapping[str, Any], prefix: str, dtype: np.dtype[Any]
-) -> tuple[_Plan, list[Array]]:
-    """Check the parameters by name; return what they make, and them in order."""
-    names, call, sizes = read_parameters("Stream", cell.name, parameters, prefix, _to_array)
+    cell: Cell,
+    parameters: Mapping[str, Any],
+    prefix: str,
+    dtype: np.dtype[Any],
+    is_int8: bool,
+) -> tuple[_Plan, _Arrays]:
+    """Check the parameters by name; return what they make, and them."""
+    given, scales = quantized.split(parameters) if is_int8 else (parameters, {})
+    found: _Arrays = {}
+
+    def convert(name: str, value: Any) -> Array:
+        array = found[name] = _to_array(name, value)
+        # What is wrong with its shape is said of int8 as of float.
+        return array.astype(dtype) if is_int8 and array.dtype == np.int8 else array
+
+    names, call, sizes = read_parameters("Stream", cell.name, given, prefix, convert)
     if sizes.directions > 1:
         raise ValueError(
             f"Stream: expected one direction, got {names[len(names) // call.layers // 2]!r}: the "
@@ -383,8 +451,26 @@ def _read(
                 f"Stream: {name}: expected dtype {dtype}, got {weight.dtype}; "
                 f"pass dtype={weight.dtype.name!r} or convert the parameters"
             )
-    plan = _Plan(cell, call.layers, sizes._replace(steps=0, rows=0, batch=0), call.has_biases)
-    return plan, [_dense(weight) for weight in call.weights]
+    sizes = sizes._replace(steps=0, rows=0, batch=0)
+    plan = _Plan(cell, call.layers, sizes, call.has_biases, is_int8, dtype)
+    arrays: _Arrays = {}
+    for name, weight in found.items():
+        plain = name.removeprefix(prefix)
+        if not (is_int8 and plain.startswith("weight")):
+            arrays[plain] = _dense(weight)
+            continue
+        made = _quantised(name, weight, scales.get(name))
+        arrays[plain], arrays[plain + quantized.SUFFIX] = map(_dense, made)
+    return plan, arrays
+
+
+def _quantised(name: str, weight: Array, scales: Any) -> quantized.Quantized:
+    label = f"Stream: {name}"
+    if weight.dtype == np.int8:
+        return quantized.checked(label, weight, _to_plain(scales))
+    if scales is not None:
+        raise ValueError(f"{label}: expected int8 beside its scales, got {weight.dtype}")
+    return quantized.quantise(label, weight)
 
 
 def _described(plan: _Plan) -> str:
@@ -396,15 +482,12 @@ def _described(plan: _Plan) -> str:
     return ", ".join(words + ["no biases"] * (not plan.has_biases))
 
 
-def _addresses(plan: _Plan, weights: Sequence[Array]) -> list[int]:
-    """Return the addresses of the weights, 0 for what a layer does not have."""
-    rest = iter(weights)
-    parts = plan.parts()
-    return [
-        next(rest).ctypes.data if part in parts else 0
-        for _ in range(plan.layers)
-        for part in _PARTS
-    ]
+def _addresses(plan: _Plan, arrays: _Arrays) -> list[int]:
+    """Return the addresses of the arrays, 0 for what a layer does not have."""
+    ends = [f"{part}_l{{}}" for part in _PARTS]
+    ends += [f"{part}_l{{}}{quantized.SUFFIX}" for part in _WEIGHTS]
+    found = [arrays.get(end.format(k)) for k in range(plan.layers) for end in ends]
+    return [0 if array is None else array.ctypes.data for array in found]
 
 
 def _two_addresses(arrays: Sequence[Array]) -> tuple[int, int]:
@@ -437,12 +520,18 @@ def _to_array(name: str, value: Any) -> Array:
     """Return a NumPy array for an array or a tensor."""
     if _is_tensor(value):
         torch = sys.modules["torch"]
-        if value.dtype not in (torch.float32, torch.float64):
+        if value.dtype not in (torch.float32, torch.float64, torch.int8):
             raise ValueError(f"Stream: {name}: expected float32 or float64, got {value.dtype}")
-        value = value.detach().cpu().numpy()
-    check_array("Stream", name, value)
+        value = _to_plain(value)
+    if not (isinstance(value, np.ndarray) and value.dtype == np.int8):
+        check_array("Stream", name, value)
     array: Array = value
     return array
+
+
+def _to_plain(value: Any) -> Any:
+    """Return a tensor as an array, and anything else as it is."""
+    return value.detach().cpu().numpy() if _is_tensor(value) else value
 
 
 def _reject_type(argument: str, expected: str, got: object) -> NoReturn:

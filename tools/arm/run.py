@@ -159,7 +159,7 @@ class Arm:
 
     def show_kernels(self):
         """Count what the kernels multiply and add with; a call of the C library is an error."""
-        objects = sorted((self.home / "cmake").glob("**/ostinato_kernels_*.dir/**/*.o"))
+        objects = sorted((self.home / "cmake").glob("**/ostinato_*_*.dir/**/*.o"))
         counts, called = Counter(), set()
         for path in objects:
             counts += instructions(path)

@@ -148,7 +148,7 @@ def _unary(name: str) -> None:
     _FUNCTIONS[name] = record
 
 
-# Those that torch knows by the same name, with one argument. Others have a function of their own below.
+# Those that torch has under the same name, with one argument. Others are written below.
 for _name, _takes in TAKES.items():
     if _takes == "n":
         _unary(_name)
