@@ -209,7 +209,7 @@ _TEXT = re.compile(
 )
 _LEAF = re.compile(rf"([{''.join(LEAVES)}])(\d+)")
 _CONST = re.compile(r"c(-?(?:inf|nan|0x[0-9a-f.]+p[+-]\d+))")
-_OPERATION = re.compile(r"(?P<op>[a-z_]+)(?P<places>(?: -?\d+)+)")
+_OPERATION = re.compile(r"(?P<op>[a-z_][a-z0-9_]*)(?P<places>(?: -?\d+)+)")
 
 
 @lru_cache(maxsize=256)
