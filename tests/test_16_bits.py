@@ -113,6 +113,15 @@ def test_few_rows_whose_weights_stay_narrow(isa, rng, kind, hidden):
         check(rng, layer, storage)
 
 
+# Inputs that end within a cache line of bfloat16, within a piece of 16 bytes, and neither.
+@pytest.mark.parametrize("size", [64, 75, 131])
+@pytest.mark.parametrize("kind", KINDS)
+def test_matrices_are_read_as_they_lie(isa, rng, kind, size):
+    for batch, steps, hidden in itertools.product((1, 3, 6), (1, 4), (16, 41)):
+        layer = Layer.draw(rng, kind, steps, batch, size, hidden, dtype="float32")
+        check(rng, layer, "bfloat16")
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_members_that_walk_together(isa, rng, cell):
     # Sizes at which two threads share the blocks of each step, and tiles of one row.

@@ -7,6 +7,8 @@
 #include <type_traits>
 #include <vector>
 
+#include <sys/mman.h>
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #elif defined(__aarch64__)
@@ -157,7 +159,7 @@ public:
     void* get() const { return p_; }
 
 private:
-    static constexpr int64_t kKept = 32 << 20;
+    static constexpr int64_t kKept = 64 << 20, kHugePage = 2 << 20, kHugePages = 4 << 20;
 
     struct Kept {
         void* p = nullptr;
@@ -170,8 +172,14 @@ private:
     };
 
     static void* allocate(int64_t bytes) {
-        void* p = std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64));
+        // Fresh pages of 4 KiB cost more than a layer of a few hundred units computes; pages of 2 MiB a tenth of that.
+        const int64_t page = bytes >= kHugePages ? kHugePage : 64;
+        const auto size = static_cast<size_t>((bytes + page - 1) / page * page);
+        void* p = std::aligned_alloc(static_cast<size_t>(page), size);
         if (!p) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+        if (page == kHugePage) madvise(p, size, MADV_HUGEPAGE);
+#endif
         return p;
     }
 

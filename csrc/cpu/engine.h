@@ -76,6 +76,10 @@ struct Array {
     Type type = Type::kValue;
 
     constexpr bool has_rows_of_batch() const { return rows == Rows::kSteps || rows == Rows::kStates; }
+    // A weight of two dimensions.
+    constexpr bool is_matrix() const {
+        return width != Width::kOne && (rows == Rows::kInputGates || rows == Rows::kGates || rows == Rows::kOutput);
+    }
 
     constexpr int64_t height(const Sizes& z) const {
         switch (rows) {
@@ -187,7 +191,7 @@ struct Forward : Arguments {
     void *y = nullptr, *h_n = nullptr, *c_n = nullptr;  // y: zero past a row's end; an LSTM must have c_n
     void* cells = nullptr;  // c after every step of an LSTM
     void* reserve = nullptr;  // reserve_bytes() for backward
-    bool has_bfloat16_weights = false;  // float32 weights whose lower halves are zero
+    bool has_bfloat16_weights = false;  // weight_ih, weight_hh and weight_hr are bfloat16, all else float32
 
     template <class Visit>
     constexpr void visit(Forward& other, const Visit& visit) const {

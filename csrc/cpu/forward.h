@@ -121,6 +121,8 @@ private:
     int64_t work() const { return gates() * size_.hidden * size_.output(); }
 
     const T* weight(const void* p) const { return static_cast<const T*>(p); }
+    // A weight that is multiplied.
+    WeightPointer<T> matrix(const void* p) const { return {p, f_.has_bfloat16_weights}; }
 
     // Packs one block of W_hh as [k < O][gate][lane], or as pairs of bfloat16.
     void pack(int64_t d, int64_t block, T* panel) const {
@@ -143,7 +145,7 @@ private:
         for (int64_t first = 0; first < gates(); first += G) {
             const int64_t count = kIsProgram ? min(G, gates() - first) : G;
             for (int64_t g = 0; g < count; g++)
-                pack_transposed(weight(f_.weights[d].hh) + ((first + g) * H + block * L) * O + k0, O, min(L, H - block * L),
+                pack_transposed(matrix(f_.weights[d].hh) + ((first + g) * H + block * L) * O + k0, O, min(L, H - block * L),
                                 depth, panel + g * L, count * L);
             panel += depth * count * L;
         }
@@ -168,7 +170,7 @@ private:
         if (size_.projection) {
             T* panels_hr = panels_hr_ + d * ceil_div(O, L) * H * L;
             team.run(ceil_div(O, L), [&](int64_t block, int) {
-                pack_transposed(weight(w.hr) + block * L * H, H, min(L, O - block * L), H, panels_hr + block * H * L, L);
+                pack_transposed(matrix(w.hr) + block * L * H, H, min(L, O - block * L), H, panels_hr + block * H * L, L);
             });
         }
         const T *bias_ih = weight(w.bias_ih), *bias_hh = weight(w.bias_hh);
@@ -204,7 +206,7 @@ private:
     }
 
     TransposedWeight<T> input_weight(int64_t d) const {
-        return {weight(f_.weights[d].ih), size_.input, size_.hidden, hp_, input_gates()};
+        return {matrix(f_.weights[d].ih), size_.input, size_.hidden, hp_, input_gates()};
     }
 
     // gx of all rows of the steps [s0, s1).
@@ -412,7 +414,7 @@ private:
             // As project_input does it: chains of kDepth, added up, the biases to the first.
             for (int64_t k0 = 0; k0 < I; k0 += Projection::kDepth) {
                 for (int r = 0; r < n; r++) rows[r] = w.weight(w.f_.x) + r * I + k0;
-                multiply_in_place(acc, n_j, n, rows, w.weight(w.f_.weights[d].ih) + k0, I, min(I - k0, Projection::kDepth), u);
+                multiply_in_place(acc, n_j, n, rows, w.matrix(w.f_.weights[d].ih) + k0, I, min(I - k0, Projection::kDepth), u);
                 const Vec<T>* product = acc;
                 for (int j = 0; j < n_j; j++)
                     for (int r = 0; r < n; r++)
@@ -423,13 +425,13 @@ private:
                             (*product++ + Vec<T>::load(before)).store(sum);
                         }
             }
-            multiply_in_place(acc, n_j, n, previous, w.weight(w.f_.weights[d].hh), O, O, u);
+            multiply_in_place(acc, n_j, n, previous, w.matrix(w.f_.weights[d].hh), O, O, u);
             for (int j = 0; j < n_j; j++)
                 if constexpr (!kIsProgram) cells(acc + j * n * G, n, 0, (u + j) * L);
         }
 
         // acc [n_j][n][G]: rows [n] times the blocks from u on of a weight [G*H, ld].
-        void multiply_in_place(Vec<T>* acc, int n_j, int n, const T* const* rows, const T* weight, int64_t ld, int64_t depth,
+        void multiply_in_place(Vec<T>* acc, int n_j, int n, const T* const* rows, WeightPointer<T> weight, int64_t ld, int64_t depth,
                                  int64_t u) const {
             const int64_t H = w.size_.hidden;
             WeightRows<T> blocks[2 * G];

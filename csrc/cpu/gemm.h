@@ -101,74 +101,117 @@ OSTINATO_INLINE void pair_up(const float* rows, float* words) {
     }
 }
 
+// Where a weight lies: as T, or in bfloat16, of which the float32 engine reads half the bytes and computes the same numbers.
+template <class T>
+struct WeightPointer {
+    const void* p = nullptr;
+    bool is_bfloat16 = false;
+
+    WeightPointer() = default;
+    WeightPointer(const T* w) : p(w) {}
+    WeightPointer(const void* w, bool narrow) : p(w), is_bfloat16(narrow) {}
+    explicit operator bool() const { return p; }
+    WeightPointer operator+(int64_t elements) const {
+        const int64_t size = is_bfloat16 ? 2 : static_cast<int64_t>(sizeof(T));
+        return {static_cast<const char*>(p) + elements * size, is_bfloat16};
+    }
+};
+
 // The same with the columns of W^T, i.e. rows of W, instead of a panel: NV * NJ times L rows, each contiguous in k. For
 // products of so few rows of A that packing W would cost as much as using it.
 template <class T>
 struct WeightRows {
-    const T* w;
+    WeightPointer<T> w;
     int64_t rows;  // how many of the L rows exist; the others count as zero
 };
 
-// sums[n_j][MR][n_v], one of n_j * n_v = NB blocks of weight rows each.
-template <int MR, int NB, class T>
+// sums[n_j][MR][n_v], one of n_j * n_v = NB blocks of weight rows each, which lie as S.
+template <int MR, int NB, class S, class T>
 __attribute__((noinline)) void multiply_blocks(Vec<T>* sums, int n_v, const T* const* rows, const WeightRows<T>* w, int64_t ld,
                                                int64_t depth) {
-    constexpr int64_t E = Piece<T>::kElements, kLine = 64 / static_cast<int64_t>(sizeof(T));
+    constexpr int64_t E = Piece<T>::kElements, kLine = 64 / static_cast<int64_t>(sizeof(S));
     RowPointers<T, MR> a;
     for (int r = 0; r < MR; r++) a.row[r] = rows[r];
-    Vec<T> acc[NB][MR] = {}, columns[E];
+    constexpr int64_t kAtOnce = kColumns<T, S>;
+    Vec<T> acc[NB][MR] = {}, columns[kAtOnce];
     // One cache line of each row at a time: the rows of several gates together would evict each other's lines.
     for (int64_t k0 = 0; k0 < depth; k0 += kLine)
         _Pragma("GCC unroll 8") for (int i = 0; i < NB; i++) {
-            if (w[i].rows == Vec<T>::kLanes && k0 + kLine <= depth)
-                _Pragma("GCC unroll 8") for (int64_t k = k0; k < k0 + kLine; k += E) {
-                    load_columns<T, true>(w[i].w + k, ld, 0, 0, columns);
-                    _Pragma("GCC unroll 4") for (int64_t e = 0; e < E; e++)
-                        _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++)
-                            acc[i][r] = fma(Vec<T>(a.at(r, k + e)), columns[e], acc[i][r]);
-                }
-            else if (w[i].rows)
-                for (int64_t k = k0; k < min(k0 + kLine, depth); k += E) {
-                    const int64_t n = min(E, depth - k);
-                    Vec<T> parts[E];
-                    load_partial_columns(w[i].w + k, ld, w[i].rows, n, parts);
-                    for (int64_t e = 0; e < n; e++)
-                        _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++)
-                            acc[i][r] = fma(Vec<T>(a.at(r, k + e)), parts[e], acc[i][r]);
-                }
+            const S* rows_of_w = static_cast<const S*>(w[i].w.p);
+            const int64_t end = min(k0 + kLine, depth);
+            const auto whole = [&](int64_t k) {
+                load_columns<T>(rows_of_w + k, ld, columns);
+                _Pragma("GCC unroll 8") for (int64_t e = 0; e < kAtOnce; e++)
+                    _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++)
+                        acc[i][r] = fma(Vec<T>(a.at(r, k + e)), columns[e], acc[i][r]);
+            };
+            int64_t k = k0;
+            if (w[i].rows == Vec<T>::kLanes && end == k0 + kLine)
+                _Pragma("GCC unroll 8") for (; k < k0 + kLine; k += kAtOnce) whole(k);
+            else if (w[i].rows == Vec<T>::kLanes)
+                for (; k + kAtOnce <= end; k += kAtOnce) whole(k);
+            else if (!w[i].rows)
+                continue;
+            for (; k < end; k += E) {
+                const int64_t n = min(E, end - k);
+                Vec<T> parts[E];
+                load_partial_columns(rows_of_w + k, ld, w[i].rows, n, parts);
+                for (int64_t e = 0; e < n; e++)
+                    _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++)
+                        acc[i][r] = fma(Vec<T>(a.at(r, k + e)), parts[e], acc[i][r]);
+            }
         }
     _Pragma("GCC unroll 8") for (int i = 0; i < NB; i++)
         _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++) sums[(i / n_v * MR + r) * n_v + i % n_v] = acc[i][r];
 }
+
+template <class T, class S>
+struct MultiplyBlocks {
+    template <int MR, int NB>
+    static constexpr auto kFor = multiply_blocks<MR, NB, S, T>;
+
+    using Multiply = void (*)(Vec<T>*, int, const T* const*, const WeightRows<T>*, int64_t, int64_t);
+    static constexpr Multiply kOf[4][4] = {{kFor<1, 1>, kFor<1, 2>, kFor<1, 3>, kFor<1, 4>},  // [rows - 1][blocks - 1]
+                                           {kFor<2, 1>, kFor<2, 2>, kFor<2, 3>, kFor<2, 4>},
+                                           {kFor<3, 1>, kFor<3, 2>, kFor<3, 3>, kFor<3, 4>},
+                                           {kFor<4, 1>, kFor<4, 2>, kFor<4, 3>, kFor<4, 4>}};
+};
 
 // sums[n_j][n_rows][n_v] = 1 to 4 rows of A times n_j * n_v <= 4 blocks w[n_j][n_v]. The cell and what is done with the sums
 // are not known here, so that this is compiled once for each number of rows and blocks.
 template <class T>
 inline void multiply_weight_rows(Vec<T>* sums, int n_j, int n_rows, int n_v, const T* const* rows, const WeightRows<T>* w,
                                  int64_t ld, int64_t depth) {
-    using Multiply = void (*)(Vec<T>*, int, const T* const*, const WeightRows<T>*, int64_t, int64_t);
-    static constexpr Multiply kOf[4][4] = {  // [rows - 1][blocks - 1]
-        {multiply_blocks<1, 1, T>, multiply_blocks<1, 2, T>, multiply_blocks<1, 3, T>, multiply_blocks<1, 4, T>},
-        {multiply_blocks<2, 1, T>, multiply_blocks<2, 2, T>, multiply_blocks<2, 3, T>, multiply_blocks<2, 4, T>},
-        {multiply_blocks<3, 1, T>, multiply_blocks<3, 2, T>, multiply_blocks<3, 3, T>, multiply_blocks<3, 4, T>},
-        {multiply_blocks<4, 1, T>, multiply_blocks<4, 2, T>, multiply_blocks<4, 3, T>, multiply_blocks<4, 4, T>}};
-    kOf[n_rows - 1][n_j * n_v - 1](sums, n_v, rows, w, ld, depth);
+    if constexpr (sizeof(T) == 4) {
+        if (w->w.is_bfloat16) return MultiplyBlocks<T, uint16_t>::kOf[n_rows - 1][n_j * n_v - 1](sums, n_v, rows, w, ld, depth);
+    }
+    MultiplyBlocks<T, T>::kOf[n_rows - 1][n_j * n_v - 1](sums, n_v, rows, w, ld, depth);
 }
 
 // Writes L columns of B = W^T, i.e. L rows of a row-major W, as [depth][stride] lanes: dst[k * stride + lane].
 // rows: how many of the L rows exist; the others become zero.
-template <class T>
-inline void pack_transposed(const T* w, int64_t ld, int64_t rows, int64_t depth, T* dst, int64_t stride) {
-    constexpr int64_t E = Piece<T>::kElements;
-    Vec<T> columns[E];
-    for (int64_t k = 0; k < depth; k += E) {
+template <class T, class S>
+inline void pack_rows(const S* w, int64_t ld, int64_t rows, int64_t depth, T* dst, int64_t stride) {
+    constexpr int64_t E = Piece<T>::kElements, kAtOnce = kColumns<T, S>;
+    Vec<T> columns[kAtOnce];
+    int64_t k = 0;
+    if (rows == Vec<T>::kLanes)
+        for (; k + kAtOnce <= depth; k += kAtOnce) {
+            load_columns<T>(w + k, ld, columns);
+            for (int64_t i = 0; i < kAtOnce; i++) columns[i].store(dst + (k + i) * stride);
+        }
+    for (; k < depth; k += E) {
         const int64_t n = min(E, depth - k);
-        if (rows == Vec<T>::kLanes && n == E)
-            load_columns<T, true>(w + k, ld, rows, n, columns);
-        else
-            load_partial_columns(w + k, ld, rows, n, columns);
+        load_partial_columns(w + k, ld, rows, n, columns);
         for (int64_t i = 0; i < n; i++) columns[i].store(dst + (k + i) * stride);
     }
+}
+template <class T>
+inline void pack_transposed(WeightPointer<T> w, int64_t ld, int64_t rows, int64_t depth, T* dst, int64_t stride) {
+    if constexpr (sizeof(T) == 4) {
+        if (w.is_bfloat16) return pack_rows(static_cast<const uint16_t*>(w.p), ld, rows, depth, dst, stride);
+    }
+    pack_rows(static_cast<const T*>(w.p), ld, rows, depth, dst, stride);
 }
 
 // ---- sources of B: pack(dst, stride, k0, depth, column) writes L columns from `column` on, dst[k * stride + lane];
@@ -178,7 +221,7 @@ inline void pack_transposed(const T* w, int64_t ld, int64_t rows, int64_t depth,
 // With padded a multiple of the lanes, a vector never crosses a gate, and columns past `hidden` are zero.
 template <class T>
 struct TransposedWeight {
-    const T* w;
+    WeightPointer<T> w;
     int64_t ld, hidden, padded, gates;
     int64_t columns() const { return gates * padded; }
     void pack(T* dst, int64_t stride, int64_t k0, int64_t depth, int64_t column) const {

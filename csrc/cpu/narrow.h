@@ -1,11 +1,11 @@
 // Layers stored in 16 bits: bfloat16 and float16 arrays, computed in float32.
 //
-// Storage alone is narrow. All arrays of a call are widened (exactly), the float32 time loop runs on them, and what it wrote is
-// rounded once, to nearest even. So the state between two steps, the sums and the activations are float32, and so is what
+// Storage alone is narrow. The arrays of a call are widened (exactly), the float32 time loop runs on them, and what it wrote is
+// rounded once, to nearest even. Matrices of bfloat16 are most of a short call, so forward reads them as they are (WeightPointer). So the state between two steps, the sums and the activations are float32, and so is what
 // forward keeps for backward. An output has the bits of the float32 engine's, rounded: what decision 7 promises holds here
 // too, but for a sequence that the caller cuts into pieces, since the state that goes from one to the next is rounded.
 //
-// Traffic: a pass over x, y and the weights before and after.
+// Traffic: a pass over x and y, before and after, and over the weights where they are float16 or an own cell's, or in backward.
 #pragma once
 
 #include <type_traits>
@@ -22,9 +22,13 @@ namespace {
 template <class S, class Call>
 class Narrow {
 public:
-    Narrow(const Loop<Call>& loop, const Call& call, int members, void* scratch) : loop_(loop), wide_(call), arena_(scratch) {
+    Narrow(const Loop<Call>& loop, const Call& call, int members, void* scratch)
+        : loop_(loop),
+          wide_(call),
+          arena_(scratch),
+          reads_narrow_(std::is_same_v<Call, Forward> && S::kIsUpperHalf && !call.program) {
         call.visit(wide_, [&](const Array& array, auto narrow, auto& wide) {
-            if (!narrow || array.type != Type::kValue) return;
+            if (!narrow || array.type != Type::kValue || (reads_narrow_ && array.is_matrix())) return;
             constexpr bool is_read = std::is_same_v<decltype(narrow), const void*>;
             const int64_t count = array.height(call.sizes) * array.row_values(call.sizes);
             Copy& copy = copies_[count_++] = {const_cast<void*>(static_cast<const void*>(narrow)), arena_.take<float>(count),
@@ -32,7 +36,7 @@ public:
             // Where scratch is only counted, the narrow array says that there is one.
             if (copy.wide) point(wide, copy.wide);
         });
-        if constexpr (std::is_same_v<Call, Forward>) wide_.has_bfloat16_weights = S::kIsUpperHalf;
+        if constexpr (std::is_same_v<Call, Forward>) wide_.has_bfloat16_weights = reads_narrow_;
         inner_ = arena_.take<char>(loop.scratch_bytes(wide_, members));
     }
 
@@ -80,6 +84,7 @@ private:
     const Loop<Call>& loop_;
     Call wide_;
     Arena arena_;
+    const bool reads_narrow_;  // whether the loop reads its matrices as they are
     Copy copies_[count_arrays<Call>(2)];
     int count_ = 0;
     void* inner_;

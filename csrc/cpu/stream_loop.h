@@ -54,7 +54,7 @@ struct Dense {
             T* panel = panels;
             for (int64_t unit = 0; unit < units; unit += L, panel += depth * NV * L)
                 for (int64_t g = 0; g < NV; g++)
-                    pack_transposed(w + (g * units + unit) * depth, depth, min(L, units - unit), depth, panel + g * L, NV * L);
+                    pack_rows(w + (g * units + unit) * depth, depth, min(L, units - unit), depth, panel + g * L, NV * L);
         }
         void unpack(void* weights, void*) const {
             T* w = static_cast<T*>(weights);

@@ -194,6 +194,36 @@ inline auto join(V a, V b, std::index_sequence<I...>) {
     return __builtin_shufflevector(a, b, I...);
 }
 
+template <class T>
+OSTINATO_INLINE typename Piece<T>::Raw load_piece(const T* p) {
+    return *reinterpret_cast<const typename Piece<T>::Loose*>(p);
+}
+
+// A piece, and an element, of what lies as T, or in bfloat16 as the upper half of a T.
+template <class T>
+OSTINATO_INLINE typename Piece<T>::Raw widened_piece(const T* p) {
+    return load_piece(p);
+}
+template <class T>
+OSTINATO_INLINE typename Piece<T>::Raw widened_piece(const uint16_t* p) {
+    typedef uint16_t Halves __attribute__((vector_size(8)));
+    typedef uint32_t Words __attribute__((vector_size(16)));
+    Halves halves;
+    std::memcpy(&halves, p, sizeof halves);
+    return (typename Piece<T>::Raw)(__builtin_convertvector(halves, Words) << 16);
+}
+template <class T>
+inline T load_one(const T* p) {
+    return *p;
+}
+template <class T>
+inline T load_one(const uint16_t* p) {
+    const uint32_t word = static_cast<uint32_t>(*p) << 16;
+    T number;
+    std::memcpy(&number, &word, sizeof number);
+    return number;
+}
+
 // One vector out of kLanes / kElements pieces: piece(q) for q = 0, 1, ...
 template <class T, int kCount, class F>
 inline auto join_pieces(const F& piece, int first = 0) {
@@ -211,23 +241,12 @@ inline Vec<T> interleave(Vec<T> a, Vec<T> b, std::index_sequence<I...>) {
     return Vec<T>(__builtin_shufflevector(a.v, b.v, (I % 2 * sizeof...(I) + I / E * E + I % E / 2 + (kUpper ? E / 2 : 0))...));
 }
 
-// Element k of kLanes rows, for kElements consecutive k: columns[k] holds one lane per row. Rows past `rows` and elements
-// past `n` are zero and not read.
-template <class T, bool kWhole>
-inline void load_columns(const T* w, int64_t ld, int64_t rows, int64_t n, Vec<T>* columns) {
+// Transposes kElements times kLanes elements: piece(row) is the 16 bytes of a row, columns[i] gets element i of each row.
+template <class T, class Load>
+OSTINATO_INLINE void transpose_pieces(const Load& piece, Vec<T>* columns) {
     constexpr int L = Vec<T>::kLanes, E = Piece<T>::kElements;
-    using P = typename Piece<T>::Raw;
-    _Pragma("GCC unroll 8") for (int i = 0; i < E; i++) {
-        const auto piece = [&](int q) -> P {
-            const int64_t row = E * q + i;
-            if constexpr (kWhole) return *reinterpret_cast<const typename Piece<T>::Loose*>(w + row * ld);
-            if (row < rows && n >= E) return *reinterpret_cast<const typename Piece<T>::Loose*>(w + row * ld);
-            P part = {};
-            for (int64_t k = 0; row < rows && k < n; k++) part[k] = w[row * ld + k];
-            return part;
-        };
-        columns[i].v = join_pieces<T, L / E>(piece);
-    }
+    _Pragma("GCC unroll 8") for (int i = 0; i < E; i++)
+        columns[i].v = join_pieces<T, L / E>([&](int q) { return piece(E * q + i); });
     // Now the 16 bytes q of columns[i] are of row E * q + i: transposed in place by log2(E) perfect shuffles.
     constexpr auto lanes = std::make_index_sequence<L>{};
     _Pragma("GCC unroll 2") for (int round = 1; round < E; round *= 2) {
@@ -240,10 +259,40 @@ inline void load_columns(const T* w, int64_t ld, int64_t rows, int64_t n, Vec<T>
     }
 }
 
-// The same where rows or elements are missing: rare, and long.
+// How many consecutive elements of rows that lie as S are read at once: T, or uint16_t for bfloat16.
+template <class T, class S>
+constexpr int kColumns = 16 / sizeof(S);
+
+// Element k of kLanes whole rows, for kColumns consecutive k: columns[k] holds one lane per row.
 template <class T>
-__attribute__((noinline)) void load_partial_columns(const T* w, int64_t ld, int64_t rows, int64_t n, Vec<T>* columns) {
-    load_columns<T, false>(w, ld, rows, n, columns);
+OSTINATO_INLINE void load_columns(const T* w, int64_t ld, Vec<T>* columns) {
+    transpose_pieces<T>([&](int64_t row) { return load_piece<T>(w + row * ld); }, columns);
+}
+// Two neighbours in bfloat16 are transposed as one word, whose halves are widened then.
+template <class T>
+OSTINATO_INLINE void load_columns(const uint16_t* w, int64_t ld, Vec<T>* columns) {
+    using Raw = typename Vec<T>::Raw;
+    using Bits = typename Vec<T>::Bits;
+    constexpr int E = Piece<T>::kElements;
+    Vec<T> words[E];
+    transpose_pieces<T>([&](int64_t row) { return load_piece<T>(reinterpret_cast<const T*>(w + row * ld)); }, words);
+    _Pragma("GCC unroll 4") for (int i = 0; i < E; i++) {
+        columns[2 * i] = Vec<T>((Raw)((Bits)words[i].v << 16));
+        columns[2 * i + 1] = Vec<T>((Raw)((Bits)words[i].v & 0xffff0000));
+    }
+}
+
+// The same where rows or elements are missing, which are zero and not read, for kElements consecutive k: rare, and long.
+template <class T, class S>
+__attribute__((noinline)) void load_partial_columns(const S* w, int64_t ld, int64_t rows, int64_t n, Vec<T>* columns) {
+    constexpr int64_t E = Piece<T>::kElements;
+    const auto piece = [&](int64_t row) {
+        if (row < rows && n >= E) return widened_piece<T>(w + row * ld);
+        typename Piece<T>::Raw part = {};
+        for (int64_t k = 0; row < rows && k < n; k++) part[k] = load_one<T>(w + row * ld + k);
+        return part;
+    };
+    transpose_pieces<T>(piece, columns);
 }
 
 }  // namespace
