@@ -140,6 +140,20 @@ def _grid() -> list[Case]:
     ):
         row = Case(layer, 50, 32, round_size, round_size)
         rows += [row, replace(row, input=size, hidden=size, odd=True)]
+    # Between the round sizes, where a kernel's tiles do not end with the layer: T, B and H.
+    for layer, steps, batch, size in (
+        ("LSTM", 60, 24, 180),
+        ("LSTM", 60, 24, 250),
+        ("LSTM", 60, 4, 150),
+        ("LSTM", 100, 96, 90),
+        ("LSTM", 60, 1, 333),
+        ("GRU", 60, 1, 450),
+        ("GRU", 60, 6, 220),
+        ("GRU", 60, 48, 144),
+        ("RNN", 60, 2, 400),
+        ("RNN", 60, 24, 610),
+    ):
+        rows += [Case(layer, steps, batch, size, size, train=train) for train in (False, True)]
     rows += [
         Case(layer, 100, batch, hidden, hidden, bfloat16=True)
         for layer, (batch, hidden) in itertools.product(

@@ -42,6 +42,25 @@ def test_a_stream_has_the_bits_of_our_layer(name):
         assert torch.equal(stream(x), again(x))
 
 
+@pytest.mark.parametrize("name", [f"{name}Cell" for name in LAYERS])
+@pytest.mark.parametrize("library", [nn, torch.nn], ids=["ours", "torch's"])
+def test_a_stream_has_the_bits_of_our_cell(name, library):
+    if not hasattr(library, name):
+        pytest.skip(f"torch.nn has no {name}")
+    every = [{}, {"bias": False}]
+    every += [{"nonlinearity": "relu"}] if name.startswith("RNN") else []
+    for options in every:
+        module = getattr(library, name)(5, 17, **options)
+        ours = getattr(nn, name)(5, 17, **options)
+        ours.load_state_dict(module.state_dict())
+        stream, hx = Stream.of(module, batch=3), None
+        for frame in torch.randn(4, 3, 5):
+            with torch.no_grad():
+                hx = ours(frame, hx)
+            h = hx[0] if isinstance(hx, tuple) else hx
+            assert torch.equal(stream(frame), h)
+
+
 def test_tensors_come_back_as_tensors_and_arrays_as_arrays():
     module = nn.GRU(5, 7)
     stream, other = Stream.of(module, batch=3), Stream("gru", module.state_dict(), batch=3)
@@ -108,7 +127,7 @@ def test_what_is_refused():
             TypeError,
             r"module must be an RNN, GRU or LSTM .* got Linear",
         ),
-        (lambda: Stream.of(nn.GRUCell(3, 3)), TypeError, r"got GRUCell"),
+        (lambda: Stream.of(torch.nn.Linear(3, 3)), TypeError, r"or a cell of these, got Linear"),
         (
             lambda: Stream.of(nn.LSTM(3, 3, bidirectional=True)),
             ValueError,

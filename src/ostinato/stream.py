@@ -201,28 +201,29 @@ class Stream:
         dtype: str | None = None,
         activations: str = "int8",
     ) -> Stream:
-        """Make a stream of a torch layer, ours or torch.nn's, with its weights as they are now.
+        """Make a stream of a torch module, ours or torch.nn's, with its weights as they are now.
 
         Args:
-            module: an RNN, GRU or LSTM of one direction, on any device. `batch_first` and `dropout`
-                say nothing here: a stream takes steps first, and infers.
+            module: an RNN, GRU or LSTM of one direction, or a cell of these, on any device.
+                `batch_first` and `dropout` say nothing here: a stream takes steps first, and
+                infers. A cell's parameters get the names of a layer's: `weight_ih_l0`.
             batch: how many sequences are under way, or None for one without a dimension of its own.
             dtype: None for the module's own, or "int8" for weights of 8 bits.
             activations: as for a new stream.
 
         Raises:
-            TypeError: no such layer.
+            TypeError: no such module.
             ValueError: a second direction, or a dtype that streams do not have.
         """
         torch = sys.modules.get("torch")
-        if torch is None or not isinstance(module, torch.nn.RNNBase):
-            _reject_type("module", "an RNN, GRU or LSTM of ostinato.nn or torch.nn", module)
-        # Not named_parameters(): a weight may be computed from others (torch.nn.utils.parametrize).
+        kind = None if torch is None else _kind_of(module, torch.nn)
+        if kind is None:
+            expected = "an RNN, GRU or LSTM of ostinato.nn or torch.nn, or a cell of these"
+            _reject_type("module", expected, module)
         _let_read_tensors()
-        parameters = {name: getattr(module, name) for name in module._flat_weights_names}
+        parameters = _parameters_of(module)
         if dtype is None:
             dtype = str(parameters["weight_ih_l0"].dtype).removeprefix("torch.")
-        kind = module.mode.lower()
         return cls(kind, parameters, batch=batch, dtype=dtype, activations=activations)
 
     def __call__(self, x: Any) -> Any:
@@ -421,6 +422,28 @@ def _cell_of(kind: str, nonlinearity: str) -> Cell:
             f"Stream: nonlinearity must be one of {', '.join(found)}, got {nonlinearity!r}"
         )
     return found[nonlinearity]
+
+
+def _kind_of(module: Any, torch_nn: Any) -> str | None:
+    """Return the kind of a module of torch's or of one derived from it, if it has one."""
+    if isinstance(module, torch_nn.RNNBase):
+        return str(module.mode.lower())
+    # By the names of its classes: the cells of ostinato.nn are no subclasses of torch.nn's.
+    names = {base.__name__ for base in type(module).__mro__}
+    for cell in CELLS.values():
+        if isinstance(module, torch_nn.RNNCellBase) and f"{cell.layer}Cell" in names:
+            nonlinearity = getattr(module, "nonlinearity", "")
+            return _cell_of(cell.layer.lower(), nonlinearity).name
+    return None
+
+
+def _parameters_of(module: Any) -> dict[str, Any]:
+    """Return a module's parameters under a layer's names."""
+    # Not named_parameters(): a weight may be computed from others (torch.nn.utils.parametrize).
+    if hasattr(module, "_flat_weights_names"):
+        return {name: getattr(module, name) for name in module._flat_weights_names}
+    found = {f"{part}_l0": getattr(module, part, None) for part in _PARTS}
+    return {name: array for name, array in found.items() if array is not None}
 
 
 def _read(
