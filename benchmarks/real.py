@@ -156,7 +156,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
             places[model["name"], way] = place
             ticks.append((place, way, False))
         place += 1.4
-    every = [median for _, row in rows for _, median, _ in row["ratios"].values()]
+    every = [ratio for _, row in rows for each in row["ratios"].values() for ratio in each]
     height = 1.6 + 0.2 * len(ticks)
     with plt.rc_context({"font.size": 8, "axes.edgecolor": FAINT, "xtick.color": SOFT}):
         figure, axes = plt.subplots(
