@@ -1,12 +1,14 @@
 """Trained models from packages of the registry: the package's own runtime beside ours.
 
-Usage: python benchmarks/real.py [--threads 1 2] [--dtypes float32 int8] [--only vad] [--out DIR]
+Usage: python benchmarks/real.py [--threads 1 2] [--dtypes float32 int8 int8/int16] [--only DTLN]
+                                 [--seconds 1] [--out DIR]
 
 Each model of real_models.py runs step by step, as it does where it is in use, and whole. Outputs
 are compared first, by their difference and by what the model is for; if they differ too much, the
 run fails. Then theirs and ours are timed in turns by `ostinato.bench.compare`, end to end: all that
 a model computes, on one thread and on two. Packages that are not installed are named, and the other
-models are measured. CONTRIBUTING.md has the packages.
+models are measured. CONTRIBUTING.md has the packages. A dtype is that of the streams' weights,
+perhaps with what they are multiplied with behind a slash; one that streams do not have is left out.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from real_models import MODELS, Maker, Model
+from real_onnx import numbers_of
 from run import PAUSE, processor
 from threadpoolctl import threadpool_info, threadpool_limits
 
@@ -32,7 +35,11 @@ from ostinato.bench import compare, ratio
 
 FAINT, SOFT = "#e1e5e9", "#4a525b"
 # By dtype of the streams: a marker and a colour that are told apart without red and green.
-LOOKS = {"float32": ("o", "#0072b2"), "int8": ("s", "#e69f00")}
+LOOKS = {
+    "float32": ("o", "#0072b2"),
+    "int8": ("s", "#e69f00"),
+    "int8/int16": ("^", "#cc79a7"),
+}
 
 
 def served(dtypes: Sequence[str]) -> list[str]:
@@ -41,8 +48,8 @@ def served(dtypes: Sequence[str]) -> list[str]:
     found = []
     for dtype in dtypes:
         try:
-            Stream("gru", weights, dtype=dtype)
-        except ValueError as error:
+            Stream("gru", weights, **numbers_of(dtype))
+        except (TypeError, ValueError) as error:
             print(f"{dtype} is left out: {error}", flush=True)
         else:
             found.append(dtype)
@@ -178,7 +185,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
                 for dtype, (low, median, high) in row["ratios"].items():
                     if row["threads"] != count:
                         continue
-                    marker, color = LOOKS.get(dtype, ("^", "#cc79a7"))
+                    marker, color = LOOKS.get(dtype, ("x", "#1d2733"))
                     at = places[model["name"], row["way"]]
                     axis.plot((low, high), (at, at), color=color, linewidth=1.5)
                     axis.plot(
@@ -197,7 +204,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         where = f"{found['processor']}, {found['isa']}; left of 1 the package is faster"
         figure.text(0.5, 1 - 0.32 / height, where, ha="center", va="top", color=SOFT)
         dtypes = list(dict.fromkeys(dtype for _, row in rows for dtype in row["ratios"]))
-        looks = [LOOKS.get(dtype, ("^", "#cc79a7")) for dtype in dtypes]
+        looks = [LOOKS.get(dtype, ("x", "#1d2733")) for dtype in dtypes]
         handles = [
             plt.Line2D([], [], linestyle="", marker=marker, color=color) for marker, color in looks
         ]
@@ -229,7 +236,7 @@ def blas() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "int8"], help="of the streams")
+    parser.add_argument("--dtypes", nargs="+", default=list(LOOKS), help="of the streams")
     parser.add_argument("--seconds", type=float, default=1.0, help="time per way and participant")
     parser.add_argument("--only", default="", help="models whose name contains this")
     parser.add_argument("--out", type=Path, help="write JSON, Markdown and PNG into this folder")

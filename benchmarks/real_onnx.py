@@ -25,6 +25,11 @@ RECURRENT = "RNN", "GRU", "LSTM"
 LAYOUT = "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"
 
 
+def numbers_of(name: str) -> dict[str, str]:
+    """Return a stream's options for a name: its dtype, perhaps a slash and `activations`."""
+    return dict(zip(("dtype", "activations"), name.split("/"), strict=False))
+
+
 def session_of(model: onnx.ModelProto, threads: int) -> onnxruntime.InferenceSession:
     """Make a session of ONNX Runtime with so many threads."""
     options = onnxruntime.SessionOptions()
@@ -204,7 +209,7 @@ class Cut:
     Args:
         model: from one input to its first output. What else goes in are states.
         threads: of ONNX Runtime; a stream has those of torch.
-        dtype: of the streams.
+        dtype: of the streams (`numbers_of`).
         stacks: its recurrent layers; None for its recurrent nodes.
     """
 
@@ -217,7 +222,9 @@ class Cut:
     ) -> None:
         self.input, self.output = model.graph.input[0].name, model.graph.output[0].name
         self.stacks = stacks_of(model, self.output) if stacks is None else stacks
-        self.streams = [Stream(each.kind, each.weights, dtype=dtype) for each in self.stacks]
+        self.streams = [
+            Stream(each.kind, each.weights, **numbers_of(dtype)) for each in self.stacks
+        ]
         # What is computed before each stack and after the last one. What a later part reads again
         # is kept.
         known = {self.input}
