@@ -182,11 +182,13 @@ def draw(found: dict[str, Any], path: Path) -> None:
             for at in places.values():
                 axis.axhline(at, color=FAINT, linewidth=0.6, zorder=0.5)
             for model, row in rows:
-                for dtype, (low, median, high) in row["ratios"].items():
+                for k, (dtype, (low, median, high)) in enumerate(row["ratios"].items()):
                     if row["threads"] != count:
                         continue
                     marker, color = LOOKS.get(dtype, ("x", "#1d2733"))
-                    at = places[model["name"], row["way"]]
+                    # A little apart from each other, or equal ones would hide one another.
+                    apart = 0.24 * (k - (len(row["ratios"]) - 1) / 2)
+                    at = places[model["name"], row["way"]] + apart
                     axis.plot((low, high), (at, at), color=color, linewidth=1.5)
                     axis.plot(
                         median, at, marker, color=color, markersize=5, markeredgecolor="white"
