@@ -106,16 +106,13 @@ public:
     void load(const std::vector<Address>& weights) {
         const Turn turn(*this);
         check_addresses(weights);
-        std::vector<Memory> packed;
+        const auto packed = std::make_shared<std::vector<Memory>>();
         for (int64_t k = 0; k < z_.layers; k++) {
-            packed.push_back(zeros(kernel_->packed_bytes(z_, k)));
-            kernel_->pack(z_, k, weights_at<const void*>(weights, k), packed.back().get());
+            packed->push_back(zeros(kernel_->packed_bytes(z_, k)));
+            kernel_->pack(z_, k, weights_at<const void*>(weights, k), packed->back().get());
         }
-        packed_ = std::move(packed);
-        layers_.clear();
-        for (int64_t k = 0; k < z_.layers; k++)
-            layers_.push_back({packed_[static_cast<size_t>(k)].get(), static_cast<char*>(h_.get()) + k * h_bytes(),
-                               z_.cell.has_c ? static_cast<char*>(c_.get()) + k * c_bytes() : nullptr});
+        packed_ = packed;
+        layers_ = layers_over(*packed, h_.get(), c_.get(), z_.batch);
     }
 
     void save(const std::vector<Address>& weights) {
@@ -137,6 +134,63 @@ public:
         const auto call =
             prepare(reinterpret_cast<void*>(x), reinterpret_cast<void*>(y), steps, rows, reinterpret_cast<const int64_t*>(ids));
         run_prepared(call, threads);
+    }
+
+    // One call over states from outside, for which the stream's own states are nobody's. x is a tensor, (I,), (n, I) or (T, n, I).
+    // hx is None for zeros, h, or (h, c). Declines with None. With is_step all is of one step: h is (n, O) or (O,), and what comes
+    // back is h, or (h, c). Otherwise x is (T, I) or (T, n, I), h is (L, O) or (L, n, O), and what comes back is (y, h) or
+    // (y, (h, c)). Several threads may be here at once.
+    //
+    // It declines where the weights are no longer what was packed: held is the dict that has them, watched a tuple of name, tensor
+    // and version (None where a tensor counts none) of each.
+    nb::object call_from(nb::handle x, nb::handle hx, bool is_step, nb::handle held, nb::handle watched) {
+        Reader reader;
+        DlTensor in;
+        if (!is_as_packed(held, watched)) return nb::none();
+        const void* data = reader.read(x, in, true);
+        if (!data || packed_ == nullptr || reader.dtype != dtype_ || wants_gradient(x)) return nb::none();
+        const int64_t dims = in.ndim + is_step;
+        if (dims < 2 || dims > 3 || in.shape[in.ndim - 1] != z_.input || (is_step && z_.layers > 1)) return nb::none();
+        const bool is_one = dims == 2;
+        const int64_t n = is_one ? 1 : in.shape[in.ndim - 2];
+        Outside outside{is_step ? 1 : in.shape[0], n};
+        nb::handle h = hx, c = nb::none();
+        if (z_.cell.has_c && !hx.is_none()) {
+            if (!is_tuple(hx, 2)) return nb::none();
+            h = PyTuple_GetItem(hx.ptr(), 0), c = PyTuple_GetItem(hx.ptr(), 1);
+            if (h.is_none() || c.is_none()) return nb::none();
+        }
+        const auto read = [&](nb::handle state, int64_t width) -> const void* {
+            if (state.is_none()) return nullptr;
+            if (wants_gradient(state)) return reader.decline();
+            if (is_step) return is_one ? reader.read(state, {width}, true) : reader.read(state, {n, width}, true);
+            return is_one ? reader.read(state, {z_.layers, width}, true) : reader.read(state, {z_.layers, n, width}, true);
+        };
+        outside.h_0 = read(h, z_.output());
+        if (!c.is_none()) outside.c_0 = read(c, z_.hidden);
+        if (!reader.accepts) return nb::none();
+        const auto fresh = [&](nb::handle like, int64_t width) -> Fresh {
+            if (!like.is_none()) return Fresh(like);
+            if (is_step) return is_one ? Fresh(x, {width}) : Fresh(x, {n, width});
+            return is_one ? Fresh(x, {z_.layers, width}) : Fresh(x, {z_.layers, n, width});
+        };
+        const Fresh h_n = fresh(h, z_.output());
+        Fresh y, c_n;
+        if (!is_step) y = is_one ? Fresh(x, {outside.steps, z_.output()}) : Fresh(x, {outside.steps, n, z_.output()});
+        if (z_.cell.has_c) c_n = z_.projection || !h.is_none() ? fresh(c, z_.hidden) : Fresh(h_n.tensor);
+        // The output of one step is its state.
+        outside.h_n = is_step ? nullptr : h_n.data, outside.c_n = c_n.data;
+        run_outside(outside, data, is_step ? h_n.data : y.data, -1);
+        const nb::object last = z_.cell.has_c ? nb::object(nb::make_tuple(h_n.tensor, c_n.tensor)) : h_n.tensor;
+        return is_step ? last : nb::object(nb::make_tuple(y.tensor, last));
+    }
+
+    // The same on addresses, all dense: x [T, n, I], y [T, n, O], h [L, n, O], c [L, n, H]. 0 for states of zeros.
+    void run_from(Address x, Address y, int64_t steps, int64_t rows, const std::array<Address, 4>& states, int threads) {
+        if (steps < 0 || rows < 0) throw std::invalid_argument("sizes must not be negative");
+        const auto [h_0, c_0, h_n, c_n] = states;
+        const auto at = [](Address address) { return reinterpret_cast<void*>(address); };
+        run_outside({steps, rows, at(h_0), at(c_0), at(h_n), at(c_n)}, at(x), at(y), threads);
     }
 
     // Copies h [L, B, O] and c [L, B, H]; 0 for c where there is none.
@@ -183,6 +237,50 @@ private:
     private:
         std::atomic<bool>& busy_;
     };
+
+    // A call over states from outside: [L, n, O] and [L, n, H], null for zeros, or for what nobody asks for.
+    struct Outside {
+        int64_t steps, rows;
+        const void *h_0 = nullptr, *c_0 = nullptr;
+        void *h_n = nullptr, *c_n = nullptr;
+    };
+
+    // threads: -1 for what the stream was told to ask.
+    void run_outside(const Outside& of, const void* x, void* y, int threads) {
+        check_loaded();
+        // Whoever comes while this call has given the GIL up finds no room here, and weights that live as long as the call.
+        const auto packed = packed_;
+        const int64_t rows = z_.layers * of.rows, h_size = rows * h_row(), c_size = z_.cell.has_c ? rows * c_row() : 0;
+        Room room = std::move(room_);
+        room_ = {};
+        if (room.bytes < h_size + c_size || !room.memory) room = {zeros(h_size + c_size), h_size + c_size};
+        char* h = static_cast<char*>(room.memory.get());
+        char* c = h + h_size;
+        fill_rows(h, of.h_0, rows, z_.output() * computed_bytes(dtype_), h_row());
+        if (z_.cell.has_c) fill_rows(c, of.c_0, rows, z_.hidden * computed_bytes(dtype_), c_row());
+        const auto layers = layers_over(*packed, h, c, of.rows);
+        StreamSizes sizes = z_;
+        sizes.batch = of.rows;
+        const StreamCall call{sizes, layers.data(), of.steps, of.rows, nullptr, x, y};
+        run_prepared(call, threads < 0 ? threads_for(call) : threads);
+        if (of.h_n) copy_rows(static_cast<char*>(of.h_n), h, rows, z_.output() * computed_bytes(dtype_), h_row(), false);
+        if (of.c_n) copy_rows(static_cast<char*>(of.c_n), c, rows, z_.hidden * computed_bytes(dtype_), c_row(), false);
+        if (room.bytes <= kKept) room_ = std::move(room);
+    }
+
+    // Puts dense rows, or zeros, where a step reads them.
+    static void fill_rows(char* to, const void* dense, int64_t rows, int64_t bytes, int64_t stride) {
+        if (!dense || bytes != stride) std::memset(to, 0, static_cast<size_t>(rows * stride));
+        if (dense) copy_rows(static_cast<char*>(const_cast<void*>(dense)), to, rows, bytes, stride, true);
+    }
+
+    std::vector<StreamLayer> layers_over(const std::vector<Memory>& packed, void* h, void* c, int64_t rows) const {
+        std::vector<StreamLayer> layers;
+        for (int64_t k = 0; k < z_.layers; k++)
+            layers.push_back({packed[static_cast<size_t>(k)].get(), static_cast<char*>(h) + k * rows * h_row(),
+                              z_.cell.has_c ? static_cast<char*>(c) + k * rows * c_row() : nullptr});
+        return layers;
+    }
 
     static constexpr int64_t kArrays = 8;
 
@@ -279,6 +377,21 @@ private:
         return y.tensor;
     }
 
+    bool is_as_packed(nb::handle held, nb::handle watched) const {
+        const Py_ssize_t count = PyTuple_Size(watched.ptr());
+        if (count < 0) throw nb::python_error();
+        for (Py_ssize_t i = 0; i + 2 < count; i += 3) {
+            PyObject* tensor = PyTuple_GetItem(watched.ptr(), i + 1);
+            PyObject* version = PyTuple_GetItem(watched.ptr(), i + 2);
+            if (PyDict_GetItem(held.ptr(), PyTuple_GetItem(watched.ptr(), i)) != tensor) return false;
+            if (version == Py_None) continue;
+            const auto found = nb::steal(PyObject_GetAttr(tensor, version_.ptr()));
+            if (!found.is_valid()) throw nb::python_error();
+            if (PyLong_AsLongLong(found.ptr()) != PyLong_AsLongLong(version)) return false;
+        }
+        return true;
+    }
+
     // There is none through a stream, and the caller says so.
     bool wants_gradient(nb::handle x) const {
         const auto found = nb::steal(PyObject_GetAttr(x.ptr(), requires_grad_.ptr()));
@@ -329,6 +442,13 @@ private:
     }
 
     static constexpr int64_t kLong = 1 << 20;  // multiply-adds of some twenty microseconds
+    static constexpr int64_t kKept = 1 << 20;  // bytes of states from outside that are kept for the next call
+
+    // Where states from outside lie during a call.
+    struct Room {
+        Memory memory;
+        int64_t bytes = 0;
+    };
 
     const Dtype dtype_;
     const bool is_batched_;
@@ -336,11 +456,13 @@ private:
     const StreamKernel* kernel_ = nullptr;
     StreamSizes z_{};
     Memory h_, c_;
-    std::vector<Memory> packed_;
+    std::shared_ptr<const std::vector<Memory>> packed_;
     std::vector<StreamLayer> layers_;
+    Room room_;
     std::vector<int64_t> seen_;
     int64_t seen_now_ = 0;
     const nb::object requires_grad_ = nb::steal(PyUnicode_InternFromString("requires_grad"));
+    const nb::object version_ = nb::steal(PyUnicode_InternFromString("_version"));
     nb::object pattern_;
     std::array<int64_t, 3> pattern_shape_{};
     std::atomic<bool> busy_{false};
@@ -363,6 +485,11 @@ void define_stream(nb::module_& m) {
         .def("step", &Stream::step, nb::arg("x"), nb::arg("rows").none(), "One step of some rows; None if it declines.")
         .def("run", &Stream::run_at, nb::arg("x"), nb::arg("y"), nb::arg("steps"), nb::arg("rows"), nb::arg("ids"),
              nb::arg("threads"), "The same on addresses: x [steps, rows, I], y [steps, rows, O], ids [rows] or 0.")
+        .def("call_from", &Stream::call_from, nb::arg("x"), nb::arg("hx").none(), nb::arg("is_step"),
+             nb::arg("held"), nb::arg("watched"),
+             "A call over states from outside: (y, h_n) or (y, (h_n, c_n)), with is_step the states alone; None if it declines.")
+        .def("run_from", &Stream::run_from, nb::arg("x"), nb::arg("y"), nb::arg("steps"), nb::arg("rows"), nb::arg("states"),
+             nb::arg("threads"), "The same on addresses; states: h_0, c_0, h_n, c_n, 0 for none.")
         .def("read_state", &Stream::read_state, nb::arg("h"), nb::arg("c"), "Copies the states to h [L, B, O] and c [L, B, H].")
         .def("write_state", &Stream::write_state, nb::arg("h"), nb::arg("c"), "Copies them from there.")
         .def("reset", &Stream::reset, nb::arg("ids"), nb::arg("count"), "Zeros for these rows, or for all where ids is 0.")

@@ -4,6 +4,7 @@
 - `ostinato.zoo`: recurrent cells of the literature, for `ostinato.nn.Recurrent`.
 - `ostinato.replace(model)`: torch.nn's recurrent layers in a model become these;
   `ostinato.restore(model)`: and back.
+- `ostinato.freeze(model)`: weights that are packed once, for inference, in float or 8 bits.
 - `ostinato.explain(layer, x)`: who would run a call, and why nobody before.
 - `ostinato.numpy`: inference on NumPy arrays, without torch.
 - `ostinato.Stream`: frozen weights and the states inside, step by step, without torch.
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from ostinato.aten import decompositions
     from ostinato.convert import from_r
     from ostinato.explained import explain
+    from ostinato.frozen import freeze
     from ostinato.stream import Stream
     from ostinato.switch import replace, restore
 
@@ -44,6 +46,7 @@ __all__ = [
     "cuda",
     "decompositions",
     "explain",
+    "freeze",
     "from_r",
     "nn",
     "numpy",
@@ -61,6 +64,7 @@ _FUNCTIONS = {
     "Stream": "stream",
     "decompositions": "aten",
     "explain": "explained",
+    "freeze": "frozen",
     "from_r": "convert",
     "replace": "switch",
     "restore": "switch",

@@ -55,7 +55,7 @@ def why_not(call: Call) -> str | None:
     """Say why it does not serve a call; None where C++ is to look at the tensors."""
     if not cpu.IS_OPEN:
         return "this torch has no table of C functions (DLPack 1)"
-    if not _is_alone():
+    if not is_alone():
         return "a compiler, tracer, mode, transform or region of autocast looks on"
     if call.all_states:
         return "the states of all steps are asked for"
@@ -137,7 +137,7 @@ def run(
     Returns output, h_n and c_n, where h_n is None with `is_step`, and c_n but for an LSTM. Returns
     None instead of the three where somebody looks on, or where anything is not as expected.
     """
-    if not cpu.IS_OPEN or not _is_alone():
+    if not cpu.IS_OPEN or not is_alone():
         return None
     config = cell, is_step, shape, has_biases, recompute, stack
     tensors = batch_sizes, input, h_0, c_0, *weights, *cuts
@@ -177,7 +177,7 @@ def run_stack(
     The arguments are those of `run`; states are (L * D, B, ...), `shape` is of the first layer.
     """
     # A mode of functions is to see each layer.
-    if not _is_alone() or torch._C._len_torch_function_stack():
+    if not is_alone() or torch._C._len_torch_function_stack():
         return None
     _, hidden, projection, directions = shape
     if cell not in CELLS and cell_of(cell).drives:
@@ -238,7 +238,7 @@ def _shown_backward(config: Config, *given: Any) -> Any:
         return _backward(config, *given)
 
 
-def _is_alone() -> bool:
+def is_alone() -> bool:
     """Whether no compiler, tracer, mode, autocast or transform is to see the operator."""
     return not (
         torch.compiler.is_compiling()

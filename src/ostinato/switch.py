@@ -18,14 +18,15 @@ from torch.nn import Module
 from torch.nn.utils import parametrize
 
 from ostinato import nn
+from ostinato.frozen_layers import CLASSES, STATE, Frozen
 from ostinato.versions import drop_compiled_graphs
 
 _Classes = Mapping[type[Module], type[Module]]
 
-_OURS: _Classes = {
+OURS: _Classes = {
     getattr(torch.nn, kind): getattr(nn, kind) for kind in nn.__all__ if hasattr(torch.nn, kind)
 }
-_TORCHS: _Classes = {ours: theirs for theirs, ours in _OURS.items()}
+_TORCHS: _Classes = {ours: theirs for theirs, ours in OURS.items()}
 
 
 class Layer(NamedTuple):
@@ -49,12 +50,13 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """What `replace` or `restore` did; `str` of it is made for reading.
+    """What `replace`, `restore` or `freeze` did; `str` of it is made for reading.
 
     Args:
         model: the object that was given. Layers are switched in place, a model that is itself a
             layer too.
-        library: whose the changed layers are now, "ostinato.nn" or "torch.nn".
+        library: whose the changed layers are now, "ostinato.nn", "torch.nn" or "ostinato.frozen";
+            after `restore` of a model that was frozen in part, "ostinato.nn and torch.nn".
         changed: the layers that were switched.
         left: the layers that were left alone, each with the reason.
 
@@ -106,7 +108,7 @@ def replace(model: Module) -> Report:
         >>> type(model["encoder"])
         <class 'ostinato.nn.GRU'>
     """
-    return _switch("replace", model, _OURS)
+    return _switch("replace", model, OURS)
 
 
 def restore(model: Module) -> Report:
@@ -115,6 +117,10 @@ def restore(model: Module) -> Report:
     The way back of `replace`, for what knows torch's own classes alone. It does not matter whether
     a layer was switched before or built as ours. What torch's layers have no word for, such as
     `memory="recompute"`, is dropped.
+
+    It is the way back of `ostinato.freeze`, too: a frozen layer becomes what it was when it was
+    frozen, ours or torch's, and what became ours a second `restore` makes torch's. One with weights
+    of 8 bits is left alone, since its float weights are gone.
 
     Args:
         model: any module, also a layer by itself. What `model.modules()` finds is switched.
@@ -137,48 +143,79 @@ def _switch(function: str, model: Module, classes: _Classes) -> Report:
     """Give every module of these classes the class that stands opposite."""
     if not isinstance(model, Module):
         raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
-    changed, left = [], []
+    changed, left, libraries = [], [], set()
+    library = "ostinato.nn" if classes is OURS else "torch.nn"
     # The list is complete before the first change.
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.jit.ScriptModule):
             if module.original_name in nn.__all__:
                 left.append(Layer(name, module.original_name, "torch.jit has compiled it"))
             continue
+        if isinstance(module, Frozen) and classes is _TORCHS:
+            kind, why = module.ours.__name__, _why_not_thawed(module)
+            if why:
+                left.append(Layer(name, kind, why))
+                continue
+            libraries.add(module.setting.library)
+            _thaw(module)
+            changed.append(Layer(name, kind))
+            continue
         found = next((cls for cls in classes if isinstance(module, cls)), None)
         if found is None:
             continue
-        why = _obstacle(module, found)
+        why = obstacle(module, found)
         if why:
             left.append(Layer(name, found.__name__, why))
             continue
-        if found in _OURS:
-            _become_ours(module, found)
+        if found in OURS:
+            become_ours(module, found)
         else:
             _become_torchs(module, found)
+        libraries.add(library)
         changed.append(Layer(name, found.__name__))
     if changed:
         drop_compiled_graphs()
-    library = "ostinato.nn" if classes is _OURS else "torch.nn"
-    return Report(model, library, tuple(changed), tuple(left))
+    return Report(model, " and ".join(sorted(libraries)) or library, tuple(changed), tuple(left))
 
 
-def _obstacle(module: Module, found: type[Module]) -> str:
+def _why_not_thawed(module: Frozen) -> str:
+    """Return why a frozen module has to stay one, or nothing."""
+    if module.setting.is_int8:
+        return "it was frozen with weights of 8 bits, and its float weights are gone"
+    cls = parametrize.type_before_parametrizations(module)
+    if cls is not CLASSES[module.ours]:
+        return f"{cls.__qualname__} is derived from a frozen {module.ours.__name__}"
+    return ""
+
+
+def _thaw(module: Frozen) -> None:
+    """Give a frozen module the class that it was of."""
+    ours, library = module.ours, module.setting.library
+    for name in STATE:
+        vars(module).pop(name, None)
+    module.__class__ = _with_parametrizations(module, ours)  # type: ignore[assignment]
+    if library == "torch.nn":
+        _become_torchs(module, ours)
+
+
+def obstacle(module: Module, found: type[Module]) -> str:
     """Return why this module has to stay what it is, or nothing."""
-    library, other = ("torch.nn", "ostinato.nn") if found in _OURS else ("ostinato.nn", "torch.nn")
+    library, other = ("torch.nn", "ostinato.nn") if found in OURS else ("ostinato.nn", "torch.nn")
     cls = parametrize.type_before_parametrizations(module)
     if cls is not found:
         return f"{cls.__qualname__} is derived from {library}.{found.__name__}"
     if "forward" in vars(module):
         return "its forward was replaced on the object"
-    if found in _OURS:
-        taken = _stored(module) & _added_by(_OURS[found]) - {"_flat_weights"}
+    if found in OURS:
+        taken = _stored(module) & _added_by(OURS[found]) - {"_flat_weights"}
         if taken:
             return f"its attribute {min(taken)} means something else in {other}.{found.__name__}"
     return ""
 
 
-def _become_ours(module: Module, theirs: type[Module]) -> None:
-    module.__class__ = _with_parametrizations(module, _OURS[theirs])
+def become_ours(module: Module, theirs: type[Module]) -> None:
+    """Give a module of torch.nn our class."""
+    module.__class__ = _with_parametrizations(module, OURS[theirs])
     # Ours computes it when it is asked; what torch kept would hold on to weights that are gone.
     vars(module).pop("_flat_weights", None)
 
