@@ -10,6 +10,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/streams.h"
@@ -136,51 +137,58 @@ public:
         run_prepared(call, threads);
     }
 
-    // One call over states from outside, for which the stream's own states are nobody's. x is a tensor, (I,), (n, I) or (T, n, I).
-    // hx is None for zeros, h, or (h, c). Declines with None. With is_step all is of one step: h is (n, O) or (O,), and what comes
-    // back is h, or (h, c). Otherwise x is (T, I) or (T, n, I), h is (L, O) or (L, n, O), and what comes back is (y, h) or
-    // (y, (h, c)). Several threads may be here at once.
+    // One call over states from outside; the stream's own states stay as they are. x is a tensor, hx None for zeros, h, or (h, c).
+    // Declines with None. Several threads may be here at once.
+    //
+    // A step: x is (I,) or (n, I), h is (O,) or (n, O), and what comes back is h, or (h, c). Else x is (T, I) or (T, n, I), with
+    // is_batch_first (n, T, I), h is (R, O) or (R, n, O), and what comes back is (y, h) or (y, (h, c)). R is L; or, of a stack of two
+    // directions, whose layers and directions are streams of their own, L * D: this is the first, and rest are the others.
     //
     // It declines where the weights are no longer what was packed: held is the dict that has them, watched a tuple of name, tensor
     // and version (None where a tensor counts none) of each.
-    nb::object call_from(nb::handle x, nb::handle hx, bool is_step, nb::handle held, nb::handle watched) {
+    nb::object call_from(nb::handle x, nb::handle hx, bool is_step, bool is_batch_first, nb::handle held, nb::handle watched,
+                         nb::handle rest) {
         Reader reader;
         DlTensor in;
         if (!is_as_packed(held, watched)) return nb::none();
         const void* data = reader.read(x, in, true);
-        if (!data || packed_ == nullptr || reader.dtype != dtype_ || wants_gradient(x)) return nb::none();
-        const int64_t dims = in.ndim + is_step;
-        if (dims < 2 || dims > 3 || in.shape[in.ndim - 1] != z_.input || (is_step && z_.layers > 1)) return nb::none();
-        const bool is_one = dims == 2;
-        const int64_t n = is_one ? 1 : in.shape[in.ndim - 2];
-        Outside outside{is_step ? 1 : in.shape[0], n};
+        if (!data || !packed_ || reader.dtype != dtype_ || wants_gradient(x)) return nb::none();
+        const int64_t dims = in.ndim + is_step, others = PyTuple_Size(rest.ptr());
+        if (dims < 2 || dims > 3 || in.shape[in.ndim - 1] != z_.input || (is_step && (z_.layers > 1 || others)))
+            return nb::none();
+        const bool is_one = dims == 2, is_turned = is_batch_first && !is_step && !is_one;
+        const int64_t n = is_one ? 1 : in.shape[is_turned ? 0 : in.ndim - 2], steps = is_step ? 1 : in.shape[is_turned ? 1 : 0];
+        const int64_t R = others ? others + 1 : z_.layers, width = (others ? 2 : 1) * z_.output();
         nb::handle h = hx, c = nb::none();
         if (z_.cell.has_c && !hx.is_none()) {
             if (!is_tuple(hx, 2)) return nb::none();
             h = PyTuple_GetItem(hx.ptr(), 0), c = PyTuple_GetItem(hx.ptr(), 1);
             if (h.is_none() || c.is_none()) return nb::none();
         }
-        const auto read = [&](nb::handle state, int64_t width) -> const void* {
+        const auto read = [&](nb::handle state, int64_t size) -> const void* {
             if (state.is_none()) return nullptr;
             if (wants_gradient(state)) return reader.decline();
-            if (is_step) return is_one ? reader.read(state, {width}, true) : reader.read(state, {n, width}, true);
-            return is_one ? reader.read(state, {z_.layers, width}, true) : reader.read(state, {z_.layers, n, width}, true);
+            if (is_step) return is_one ? reader.read(state, {size}, true) : reader.read(state, {n, size}, true);
+            return is_one ? reader.read(state, {R, size}, true) : reader.read(state, {R, n, size}, true);
         };
-        outside.h_0 = read(h, z_.output());
-        if (!c.is_none()) outside.c_0 = read(c, z_.hidden);
+        Outside outside{steps, n, read(h, z_.output()), read(c, z_.hidden)};
         if (!reader.accepts) return nb::none();
-        const auto fresh = [&](nb::handle like, int64_t width) -> Fresh {
+        const auto fresh = [&](nb::handle like, int64_t size) -> Fresh {
             if (!like.is_none()) return Fresh(like);
-            if (is_step) return is_one ? Fresh(x, {width}) : Fresh(x, {n, width});
-            return is_one ? Fresh(x, {z_.layers, width}) : Fresh(x, {z_.layers, n, width});
+            if (is_step) return is_one ? Fresh(x, {size}) : Fresh(x, {n, size});
+            return is_one ? Fresh(x, {R, size}) : Fresh(x, {R, n, size});
         };
         const Fresh h_n = fresh(h, z_.output());
         Fresh y, c_n;
-        if (!is_step) y = is_one ? Fresh(x, {outside.steps, z_.output()}) : Fresh(x, {outside.steps, n, z_.output()});
+        if (!is_step) y = is_one ? Fresh(x, {steps, width}) : Fresh(x, {in.shape[0], in.shape[1], width});
         if (z_.cell.has_c) c_n = z_.projection || !h.is_none() ? fresh(c, z_.hidden) : Fresh(h_n.tensor);
         // The output of one step is its state.
         outside.h_n = is_step ? nullptr : h_n.data, outside.c_n = c_n.data;
-        run_outside(outside, data, is_step ? h_n.data : y.data, -1);
+        if (is_step)
+            run_outside(outside, data, h_n.data, -1);
+        else
+            run_directions(outside, static_cast<const char*>(data), static_cast<char*>(y.data), is_turned && steps > 1 && n > 1,
+                           rest);
         const nb::object last = z_.cell.has_c ? nb::object(nb::make_tuple(h_n.tensor, c_n.tensor)) : h_n.tensor;
         return is_step ? last : nb::object(nb::make_tuple(y.tensor, last));
     }
@@ -244,6 +252,63 @@ private:
         const void *h_0 = nullptr, *c_0 = nullptr;
         void *h_n = nullptr, *c_n = nullptr;
     };
+
+    // Rows of all steps somewhere, in bytes.
+    template <class Byte>
+    struct Rows {
+        Byte* p;
+        int64_t step, row;
+        Rows reversed(int64_t steps) const { return {p + (steps - 1) * step, -step, row}; }
+        Rows behind(int64_t bytes) const { return {p + bytes, step, row}; }
+    };
+    static void copy_steps(const Rows<char>& to, const Rows<const char>& from, int64_t steps, int64_t rows, int64_t bytes) {
+        for (int64_t t = 0; t < steps; t++)
+            for (int64_t b = 0; b < rows; b++)
+                std::memcpy(to.p + t * to.step + b * to.row, from.p + t * from.step + b * from.row, static_cast<size_t>(bytes));
+    }
+
+    // A whole stack: x [T, n, I] and y [T, n, D*O], or [n, T, ...] where they are turned.
+    void run_directions(const Outside& of, const char* x, char* y, bool is_turned, nb::handle rest) {
+        const int64_t value = computed_bytes(dtype_), n = of.rows, T = of.steps, others = PyTuple_Size(rest.ptr());
+        const int64_t O = z_.output() * value, width = others ? 2 * O : O;
+        const auto plain = [&](auto* p, int64_t row) { return Rows<std::remove_pointer_t<decltype(p)>>{p, n * row, row}; };
+        const auto outer = [&](auto* p, int64_t row) {
+            return Rows<std::remove_pointer_t<decltype(p)>>{p, is_turned ? row : n * row, is_turned ? T * row : row};
+        };
+        if (!others && !is_turned) return run_outside(of, x, y, -1);
+        const auto room = [&](int64_t row) { return std::vector<char>(static_cast<size_t>(T * n * row)); };
+        if (!others) {
+            auto in = room(z_.input * value), out = room(O);
+            copy_steps(plain(in.data(), z_.input * value), outer(x, z_.input * value), T, n, z_.input * value);
+            run_outside(of, in.data(), out.data(), -1);
+            const char* made = out.data();
+            return copy_steps(outer(y, O), plain(made, O), T, n, O);
+        }
+        const int64_t widest = std::max(z_.input * value, width);
+        auto in = room(widest), out = room(O), between = room(width), next = room(width);
+        for (int64_t k = 0; k <= others; k++) {
+            const bool is_first = k < 2, is_last = k + 1 >= others, is_reverse = k % 2;
+            Stream& stream =
+                k ? *nb::cast<Stream*>(nb::handle(PyTuple_GetItem(rest.ptr(), static_cast<Py_ssize_t>(k - 1)))) : *this;
+            const int64_t row = stream.z_.input * value;
+            const char* before = between.data();
+            const Rows<const char> from = is_first ? outer(x, row) : plain(before, row);
+            copy_steps(plain(in.data(), row), is_reverse ? from.reversed(T) : from, T, n, row);
+            const auto at = [&](auto* p, int64_t bytes) { return p ? p + k * n * bytes : nullptr; };
+            const Outside own{T,
+                              n,
+                              at(static_cast<const char*>(of.h_0), O),
+                              at(static_cast<const char*>(of.c_0), z_.hidden * value),
+                              at(static_cast<char*>(of.h_n), O),
+                              at(static_cast<char*>(of.c_n), z_.hidden * value)};
+            stream.run_outside(own, in.data(), out.data(), -1);
+            const char* made = out.data();
+            const Rows<const char> found = plain(made, O);
+            const Rows<char> to = (is_last ? outer(y, width) : plain(next.data(), width)).behind(is_reverse ? O : 0);
+            copy_steps(to, is_reverse ? found.reversed(T) : found, T, n, O);
+            if (is_reverse) between.swap(next);
+        }
+    }
 
     // threads: -1 for what the stream was told to ask.
     void run_outside(const Outside& of, const void* x, void* y, int threads) {
@@ -485,9 +550,10 @@ void define_stream(nb::module_& m) {
         .def("step", &Stream::step, nb::arg("x"), nb::arg("rows").none(), "One step of some rows; None if it declines.")
         .def("run", &Stream::run_at, nb::arg("x"), nb::arg("y"), nb::arg("steps"), nb::arg("rows"), nb::arg("ids"),
              nb::arg("threads"), "The same on addresses: x [steps, rows, I], y [steps, rows, O], ids [rows] or 0.")
-        .def("call_from", &Stream::call_from, nb::arg("x"), nb::arg("hx").none(), nb::arg("is_step"),
-             nb::arg("held"), nb::arg("watched"),
-             "A call over states from outside: (y, h_n) or (y, (h_n, c_n)), with is_step the states alone; None if it declines.")
+        .def(
+            "call_from", &Stream::call_from, nb::arg("x"), nb::arg("hx").none(), nb::arg("is_step"), nb::arg("is_batch_first"),
+            nb::arg("held"), nb::arg("watched"), nb::arg("rest"),
+            "A call over states from outside: (y, h_n) or (y, (h_n, c_n)), with is_step the states alone; None if it declines.")
         .def("run_from", &Stream::run_from, nb::arg("x"), nb::arg("y"), nb::arg("steps"), nb::arg("rows"), nb::arg("states"),
              nb::arg("threads"), "The same on addresses; states: h_0, c_0, h_n, c_n, 0 for none.")
         .def("read_state", &Stream::read_state, nb::arg("h"), nb::arg("c"), "Copies the states to h [L, B, O] and c [L, B, H].")

@@ -21,6 +21,7 @@ from ostinato import nn, quantized
 from ostinato.call import States
 from ostinato.cells import CELLS
 from ostinato.fast_path import is_alone
+from ostinato.later import when_imported
 from ostinato.nn._arguments import cast, check_devices, reject_type, state_pair
 from ostinato.nn._cuts import Cuts
 from ostinato.nn._shared import Layers
@@ -29,7 +30,7 @@ from ostinato.packed import FLOATS, PLANES, SUFFIX, Packed, Sizes
 
 _PLAIN = Tensor, torch.nn.Parameter
 # Attributes of a frozen module that it does not have before: what is packed, and how it was frozen.
-_PACKED = "_packed", "_watched", "_held"
+_PACKED = "_packed", "_watched"
 STATE = (*_PACKED, "setting")
 _CELL_WEIGHTS = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
 
@@ -79,8 +80,6 @@ class Frozen(Module):
     _packed: Packed
     # name, tensor and version of each weight that was packed
     _watched: tuple[Any, ...]  # flat, for C++
-    # the dict of the module that has them
-    _held: dict[str, Tensor | None]
 
     if not TYPE_CHECKING:
 
@@ -95,8 +94,7 @@ class Frozen(Module):
     def pack(self) -> None:
         """Pack the weights as they are now."""
         setting = self.setting
-        held = vars(self)["_buffers" if setting.is_int8 else "_parameters"]
-        names = weight_names(self)
+        held, names = self._held(), weight_names(self)
         if setting.is_int8:
             names += [name + SUFFIX for name in names if name.startswith("weight")]
         tensors = {name: held[name] for name in names if held.get(name) is not None}
@@ -104,18 +102,22 @@ class Frozen(Module):
         planes = PLANES[setting.activations] if setting.is_int8 else 0
         packed = Packed(sizes_of(self, self.ours), tensors, planes)
         # Not __setattr__, which looks whether these are parameters or modules.
-        vars(self)["_packed"], vars(self)["_held"] = packed, held
+        vars(self)["_packed"] = packed
         vars(self)["_watched"] = tuple(
             part
             for name, tensor in tensors.items()
             for part in (name, tensor, None if tensor.is_inference() else tensor._version)
         )
 
+    def _held(self) -> dict[str, Any]:
+        """Return where the module has its weights: not kept, since export puts another there."""
+        return self._buffers if self.setting.is_int8 else self._parameters
+
     def _check_weights_stay(self) -> None:
         """Refuse a call after the weights were written to."""
-        watched: Iterator[Any] = iter(self._watched)
+        watched, all_held = iter(self._watched), self._held()
         for name, tensor, version in zip(watched, watched, watched, strict=True):
-            held: Any = self._held.get(name)
+            held = all_held.get(name)
             if held is not tensor:
                 self._reject_weight(name, "another tensor in its place")
             if version is not None and held._version != version:
@@ -216,7 +218,15 @@ class Frozen(Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.pack()
 
-    # ---- who may call ----
+    # ---- calls ----
+
+    def _run_weights(self, *arguments: Any) -> tuple[Tensor, States]:
+        """Run what `Packed.run` runs, over weights that are still those."""
+        self._check_weights_stay()
+        return self._packed.run(*arguments)
+
+    # A graph of torch.compile breaks here.
+    _run_untraced = _run_weights
 
     def _check_call(self, *arguments: Any) -> None:
         """Refuse a call that would want more than inference."""
@@ -237,6 +247,8 @@ class Frozen(Module):
                 f"{kind}: expected a call that nobody traces, since weights of 8 bits are no "
                 "operator of torch's, got an export or a trace; freeze with dtype='float32'"
             )
+        if torch.compiler.is_compiling():
+            return
         for name, tensor in _tensors(arguments):
             is_plain = type(tensor) in _PLAIN and tensor.layout == torch.strided
             if is_plain and (tensor.numel() == 0 or not _is_wrapped(tensor)):
@@ -274,11 +286,11 @@ class FrozenLayer(Frozen, Layers):
                 f"{self._kind}: expected eval mode, since a frozen module only infers, got "
                 f"training with dropout={self.dropout}; call model.eval()"
             )
-        direct = self._packed.call_from
+        packed = self._packed
         is_whole = lengths is None and resets is None and reset_to is None
-        is_direct = is_whole and return_all_states is False and not self.batch_first
-        if is_direct and direct is not None and is_alone():
-            found = direct(input, hx, False, self._held, self._watched)
+        if is_whole and return_all_states is False and is_alone():
+            held, watched = self._held(), self._watched
+            found = packed.call_from(input, hx, False, self.batch_first, held, watched, packed.rest)
             if found is not None:
                 return found
         self._check_call(input, hx, reset_to)
@@ -316,7 +328,6 @@ class FrozenLayer(Frozen, Layers):
             )
         cuts = cuts or Cuts(None, None, (), False)
         self._check_plain(input, states, cuts.reset_to, cuts.resets)
-        self._check_weights_stay()
         reset_to, dtype = cuts.reset_to, self._packed.dtype
         if torch._C._is_any_autocast_enabled():
             input, *given = cast(dtype, input, *states)
@@ -329,7 +340,7 @@ class FrozenLayer(Frozen, Layers):
         assert scale is not None
         check_devices(input, scale, states)
         if batch_sizes is None:
-            return *self._packed.run(input, states, cuts.lengths, cuts.resets, reset_to), ()
+            return *self._run_untraced(input, states, cuts.lengths, cuts.resets, reset_to), ()
         if sorted_indices is not None:
             states, reset_to = (
                 tuple(None if s is None else s.index_select(1, sorted_indices) for s in each)
@@ -357,7 +368,7 @@ class FrozenLayer(Frozen, Layers):
         if resets is not None:
             flags = torch.zeros_like(is_there)
             flags[is_there] = resets
-        output, last = self._packed.run(rows, states, is_there.sum(0), flags, reset_to)
+        output, last = self._run_untraced(rows, states, is_there.sum(0), flags, reset_to)
         return output[is_there], last, ()
 
 
@@ -371,9 +382,9 @@ class FrozenCell(Frozen, torch.nn.modules.rnn.RNNCellBase):
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Take one step, as the module that was frozen does (`ostinato.nn`)."""
-        direct = self._packed.call_from
-        if direct is not None and is_alone():
-            found = direct(input, hx, True, self._held, self._watched)
+        if is_alone():
+            held, watched = self._held(), self._watched
+            found = self._packed.call_from(input, hx, True, False, held, watched, ())
             if found is not None:
                 return found
         self._check_call(input, hx)
@@ -394,7 +405,6 @@ class FrozenCell(Frozen, torch.nn.modules.rnn.RNNCellBase):
         states: States = state_pair(kind, hx) or () if has_c else (hx,)
         dim = self._check_dims(input, states)
         self._check_plain(input, states)
-        self._check_weights_stay()
         if torch._C._is_any_autocast_enabled():
             input, *given = cast(packed.dtype, input, *states)
             states = tuple(given)
@@ -405,7 +415,7 @@ class FrozenCell(Frozen, torch.nn.modules.rnn.RNNCellBase):
         stand_ins = (blank.expand(sizes.shape(name, 0)) for name in _CELL_WEIGHTS)
         self._check(tuple(stand_ins), input, tuple(rest))
         layer = tuple(None if state is None else state.unsqueeze(0) for state in rest)
-        _, last = packed.run(input.unsqueeze(0), layer)
+        _, last = self._run_untraced(input.unsqueeze(0), layer)
         shape = (sizes.hidden,) if dim == 1 else (-1, sizes.hidden)
         found = tuple(state.view(shape) for state in last)
         return found if has_c else found[0]
@@ -455,6 +465,15 @@ CLASSES: Mapping[type[Module], type[Frozen]] = {
 for _class in CLASSES.values():
     _class.__module__ = "ostinato.frozen"
 del _class
+
+
+def _keep_out(dynamo: Any) -> None:
+    reason = "packed weights are no operator of torch's"
+    Frozen._run_untraced = dynamo.disable(Frozen._run_weights, reason=reason)
+
+
+# An import of it takes seconds, which is nothing for who does not compile.
+when_imported("torch._dynamo", _keep_out)
 
 
 def check_memory(kind: str, tensors: Mapping[str, Tensor]) -> None:

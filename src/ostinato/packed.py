@@ -126,8 +126,9 @@ class Packed:
         self._engines = [self._engine(k, planes) for k in range(len(addresses))]
         for engine, of_layers in zip(self._engines, addresses, strict=True):
             engine.load(of_layers)
-        # One call for all, where one engine is all.
-        self.call_from = self._engines[0].call_from if sizes.directions == 1 else None
+        # One call of C++ has all of them.
+        first, *rest = self._engines
+        self.call_from, self.rest = first.call_from, tuple(rest)
 
     def _engine(self, k: int, planes: int) -> Any:
         sizes, directions = self.sizes, self.sizes.directions
@@ -165,6 +166,10 @@ class Packed:
         Returns:
             output (T, B, D * O) and the last states.
         """
+        if lengths is None and resets is None:
+            found = self._direct(self.call_from, input, initial, self.rest)
+            if found is not None:
+                return found
         if self.sizes.directions == 1:
             return _pieces(self, 0, input, initial, lengths, resets, reset_to)
         last: list[States] = []
@@ -183,17 +188,28 @@ class Packed:
             input = torch.cat(outputs, -1)
         return input, tuple(torch.cat(states) for states in zip(*last, strict=True))
 
+    @staticmethod
+    def _direct(
+        call_from: Any, input: Tensor, initial: States, rest: tuple[Any, ...]
+    ) -> tuple[Tensor, States] | None:
+        """Run what C++ can read: all states or none of them, and something of each."""
+        h, *others = initial
+        is_given = h is not None
+        if not plain.IS_OPEN or any((state is not None) != is_given for state in others):
+            return None
+        hx = (h, *others) if is_given and others else h
+        found = call_from(input, hx, False, False, {}, (), rest)
+        if found is None:
+            return None
+        output, last = found
+        return output, last if isinstance(last, tuple) else (last,)
+
     def of_engine(self, k: int, input: Tensor, initial: States) -> tuple[Tensor, States]:
         """Run one engine over all rows and steps; the states are those of its layers."""
         engine = self._engines[k]
-        given = all(state is not None for state in initial)
-        if plain.IS_OPEN and (given or all(state is None for state in initial)):
-            h, *others = initial
-            hx = (h, *others) if given and others else h
-            found = engine.call_from(input, hx, False, {}, ())
-            if found is not None:
-                output, last = found
-                return output, last if isinstance(last, tuple) else (last,)
+        found = self._direct(engine.call_from, input, initial, ())
+        if found is not None:
+            return found
         # What has no elements has no address that C++ would read.
         input = _dense(input)
         steps, rows, _ = input.shape
