@@ -27,11 +27,17 @@ struct Free {
 };
 using Memory = std::unique_ptr<void, Free>;
 
-Memory zeros(int64_t bytes) {
-    const auto size = static_cast<size_t>((bytes + 64) / 64 * 64);  // at least one line: none may come back as null
-    Memory memory(std::aligned_alloc(64, size));
+size_t lines(int64_t bytes) { return static_cast<size_t>((bytes + 64) / 64 * 64); }  // at least one: none may come back as null
+
+Memory raw(int64_t bytes) {
+    Memory memory(std::aligned_alloc(64, lines(bytes)));
     if (!memory) throw std::bad_alloc();
-    std::memset(memory.get(), 0, size);
+    return memory;
+}
+
+Memory zeros(int64_t bytes) {
+    Memory memory = raw(bytes);
+    std::memset(memory.get(), 0, lines(bytes));
     return memory;
 }
 
@@ -276,37 +282,37 @@ private:
             return Rows<std::remove_pointer_t<decltype(p)>>{p, is_turned ? row : n * row, is_turned ? T * row : row};
         };
         if (!others && !is_turned) return run_outside(of, x, y, -1);
-        const auto room = [&](int64_t row) { return std::vector<char>(static_cast<size_t>(T * n * row)); };
-        if (!others) {
-            auto in = room(z_.input * value), out = room(O);
-            copy_steps(plain(in.data(), z_.input * value), outer(x, z_.input * value), T, n, z_.input * value);
-            run_outside(of, in.data(), out.data(), -1);
-            const char* made = out.data();
-            return copy_steps(outer(y, O), plain(made, O), T, n, O);
-        }
-        const int64_t widest = std::max(z_.input * value, width);
-        auto in = room(widest), out = room(O), between = room(width), next = room(width);
+        Memory between = raw(others > 1 ? T * n * width : 0), next = raw(others > 1 ? T * n * width : 0);
         for (int64_t k = 0; k <= others; k++) {
             const bool is_first = k < 2, is_last = k + 1 >= others, is_reverse = k % 2;
             Stream& stream =
                 k ? *nb::cast<Stream*>(nb::handle(PyTuple_GetItem(rest.ptr(), static_cast<Py_ssize_t>(k - 1)))) : *this;
             const int64_t row = stream.z_.input * value;
-            const char* before = between.data();
-            const Rows<const char> from = is_first ? outer(x, row) : plain(before, row);
-            copy_steps(plain(in.data(), row), is_reverse ? from.reversed(T) : from, T, n, row);
+            Rows<const char> from = is_first ? outer(x, row) : plain(static_cast<const char*>(between.get()), row);
+            Rows<char> to =
+                (is_last ? outer(y, width) : plain(static_cast<char*>(next.get()), width)).behind(is_reverse ? O : 0);
+            if (is_reverse) from = from.reversed(T), to = to.reversed(T);
             const auto at = [&](auto* p, int64_t bytes) { return p ? p + k * n * bytes : nullptr; };
-            const Outside own{T,
-                              n,
-                              at(static_cast<const char*>(of.h_0), O),
-                              at(static_cast<const char*>(of.c_0), z_.hidden * value),
-                              at(static_cast<char*>(of.h_n), O),
-                              at(static_cast<char*>(of.c_n), z_.hidden * value)};
-            stream.run_outside(own, in.data(), out.data(), -1);
-            const char* made = out.data();
-            const Rows<const char> found = plain(made, O);
-            const Rows<char> to = (is_last ? outer(y, width) : plain(next.data(), width)).behind(is_reverse ? O : 0);
-            copy_steps(to, is_reverse ? found.reversed(T) : found, T, n, O);
+            stream.run_pieces(
+                {T, n, at(static_cast<const char*>(of.h_0), O), at(static_cast<const char*>(of.c_0), z_.hidden * value),
+                 at(static_cast<char*>(of.h_n), O), at(static_cast<char*>(of.c_n), z_.hidden * value)},
+                from, to);
             if (is_reverse) between.swap(next);
+        }
+    }
+
+    // Rows that lie anywhere, copied to where a call reads them, and from where it writes them, as many steps at once as stay near.
+    void run_pieces(Outside of, const Rows<const char>& from, const Rows<char>& to) {
+        const int64_t value = computed_bytes(dtype_), n = of.rows, T = of.steps, I = z_.input * value, O = z_.output() * value;
+        const int64_t most = std::max<int64_t>(1, std::min(T, kNear / std::max<int64_t>(1, n * (I + O))));
+        const Memory in = raw(most * n * I), out = raw(most * n * O);
+        char *x = static_cast<char*>(in.get()), *y = static_cast<char*>(out.get());
+        for (int64_t t = 0; t == 0 || t < T; t += most) {
+            of.steps = std::min(most, T - t);
+            copy_steps({x, n * I, I}, {from.p + t * from.step, from.step, from.row}, of.steps, n, I);
+            run_outside(of, x, y, -1);
+            copy_steps({to.p + t * to.step, to.step, to.row}, {y, n * O, O}, of.steps, n, O);
+            of.h_0 = of.h_n, of.c_0 = of.c_n;
         }
     }
 
@@ -507,6 +513,7 @@ private:
     }
 
     static constexpr int64_t kLong = 1 << 20;  // multiply-adds of some twenty microseconds
+    static constexpr int64_t kNear = 1 << 20;  // bytes of rows that are copied at once: about a second-level cache
     static constexpr int64_t kKept = 1 << 20;  // bytes of states from outside that are kept for the next call
 
     // Where states from outside lie during a call.
