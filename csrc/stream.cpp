@@ -173,9 +173,10 @@ public:
         }
         const auto read = [&](nb::handle state, int64_t size) -> const void* {
             if (state.is_none()) return nullptr;
-            if (wants_gradient(state)) return reader.decline();
-            if (is_step) return is_one ? reader.read(state, {size}, true) : reader.read(state, {n, size}, true);
-            return is_one ? reader.read(state, {R, size}, true) : reader.read(state, {R, n, size}, true);
+            const void* found = is_step  ? is_one ? reader.read(state, {size}, true) : reader.read(state, {n, size}, true)
+                                : is_one ? reader.read(state, {R, size}, true)
+                                         : reader.read(state, {R, n, size}, true);
+            return found && wants_gradient(state) ? reader.decline() : found;
         };
         Outside outside{steps, n, read(h, z_.output()), read(c, z_.hidden)};
         if (!reader.accepts) return nb::none();

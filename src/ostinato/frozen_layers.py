@@ -32,6 +32,7 @@ _PLAIN = Tensor, torch.nn.Parameter
 # Attributes of a frozen module that it does not have before: what is packed, and how it was frozen.
 _PACKED = "_packed", "_watched"
 STATE = (*_PACKED, "setting")
+_ARGUMENTS = "input", "hx", "reset_to", "resets"
 _CELL_WEIGHTS = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
 
 
@@ -217,6 +218,13 @@ class Frozen(Module):
         """Pack anew."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.pack()
+
+    def extra_repr(self) -> str:
+        """Say what the module said before, and of how many bits its weights are."""
+        said, setting = super().extra_repr(), self.setting
+        if not setting.is_int8:
+            return said
+        return f"{said}, dtype=int8, activations={setting.activations}"
 
     # ---- calls ----
 
@@ -483,16 +491,17 @@ def check_memory(kind: str, tensors: Mapping[str, Tensor]) -> None:
             raise RuntimeError(f"{kind}: {name}: expected it on the CPU, got {tensor.device}")
 
 
-def _tensors(arguments: Any) -> Iterator[tuple[str, Tensor]]:
+def _tensors(arguments: Any) -> list[tuple[str, Tensor]]:
     """Name the tensors among input, hx and what else a call has."""
-    names = "input", "hx", "reset_to", "resets"
-    for name, value in zip(names, arguments, strict=False):
+    found: list[tuple[str, Tensor]] = []
+    for name, value in zip(_ARGUMENTS, arguments, strict=False):
         if isinstance(value, PackedSequence):
-            yield f"{name}.data", value.data
+            found.append((f"{name}.data", value.data))
         elif isinstance(value, Tensor):
-            yield name, value
+            found.append((name, value))
         elif isinstance(value, (tuple, list)):
-            yield from ((name, each) for each in value if isinstance(each, Tensor))
+            found += [(name, each) for each in value if isinstance(each, Tensor)]
+    return found
 
 
 def _are_plain(*tensors: Tensor | None) -> bool:

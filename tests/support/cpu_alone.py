@@ -8,7 +8,7 @@ CPU_ALONE = {
     "bits that the CPU engine promises": "invariance",
     "the fast path past torch's dispatcher": "fast_path",
     "NumPy": "math numpy numpy_input stream",
-    "a stream, which is the CPU's": "stream_torch",
+    "packed weights, which are the CPU's": "freeze freeze_hostile freeze_int8 stream_torch",
     "ONNX Runtime": "onnx onnx_node",
     "the package, its commands and documents": "bench documents init main report",
     "no operator of torch's runs, which is cuDNN's way": "torchs_operators",
