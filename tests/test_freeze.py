@@ -376,6 +376,30 @@ def test_writes_are_seen():
         assert same(frozen_one(x), ours(x))
 
 
+def test_weights_that_two_modules_share():
+    model = torch.nn.ModuleList([nn.GRUCell(4, 9), nn.GRUCell(4, 9)])
+    model[1].weight_hh = model[0].weight_hh
+    twin, x = copy.deepcopy(model), torch.randn(3, 4)
+    ostinato.freeze(model)
+    assert all(same(m(x), t(x)) for m, t in zip(model, twin, strict=True))
+    for m in model, twin:
+        m.load_state_dict({name: t / 2 for name, t in m.state_dict().items()})
+    with pytest.raises(RuntimeError, match="weight_hh: expected the weights that were frozen"):
+        model[0](x)
+    ostinato.freeze(model)
+    assert all(same(m(x), t(x)) for m, t in zip(model, twin, strict=True))
+
+
+def test_weights_without_versions():
+    with torch.inference_mode():
+        module = nn.GRUCell(4, 9)
+        twin = copy.deepcopy(module)
+        ostinato.freeze(module)
+        x = torch.randn(3, 4)
+        assert same(module(x), twin(x))
+    assert same(module(x), twin(x))
+
+
 # ---- copies and files ----
 
 

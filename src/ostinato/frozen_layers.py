@@ -79,8 +79,8 @@ class Frozen(Module):
     setting: Setting
     _kind: Any
     _packed: Packed
-    # name, tensor and version of each weight that was packed
-    _watched: tuple[Any, ...]  # flat, for C++
+    # name, tensor and version of each weight that was packed, one after the other, for C++
+    _watched: tuple[Any, ...]
 
     if not TYPE_CHECKING:
 
@@ -125,9 +125,10 @@ class Frozen(Module):
                 self._reject_weight(name, "a tensor that was written to")
 
     def _reject_weight(self, name: str, got: str) -> NoReturn:
+        again = "" if self.setting.is_int8 else ", or call ostinato.freeze again"
         raise RuntimeError(
             f"{self._kind}: {name}: expected the weights that were frozen, got {got}; "
-            "load them with load_state_dict, or call ostinato.freeze again"
+            f"load them with load_state_dict{again}"
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -426,7 +427,8 @@ class FrozenCell(Frozen, torch.nn.modules.rnn.RNNCellBase):
         _, last = self._run_untraced(input.unsqueeze(0), layer)
         shape = (sizes.hidden,) if dim == 1 else (-1, sizes.hidden)
         found = tuple(state.view(shape) for state in last)
-        return found if has_c else found[0]
+        h, *_ = found
+        return found if has_c else h
 
 
 class FrozenRNN(FrozenLayer, nn.RNN):
