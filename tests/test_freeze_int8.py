@@ -65,6 +65,17 @@ def test_a_layer_has_the_bits_of_a_stream(name, options, activations):
     assert torch.equal(one(x[:, 1]), module(x[:, 1])[0])
 
 
+@pytest.mark.parametrize("name", SIX)
+def test_a_stream_of_a_frozen_module(name):
+    module, twin = frozen(name, 7, 19)
+    x = torch.randn(2, 7)
+    for each_of in module, twin:
+        stream = Stream.of(each_of, batch=2)
+        y = each_of(x if name in TORCH_CELL_MODULES else x[None])
+        assert torch.equal(stream(x), flat(y)[0].view(2, 19))
+        ostinato.freeze(twin)
+
+
 def flat_arrays(state):
     return state if isinstance(state, tuple) else (state,)
 

@@ -201,7 +201,7 @@ class Stream:
         dtype: str | None = None,
         activations: str = "int8",
     ) -> Stream:
-        """Make a stream of a torch module, ours or torch.nn's, with its weights as they are now.
+        """Make a stream of a module, ours, torch.nn's or frozen, with its weights as they are now.
 
         Args:
             module: an RNN, GRU or LSTM of one direction, or a cell of these, on any device.
@@ -439,10 +439,14 @@ def _kind_of(module: Any, torch_nn: Any) -> str | None:
 
 def _parameters_of(module: Any) -> dict[str, Any]:
     """Return a module's parameters under a layer's names."""
-    # Not named_parameters(): a weight may be computed from others (torch.nn.utils.parametrize).
+    names = {f"{part}_l0": part for part in _PARTS}
     if hasattr(module, "_flat_weights_names"):
-        return {name: getattr(module, name) for name in module._flat_weights_names}
-    found = {f"{part}_l0": getattr(module, part, None) for part in _PARTS}
+        names = {name: name for name in module._flat_weights_names}
+    # Not named_parameters(): a weight may be computed from others (torch.nn.utils.parametrize).
+    found = {name: getattr(module, own, None) for name, own in names.items()}
+    # What ostinato.freeze made has scales beside weights of 8 bits.
+    for name, own in names.items():
+        found[name + quantized.SUFFIX] = module._buffers.get(own + quantized.SUFFIX)
     return {name: array for name, array in found.items() if array is not None}
 
 
