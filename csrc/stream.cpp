@@ -27,17 +27,11 @@ struct Free {
 };
 using Memory = std::unique_ptr<void, Free>;
 
-size_t lines(int64_t bytes) { return static_cast<size_t>((bytes + 64) / 64 * 64); }  // at least one: none may come back as null
-
-Memory raw(int64_t bytes) {
-    Memory memory(std::aligned_alloc(64, lines(bytes)));
-    if (!memory) throw std::bad_alloc();
-    return memory;
-}
+Memory raw(int64_t bytes) { return Memory(allocate(bytes)); }
 
 Memory zeros(int64_t bytes) {
     Memory memory = raw(bytes);
-    std::memset(memory.get(), 0, lines(bytes));
+    std::memset(memory.get(), 0, static_cast<size_t>(bytes));
     return memory;
 }
 

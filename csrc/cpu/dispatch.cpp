@@ -140,6 +140,23 @@ const Isa& active() {
     return isa ? *isa : isas().found[0];
 }
 
+}  // namespace
+
+void* allocate(int64_t bytes) {
+    // Fresh pages of 4 KiB cost more than a layer of a few hundred units computes; pages of 2 MiB a tenth of that.
+    constexpr int64_t kHugePage = 2 << 20, kFromHere = 4 << 20;
+    const int64_t page = bytes >= kFromHere ? kHugePage : 64, pages = std::max<int64_t>(1, (bytes + page - 1) / page);
+    const auto size = static_cast<size_t>(pages * page);
+    void* p = std::aligned_alloc(static_cast<size_t>(page), size);
+    if (!p) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    if (page == kHugePage) madvise(p, size, MADV_HUGEPAGE);
+#endif
+    return p;
+}
+
+namespace {
+
 // Scratch of the calling thread, kept between calls up to kKept bytes: fresh pages cost more than a small layer does.
 // It holds no state: every call writes before it reads. One that is used inside another has another number.
 template <int kNumber>
@@ -159,7 +176,7 @@ public:
     void* get() const { return p_; }
 
 private:
-    static constexpr int64_t kKept = 64 << 20, kHugePage = 2 << 20, kHugePages = 4 << 20;
+    static constexpr int64_t kKept = 64 << 20;
 
     struct Kept {
         void* p = nullptr;
@@ -170,18 +187,6 @@ private:
         }
         ~Kept() { std::free(p); }
     };
-
-    static void* allocate(int64_t bytes) {
-        // Fresh pages of 4 KiB cost more than a layer of a few hundred units computes; pages of 2 MiB a tenth of that.
-        const int64_t page = bytes >= kHugePages ? kHugePage : 64;
-        const auto size = static_cast<size_t>((bytes + page - 1) / page * page);
-        void* p = std::aligned_alloc(static_cast<size_t>(page), size);
-        if (!p) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-        if (page == kHugePage) madvise(p, size, MADV_HUGEPAGE);
-#endif
-        return p;
-    }
 
     static thread_local Kept t_kept;
     void* p_;

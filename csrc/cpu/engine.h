@@ -269,6 +269,9 @@ constexpr int64_t kWorthRelay = 1 << 15;
 
 // ---- dispatch.cpp ----
 
+// Memory aligned to 64 bytes, for std::free; large memory in large pages, where there are such. Throws std::bad_alloc.
+void* allocate(int64_t bytes);
+
 // Of `reserve`, for sizes as they are given to run.
 int64_t reserve_bytes(Cell cell, Dtype dtype, const Sizes& sizes);
 
