@@ -248,6 +248,16 @@ def test_a_row_with_no_number_is_nan_and_no_other(rng, kind, number):
     assert_same_bits(y[[0, 2]], expected[[0, 2]])
 
 
+@pytest.mark.parametrize("activations", ENDS)
+def test_the_longest_sum_fits(isa, activations):
+    size = quantized.MOST_COLUMNS
+    parameters = {"weight_ih_l0": np.ones((1, size), "f4"), "weight_hh_l0": np.zeros((1, 1), "f4")}
+    stream = stream_of("rnn_relu", parameters, batch=2, activations=activations)
+    x = np.ones((2, size), "f4")
+    x[1, ::2] = -1
+    np.testing.assert_allclose(stream(x), [[size], [0]], rtol=1e-5)
+
+
 # ---- wrong arguments ----
 
 
@@ -271,6 +281,12 @@ def hostile():
             return stream_of("gru", change(parameters))
 
         return make
+
+    def wide(p):
+        return {
+            "weight_ih_l0": np.ones((1, 131073), "f4"),
+            "weight_hh_l0": p["weight_hh_l0"][:1, :1],
+        }
 
     def without(name):
         return lambda p: {other: array for other, array in p.items() if other != name}
@@ -353,6 +369,11 @@ def hostile():
             quantised(lambda p: {**p, "weight_hh_l0": p["weight_hh_l0"][:, :3]}),
             RuntimeError,
             "weight_hh_l0",
+        ),
+        "more columns than a sum holds": (
+            lambda p: stream_of("rnn_tanh", wide(p)),
+            ValueError,
+            "weight_ih_l0: expected at most 131072 columns, got 131073",
         ),
         "int16": (
             quantised(lambda p: {**p, "weight_hh_l0": p["weight_hh_l0"].astype("i2")}),

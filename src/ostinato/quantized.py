@@ -14,6 +14,8 @@ import numpy.typing as npt
 Array: TypeAlias = npt.NDArray[Any]
 
 LARGEST = 127
+# So many products of 8 bits always fit a sum of 32.
+MOST_COLUMNS = 1 << 17
 # What the scales of `weight_ih_l0` are called.
 SUFFIX = "_scale"
 
@@ -41,12 +43,14 @@ def quantise(name: str, weight: Array) -> Quantized:
         The weight in 8 bits. A row of zeros has scale 0.
 
     Raises:
-        ValueError: a number is NaN or infinite, which no scale fits.
+        ValueError: a number is NaN or infinite, which no scale fits; more columns than a sum of
+            32 bits holds products of.
 
     Example:
         >>> quantise("w", np.array([[1.0, -0.5, 0.004]], "f4")).values
         array([[127, -64,   1]], dtype=int8)
     """
+    _check_columns(name, weight)
     if not np.isfinite(weight).all():
         row, column = np.argwhere(~np.isfinite(weight))[0]
         raise ValueError(
@@ -71,9 +75,11 @@ def checked(name: str, values: Array, scales: object) -> Quantized:
 
     Raises:
         TypeError: the scales are no NumPy array.
-        ValueError: scales that are missing, not float32, negative or not finite; a value of -128.
+        ValueError: scales that are missing, not float32, negative or not finite; a value of -128;
+            too many columns.
         RuntimeError: other than one scale for each row.
     """
+    _check_columns(name, values)
     beside = f"{name}{SUFFIX}"
     if scales is None:
         raise ValueError(f"expected {beside!r} beside {name!r} of int8, which is missing")
@@ -88,6 +94,12 @@ def checked(name: str, values: Array, scales: object) -> Quantized:
     if (values < -LARGEST).any():
         raise ValueError(f"{name}: expected values from -127 to 127, got -128")
     return Quantized(values, scales)
+
+
+def _check_columns(name: str, weight: Array) -> None:
+    columns = weight.shape[-1]
+    if columns > MOST_COLUMNS:
+        raise ValueError(f"{name}: expected at most {MOST_COLUMNS} columns, got {columns}")
 
 
 def split(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
