@@ -20,10 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ostinato import _core
+from ostinato import Stream, _core
 from support.calls import STATES, ragged, seed_of
-from support.cells import KINDS
+from support.cells import KINDS, cell_of, has_c
 from support.engine import COTANGENTS, Layer, every_kind_of_number, first_step
+from support.faces import draw_parameters
 from support.storage import narrow, stored
 
 STORAGES = ("float32", "float64", "bfloat16", "float16")
@@ -39,6 +40,8 @@ SIZES = (
     (7, 13, 9, 48),
     (4, 37, 17, 31),
 )
+# Of streams: one row, rows that threads share by units, and many.
+STREAM_SIZES = ((5, 1, 70, 33), (6, 2, 40, 210), (4, 37, 17, 31))
 LARGE = ((9, 3, 5, 131), (90, 5, 2, 97))  # in one direction: two would be walked apart
 # What is applied to every kind of number: cell, gate and options of `first_step`.
 ACTIVATIONS = {
@@ -126,6 +129,52 @@ class Numbers:
         return cls(str(arrays["activation"]), arrays["numbers"])
 
 
+@dataclasses.dataclass
+class Small:
+    """A stream with weights of 8 bits over a sequence."""
+
+    kind: str
+    activations: str
+    x: np.ndarray  # (T, B, I)
+    parameters: dict  # int8, with scales
+
+    def runs(self, threads):
+        """Yield output and states."""
+        steps, rows, _ = self.x.shape
+        stream = stream_of(self.kind, self.parameters, self.activations, rows)
+        before = stream.state if has_c(self.kind) else (stream.state,)
+        y = np.empty((steps, rows, next(iter(before)).shape[-1]), np.float32)
+        stream._core.run(self.x.ctypes.data, y.ctypes.data, steps, rows, 0, threads)
+        states = stream.state if has_c(self.kind) else (stream.state,)
+        yield "inference", {"y": y} | dict(zip(("h_n", "c_n"), states, strict=False))
+
+    def arrays(self):
+        """Return all arguments by name."""
+        words = {"stream": self.kind, "activations": self.activations}
+        return {n: np.asarray(word) for n, word in words.items()} | {"x": self.x} | self.parameters
+
+    @classmethod
+    def of(cls, arrays):
+        """Make a case of what `arrays` returned."""
+        parameters = {n: a for n, a in arrays.items() if n.startswith(("weight", "bias"))}
+        return cls(str(arrays["stream"]), str(arrays["activations"]), arrays["x"], parameters)
+
+    @classmethod
+    def draw(cls, name, kind, activations, shape):
+        """Draw one case; the weights are rounded here."""
+        steps, batch, size, hidden = shape
+        rng = np.random.default_rng(seed_of(name))
+        given = draw_parameters(rng, kind, size, hidden, layers=2, dtype="float32")
+        x = rng.standard_normal((steps, batch, size)).astype("f4")
+        return cls(kind, activations, x, stream_of(kind, given, activations, batch).parameters)
+
+
+def stream_of(kind, parameters, activations, batch):
+    """Make a stream of 8 bits."""
+    options = {"dtype": "int8", "activations": activations, "batch": batch}
+    return Stream(cell_of(kind), parameters, **options)
+
+
 def draw(name, kind, storage, layout, shape, directions):
     """Draw one case."""
     steps, batch, size, hidden = shape
@@ -174,11 +223,17 @@ def cases():
         found[f"{activation}-{dtype}"] = lambda activation=activation, dtype=dtype: Numbers(
             activation, every_kind_of_number(dtype)
         )
+    for kind, activations, shape in itertools.product(KINDS, ("int8", "int16"), STREAM_SIZES):
+        options = (kind, activations, shape)
+        name = f"{kind}-int8-{activations}-{'x'.join(map(str, shape))}"
+        found[name] = lambda name=name, options=options: Small.draw(name, *options)
     return found
 
 
 def is_nan(array):
     """Say where there is a NaN; 16-bit words are bfloat16."""
+    if array.dtype == np.int8:
+        return np.zeros(array.shape, bool)
     return array & 0x7FFF > 0x7F80 if array.dtype == np.uint16 else np.isnan(array)
 
 
@@ -224,7 +279,8 @@ def check(directory, names, threads):
         with np.load(directory / f"{name}.npz") as file:
             arrays = dict(file.items())
         given, expected = under("in ", arrays), under("out ", arrays)
-        case = (Case if "cell" in given else Numbers).of(given)
+        drawn = Case if "cell" in given else Small if "stream" in given else Numbers
+        case = drawn.of(given)
         for count in threads:
             for index, (way, found) in enumerate(case.runs(count)):
                 own = expected | under(f"{way} ", arrays)
