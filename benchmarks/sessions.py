@@ -59,6 +59,8 @@ def main() -> None:
             rounds += 1
             if rounds == WARM:
                 settled = memory()
+    if rounds < WARM:
+        parser.error(f"--seconds: {rounds} rounds, of which {WARM} settle memory")
     growth = memory() - settled
     found = stream.state
     alone = ostinato.Stream("gru", weights, dtype=given.dtype)

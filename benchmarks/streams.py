@@ -116,6 +116,8 @@ def main() -> int:
         "onnxruntime": onnx.version,
     }
     cases = [case for case in ONE + MANY if given.only in f"{case.name} {case.shape}"]
+    if not cases:
+        parser.error(f"--only: no row has {given.only!r} in its name or shape")
     rows = [measure(case, given.seconds, onnx) for case in tqdm(cases, file=sys.stderr)]
     found["rows"] = rows
     names = list(rows[-1]["us"])

@@ -107,6 +107,7 @@ public:
     void load(const std::vector<Address>& weights) {
         const Turn turn(*this);
         check_addresses(weights);
+        for (int64_t k = 0; k < z_.layers; k++) check_whole(weights_at<const void*>(weights, k));
         const auto packed = std::make_shared<std::vector<Memory>>();
         for (int64_t k = 0; k < z_.layers; k++) {
             packed->push_back(zeros(kernel_->packed_bytes(z_, k)));
@@ -359,6 +360,11 @@ private:
         if (static_cast<int64_t>(weights.size()) != z_.layers * kArrays)
             throw std::invalid_argument("expected eight addresses for each layer");
     }
+    void check_whole(const StreamWeights<const void*>& w) const {
+        const bool has_scales = z_.planes == 0 || (w.ih_scale && w.hh_scale && (!z_.projection || w.hr_scale));
+        if (!w.ih || !w.hh || (z_.projection && !w.hr) || !has_scales)
+            throw std::invalid_argument("expected every weight, and with int8 every scale");
+    }
     void check_loaded() const {
         if (layers_.empty()) throw std::runtime_error("Stream: expected weights to be loaded first");
     }
@@ -548,13 +554,13 @@ void define_stream(nb::module_& m) {
              "Packs weights: addresses of weight_ih, weight_hh, bias_ih, bias_hh, weight_hr and scales of each layer, 0 for "
              "none.")
         .def("save", &Stream::save, nb::arg("weights"), "Writes the weights to such addresses.")
-        .def("call", &Stream::call, nb::arg("x"), "One step or many of all rows; None if it declines.")
-        .def("step", &Stream::step, nb::arg("x"), nb::arg("rows").none(), "One step of some rows; None if it declines.")
+        .def("call", &Stream::call, nb::arg("x").none(), "One step or many of all rows; None if it declines.")
+        .def("step", &Stream::step, nb::arg("x").none(), nb::arg("rows").none(), "One step of some rows; None if it declines.")
         .def("run", &Stream::run_at, nb::arg("x"), nb::arg("y"), nb::arg("steps"), nb::arg("rows"), nb::arg("ids"),
              nb::arg("threads"), "The same on addresses: x [steps, rows, I], y [steps, rows, O], ids [rows] or 0.")
         .def(
-            "call_from", &Stream::call_from, nb::arg("x"), nb::arg("hx").none(), nb::arg("is_step"), nb::arg("is_batch_first"),
-            nb::arg("held"), nb::arg("watched"), nb::arg("rest"),
+            "call_from", &Stream::call_from, nb::arg("x").none(), nb::arg("hx").none(), nb::arg("is_step"),
+            nb::arg("is_batch_first"), nb::arg("held"), nb::arg("watched"), nb::arg("rest"),
             "A call over states from outside: (y, h_n) or (y, (h_n, c_n)), with is_step the states alone; None if it declines.")
         .def("run_from", &Stream::run_from, nb::arg("x"), nb::arg("y"), nb::arg("steps"), nb::arg("rows"), nb::arg("states"),
              nb::arg("threads"), "The same on addresses; states: h_0, c_0, h_n, c_n, 0 for none.")

@@ -105,7 +105,7 @@ def test_a_cell_has_the_bits_that_it_had(name, options, size):
 
 
 @pytest.mark.parametrize("name", CELL_MODULES)
-def test_every_instruction_set_has_the_same_bits(isa, name):
+def test_a_cell_has_the_bits_of_ours_on_every_instruction_set(isa, name):
     module, twin = twins(name, 5, 19)
     x = torch.randn(3, 5)
     hx = module(x)

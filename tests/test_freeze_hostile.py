@@ -7,7 +7,7 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import ostinato
-from ostinato import frozen, nn
+from ostinato import Stream, frozen, nn
 from support.pairs import flat
 
 X = torch.arange(24.0).view(2, 3, 4) / 24
@@ -310,8 +310,8 @@ def test_dropout_is_of_training(dtype):
         ((3,), TypeError, "freeze: model must be a torch.nn.Module, got int"),
         ((nn.GRU,), TypeError, "freeze: model must be a torch.nn.Module, got type"),
         ((nn.GRU(1, 1).state_dict(),), TypeError, "got OrderedDict"),
-        ((nn.GRU(1, 1), torch.int8), TypeError, "freeze: dtype must be a str, got dtype"),
-        ((nn.GRU(1, 1), None), TypeError, "freeze: dtype must be a str, got NoneType"),
+        ((nn.GRU(1, 1), torch.int8), TypeError, "freeze: dtype must be a str .*got torch.int8"),
+        ((nn.GRU(1, 1), None), TypeError, "freeze: dtype must be a str .*got None"),
         ((nn.GRU(1, 1), "int4"), ValueError, "dtype must be one of float32, int8, got 'int4'"),
         ((nn.GRU(1, 1), "float64"), ValueError, "dtype must be one of float32, int8"),
     ],
@@ -323,7 +323,7 @@ def test_arguments_of_freeze(arguments, error, words):
 
 def test_activations():
     for wrong, error, words in (
-        (8, TypeError, "freeze: activations must be a str, got int"),
+        (8, TypeError, "freeze: activations must be a str or None, got int"),
         ("int4", ValueError, "activations must be one of int8, int16, got 'int4'"),
     ):
         with pytest.raises(error, match=words):
@@ -380,3 +380,69 @@ def test_a_torch_layer_whose_attribute_means_something_else():
     layer.memory = "mine"
     (left,) = ostinato.freeze(layer).left
     assert "its attribute memory means something else" in left.why
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_module_without_a_weight_is_left_alone(dtype):
+    for module, name in ((nn.GRUCell(3, 4), "weight_hh"), (nn.LSTM(3, 4), "weight_ih_l0")):
+        setattr(module, name, None)
+        (left,) = ostinato.freeze(module, dtype).left
+        assert left.why == f"its {name} is missing"
+
+
+def test_what_is_packed_anew_is_of_one_dtype():
+    cell = nn.GRUCell(3, 4)
+    ostinato.freeze(cell)
+    cell.weight_hh = torch.nn.Parameter(cell.weight_hh.detach().half())
+    with pytest.raises(RuntimeError, match=r"weight_hh: expected torch.float32 .*torch.float16"):
+        copy.deepcopy(cell)
+    small = nn.GRUCell(3, 4)
+    ostinato.freeze(small, "int8")
+    small.weight_hh = small.weight_hh.float()
+    with pytest.raises(RuntimeError, match=r"weight_hh: expected torch.int8 .*torch.float32"):
+        copy.deepcopy(small)
+    small = nn.GRUCell(3, 4)
+    ostinato.freeze(small, "int8")
+    small.weight_hh_scale = None
+    with pytest.raises((RuntimeError, ValueError), match="every scale"):
+        small.float()
+
+
+def test_packed_rows_that_do_not_fall_are_refused():
+    layer = nn.GRU(3, 4)
+    ostinato.freeze(layer, "int8")
+    for sizes, message in (([1, 3], "sizes that fall"), ([3, 2], "expected a sum of 4")):
+        packed = torch.nn.utils.rnn.PackedSequence(torch.randn(4, 3), torch.tensor(sizes))
+        with pytest.raises(ValueError, match=message):
+            layer(packed)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_nothing_is_no_input(dtype):
+    for module in (nn.GRU(3, 4), nn.GRUCell(3, 4)):
+        with pytest.raises((TypeError, AttributeError)) as expected:
+            module(None)
+        ostinato.freeze(module, dtype)
+        with pytest.raises(expected.type) as found:
+            module(None)
+        assert str(found.value) == str(expected.value)
+
+
+def test_scales_of_another_dtype_are_named_when_they_are_loaded():
+    cell = nn.GRUCell(3, 4)
+    ostinato.freeze(cell, "int8")
+    state = cell.state_dict()
+    state["weight_hh_scale"] = state["weight_hh_scale"].bfloat16()
+    with pytest.raises(RuntimeError, match=r"weight_hh_scale: expected torch.float32"):
+        cell.load_state_dict(state)
+
+
+def test_a_stream_of_a_frozen_module_has_its_activations():
+    layer = nn.GRU(5, 9)
+    x = torch.randn(6, 2, 5)
+    ostinato.freeze(layer, "int8", activations="int16")
+    assert torch.equal(Stream.of(layer, batch=2)(x), layer(x)[0])
+    with pytest.raises(ValueError, match="activations: expected None beside dtype='float32'"):
+        Stream.of(nn.GRU(5, 9), activations="int16")
+    with pytest.raises(ValueError, match="activations: expected None beside dtype='float32'"):
+        ostinato.freeze(nn.GRU(5, 9), activations="int16")

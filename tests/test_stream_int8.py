@@ -306,7 +306,7 @@ def hostile():
         "activations of no text": (
             lambda p: stream_of("gru", p, activations=8),
             TypeError,
-            "activations must be a str, got int",
+            "activations must be a str or None, got int",
         ),
         "prefix of no text": (
             lambda p: stream_of("gru", p, prefix=None),
@@ -323,12 +323,12 @@ def hostile():
         "int8 where float is meant": (
             lambda p: Stream("gru", stream_of("gru", p).parameters),
             ValueError,
-            "weight_ih_l0 must have a floating or complex dtype, got int8|_scale",
+            "weight_ih_l0: expected floats, got int8; pass dtype='int8'",
         ),
         "no scales": (
             quantised(without(scale)),
             ValueError,
-            "expected 'Stream: weight_hh_l0_scale' beside .* of int8, which is missing",
+            "Stream: expected 'weight_hh_l0_scale' beside 'weight_hh_l0' of int8, which is missing",
         ),
         "scales beside float": (
             with_(**{scale: np.ones(21, "f4")}),
@@ -353,7 +353,22 @@ def hostile():
         "negative scales": (
             quantised(lambda p: {**p, scale: -p[scale]}),
             ValueError,
-            f"{scale}: expected finite numbers from 0 on",
+            rf"{scale}: expected finite numbers from 0 on, got -.* at \[0\]",
+        ),
+        "activations beside floats": (
+            lambda p: Stream("gru", p, activations="int16"),
+            ValueError,
+            "activations: expected None beside dtype='float32', got 'int16'",
+        ),
+        "a bias of int8": (
+            quantised(lambda p: {**p, "bias_ih_l0": np.zeros(21, "i1")}),
+            ValueError,
+            "bias_ih_l0 must have a floating or complex dtype, got int8",
+        ),
+        "no mapping": (
+            lambda p: stream_of("gru", [1, 2]),
+            TypeError,
+            "parameters",
         ),
         "NaN scales": (
             quantised(lambda p: {**p, scale: p[scale] * np.float32(np.nan)}),

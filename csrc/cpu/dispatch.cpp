@@ -105,7 +105,7 @@ private:
     }
 #endif
 #ifdef OSTINATO_HAVE_AVX2
-    // Below AVX-512 it is AVX2's own, so that there is a way to all of them.
+    // Beside AVX-512 it is AVX2's own, so that a test may compare them.
     static const StreamKernels* int8_for_avx2([[maybe_unused]] bool is_best) {
 #ifdef OSTINATO_HAVE_AVXVNNI
         if (is_best && has_avx_vnni()) return &streams_avxvnni_int8;

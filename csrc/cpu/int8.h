@@ -4,7 +4,7 @@
 //
 // Of a weight's row, w = scale * q with q from -127 to 127 (src/ostinato/quantized.py chooses both). Of a row that is multiplied,
 // x = scale * q with scale = max |x| / 127, or q = 256 * high + low in 16 bits, scale = max |x| / 32639: two rows of bytes over one
-// read of the weights. The sum over k is exact, so its order is free, and each instruction set takes what instruction it has:
+// read of the weights, whose two sums are joined in float, rounded once. The sum over k is exact, so its order is free, and each instruction set takes what instruction it has:
 //   AVX-512 VNNI, AVX-VNNI  four products and three additions in one instruction, of unsigned with signed bytes. So 128 is added
 //                           to a row's bytes, and 128 times the sum of its weights taken from the result.
 //   AVX2                    |x| with sign(x) * w: two products of at most 127 * 128 fit 16 bits.
@@ -246,13 +246,13 @@ struct Int8Product : Tiles<Int8Product<NV, P>, NV * P> {
         constexpr int kBlock = NV * L * 4;
         Sums acc[NJ][MR * P][NV];
         _Pragma("GCC unroll 4") for (int j = 0; j < NJ; j++)
-            _Pragma("GCC unroll 8") for (int r = 0; r < MR * P; r++)
+            _Pragma("GCC unroll 24") for (int r = 0; r < MR * P; r++)
                 _Pragma("GCC unroll 4") for (int v = 0; v < NV; v++)
                     acc[j][r][v] = kRowsAreUnsigned ? m.offsets[(u + j) * NV + v] : Sums{};
         const int8_t* panel = m.panels + u * m.fours * kBlock;
         const int8_t* row = rows_.bytes + b * P * rows_.stride;
         for (int64_t k = 0; k < m.fours; k++, panel += kBlock, row += 4)
-            _Pragma("GCC unroll 8") for (int r = 0; r < MR * P; r++) {
+            _Pragma("GCC unroll 24") for (int r = 0; r < MR * P; r++) {
                 const Four four(row + r * rows_.stride);
                 _Pragma("GCC unroll 4") for (int j = 0; j < NJ; j++)
                     _Pragma("GCC unroll 4") for (int v = 0; v < NV; v++)
@@ -260,7 +260,7 @@ struct Int8Product : Tiles<Int8Product<NV, P>, NV * P> {
             }
         _Pragma("GCC unroll 4") for (int j = 0; j < NJ; j++) {
             Vec<float> sums[MR][NV];
-            _Pragma("GCC unroll 8") for (int r = 0; r < MR; r++)
+            _Pragma("GCC unroll 24") for (int r = 0; r < MR; r++)
                 _Pragma("GCC unroll 4") for (int v = 0; v < NV; v++) {
                     using V = Vec<float>;
                     V sum(__builtin_convertvector(acc[j][r * P][v], V::Raw));

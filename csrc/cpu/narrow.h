@@ -1,8 +1,9 @@
 // Layers stored in 16 bits: bfloat16 and float16 arrays, computed in float32.
 //
 // Storage alone is narrow. The arrays of a call are widened (exactly), the float32 time loop runs on them, and what it wrote is
-// rounded once, to nearest even. Matrices of bfloat16 are most of a short call, so forward reads them as they are (WeightPointer). So the state between two steps, the sums and the activations are float32, and so is what
-// forward keeps for backward. An output has the bits of the float32 engine's, rounded: what decision 7 promises holds here
+// rounded once, to nearest even. So the state between two steps, the sums and the activations are float32, and so is what
+// forward keeps for backward. Matrices of bfloat16 are most of a short call, so forward reads them as they are (WeightPointer).
+// An output has the bits of the float32 engine's, rounded: what decision 7 promises holds here
 // too, but for a sequence that the caller cuts into pieces, since the state that goes from one to the next is rounded.
 //
 // Traffic: a pass over x and y, before and after, and over the weights where they are float16 or an own cell's, or in backward.

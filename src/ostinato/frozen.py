@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.utils import parametrize
 
-from ostinato import nn, packed
+from ostinato import nn, packed, quantized
 from ostinato.frozen_layers import (
     CLASSES,
     Frozen,
@@ -45,7 +45,7 @@ __all__ = [
 _DTYPES = "float32", "int8"
 
 
-def freeze(model: Module, dtype: str = "float32", *, activations: str = "int8") -> Report:
+def freeze(model: Module, dtype: str = "float32", *, activations: str | None = None) -> Report:
     """Give every recurrent layer and cell of a model frozen weights, in place.
 
     The weights are packed once instead of in each call, so that short calls and cells stop paying
@@ -67,7 +67,8 @@ def freeze(model: Module, dtype: str = "float32", *, activations: str = "int8") 
             module was of. "int8" for weights of 8 bits, made of float32 and kept in their place:
             buffers `weight_ih_l0` of int8 and `weight_ih_l0_scale` (rows,) of float32, biases as
             they were. There is no way back.
-        activations: what int8 weights are multiplied with, "int8" or "int16", as for a `Stream`.
+        activations: what int8 weights are multiplied with, "int8" (None) or "int16", as for a
+            `Stream`.
 
     Returns:
         A `Report`: `changed`; `left`, each with the reason; `model`, which is the argument.
@@ -90,14 +91,11 @@ def freeze(model: Module, dtype: str = "float32", *, activations: str = "int8") 
     """
     if not isinstance(model, Module):
         raise TypeError(f"freeze: model must be a torch.nn.Module, got {type(model).__name__}")
-    for name, word, known in (
-        ("dtype", dtype, _DTYPES),
-        ("activations", activations, tuple(packed.PLANES)),
-    ):
-        if not isinstance(word, str):
-            raise TypeError(f"freeze: {name} must be a str, got {type(word).__name__}")
-        if word not in known:
-            raise ValueError(f"freeze: {name} must be one of {', '.join(known)}, got {word!r}")
+    if not isinstance(dtype, str):
+        raise TypeError(f"freeze: dtype must be a str such as 'int8', got {dtype!r}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"freeze: dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    activations = quantized.activations_for("freeze", dtype, activations)
     is_int8 = dtype == "int8"
     plans, left = [], []
     # All is read and packed before the first change.
@@ -168,6 +166,8 @@ def _why_not_weights(module: Module, is_int8: bool) -> str:
             return f"its {name} is no parameter"
         weight = module._parameters[name]
         if weight is None:
+            if name.startswith("weight"):
+                return f"its {name} is missing"
             continue
         if type(weight) is not torch.nn.Parameter:
             return f"its {name} is of a class of tensors of its own, {type(weight).__name__}"

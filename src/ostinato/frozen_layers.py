@@ -20,13 +20,14 @@ from torch.nn.utils.rnn import PackedSequence
 from ostinato import nn, quantized
 from ostinato.call import States
 from ostinato.cells import CELLS
+from ostinato.check import check_batch_sizes
 from ostinato.fast_path import is_alone
 from ostinato.later import when_imported
 from ostinato.nn._arguments import cast, check_devices, reject_type, state_pair
 from ostinato.nn._cuts import Cuts
 from ostinato.nn._shared import Layers
 from ostinato.nn._stand_ins import is_symbolic, is_tensor_like, leaf
-from ostinato.packed import FLOATS, PLANES, SUFFIX, Packed, Sizes
+from ostinato.packed import FLOATS, SUFFIX, Packed, Sizes
 
 _PLAIN = Tensor, torch.nn.Parameter
 # Attributes of a frozen module that it does not have before: what is packed, and how it was frozen.
@@ -100,7 +101,7 @@ class Frozen(Module):
             names += [name + SUFFIX for name in names if name.startswith("weight")]
         tensors = {name: held[name] for name in names if held.get(name) is not None}
         check_memory(self._kind, tensors)
-        planes = PLANES[setting.activations] if setting.is_int8 else 0
+        planes = quantized.PLANES[setting.activations] if setting.is_int8 else 0
         packed = Packed(sizes_of(self, self.ours), tensors, planes)
         # Not __setattr__, which looks whether these are parameters or modules.
         vars(self)["_packed"] = packed
@@ -140,7 +141,8 @@ class Frozen(Module):
                 expected = tensor.dtype if self.setting.is_int8 else "float32 or float64"
                 raise RuntimeError(
                     f"{self._kind}: {name}: a frozen module is to stay on the CPU and of "
-                    f"{expected}, got {probe.dtype} on {probe.device}; convert it, then freeze it"
+                    f"{expected}, got {probe.dtype} on {probe.device}"
+                    f"{'' if self.setting.is_int8 else '; call ostinato.restore first'}"
                 )
         found = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.pack()
@@ -201,11 +203,14 @@ class Frozen(Module):
                 )
                 continue
             scales = given.get(name + SUFFIX)
-            if self.setting.is_int8 and isinstance(scales, Tensor):
+            if not (self.setting.is_int8 and isinstance(scales, Tensor)):
+                continue
+            # Scales of another dtype have a line of their own.
+            if scales.dtype == torch.float32 and scales.device.type == "cpu":
                 try:
-                    quantized.checked(prefix + name, _array(new), _array(scales))
+                    quantized.checked(self._kind, prefix + name, _array(new), _array(scales))
                 except (ValueError, RuntimeError) as error:
-                    yield f"{self._kind}: {error}"
+                    yield str(error)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is packed for this processor."""
@@ -242,10 +247,11 @@ class Frozen(Module):
         if torch.is_grad_enabled():
             for name, tensor in _tensors(arguments):
                 if tensor.requires_grad:
+                    way = "" if self.setting.is_int8 else ", or call ostinato.restore first"
                     raise RuntimeError(
                         f"{self._kind}: {name}: expected a tensor that needs no gradient, since a "
                         "frozen module only infers, got one with requires_grad; call it under "
-                        "torch.no_grad(), pass a detached tensor, or call ostinato.restore first"
+                        f"torch.no_grad(), pass a detached tensor{way}"
                     )
 
     def _check_plain(self, *arguments: Any) -> None:
@@ -254,7 +260,8 @@ class Frozen(Module):
         if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
             raise NotImplementedError(
                 f"{kind}: expected a call that nobody traces, since weights of 8 bits are no "
-                "operator of torch's, got an export or a trace; freeze with dtype='float32'"
+                "operator of torch's, got an export or a trace; freeze the float model with "
+                "dtype='float32'"
             )
         if torch.compiler.is_compiling():
             return
@@ -265,8 +272,8 @@ class Frozen(Module):
             raise NotImplementedError(
                 f"{kind}: {name}: expected a plain tensor, since weights of 8 bits know no "
                 "transforms and no tensors of other classes, got one of "
-                f"{type(tensor).__name__}{' in a transform' * is_plain}; freeze with "
-                "dtype='float32'"
+                f"{type(tensor).__name__}{' in a transform' * is_plain}; freeze the "
+                "float model with dtype='float32'"
             )
 
     def call_of(self, input: Any, hx: Any, lengths: Any, resets: Any) -> NoReturn:
@@ -368,6 +375,7 @@ class FrozenLayer(Frozen, Layers):
         """Run packed rows as a padded batch with lengths."""
         first, *_ = states
         batch = int(batch_sizes.max()) if len(batch_sizes) else 0
+        check_batch_sizes(batch_sizes.tolist(), batch, len(input))
         if not len(batch_sizes) and first is not None:
             batch = first.shape[1]
         is_there = torch.arange(batch) < batch_sizes.unsqueeze(1)  # (T, B)

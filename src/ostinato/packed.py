@@ -23,8 +23,6 @@ from ostinato.call import States
 from ostinato.cells import Cell
 from ostinato.tensors import DTYPES, address, thread_count
 
-# Rows of 8 bits that one row is multiplied as, by what `activations` says.
-PLANES = {"int8": 1, "int16": 2}
 # What a stream computes in.
 FLOATS = {torch.float32: np.dtype("f4"), torch.float64: np.dtype("f8")}
 # What scales are called.
@@ -116,7 +114,7 @@ class Packed:
     def __init__(self, sizes: Sizes, tensors: _Tensors, planes: int) -> None:
         sizes.check(tensors)
         self.sizes = sizes
-        self.dtype = next(t.dtype for t in tensors.values() if t.dtype in FLOATS)
+        self.dtype = _dtype_of(sizes, tensors, planes)
         dense = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         addresses = [
             [address(dense.get(end.format(suffix))) for end in _ENDS] for suffix in sizes.suffixes()
@@ -227,6 +225,21 @@ class Packed:
         states = (*before, *after)
         engine.run_from(address(input), address(output), steps, rows, states, thread_count())
         return output, last
+
+
+def _dtype_of(sizes: Sizes, tensors: _Tensors, planes: int) -> torch.dtype:
+    """Return what all is of but weights of 8 bits; refuse a tensor of something else."""
+    first = next(iter(tensors.values())).dtype
+    dtype = torch.float32 if planes or first not in FLOATS else first
+    for name, tensor in tensors.items():
+        is_small = planes and name.startswith("weight") and not name.endswith(SUFFIX)
+        expected = torch.int8 if is_small else dtype
+        if tensor.dtype != expected or tensor.device.type != "cpu":
+            raise RuntimeError(
+                f"{sizes.kind}: {name}: expected {expected} on the CPU, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+    return dtype
 
 
 def _pieces(

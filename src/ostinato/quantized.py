@@ -16,6 +16,8 @@ Array: TypeAlias = npt.NDArray[Any]
 LARGEST = 127
 # So many products of 8 bits always fit a sum of 32.
 MOST_COLUMNS = 1 << 17
+# Rows of 8 bits that a row is multiplied as, by what `activations` says.
+PLANES = {"int8": 1, "int16": 2}
 # What the scales of `weight_ih_l0` are called.
 SUFFIX = "_scale"
 
@@ -65,11 +67,33 @@ def quantise(name: str, weight: Array) -> Quantized:
     return Quantized(np.clip(rounded, -LARGEST, LARGEST).astype(np.int8), scales)
 
 
-def checked(name: str, values: Array, scales: object) -> Quantized:
+def activations_for(who: str, dtype: str, given: object) -> str:
+    """Check the word for what weights of a dtype are multiplied with; None stands for "int8".
+
+    Raises:
+        TypeError: no str.
+        ValueError: an unknown word, or one beside other weights than those of 8 bits.
+    """
+    if given is None:
+        return "int8"
+    if not isinstance(given, str):
+        raise TypeError(f"{who}: activations must be a str or None, got {type(given).__name__}")
+    if given not in PLANES:
+        raise ValueError(f"{who}: activations must be one of {', '.join(PLANES)}, got {given!r}")
+    if dtype != "int8":
+        raise ValueError(
+            f"{who}: activations: expected None beside dtype={dtype!r}, got {given!r}; "
+            "dtype='int8' has weights of 8 bits"
+        )
+    return given
+
+
+def checked(who: str, name: str, values: Array, scales: object) -> Quantized:
     """Check a weight that is quantised already.
 
     Args:
-        name: what the weight is called, for errors.
+        who: who asks, for errors.
+        name: what the weight is called, likewise.
         values: of int8.
         scales: what stands under the name of the scales; None where nothing does.
 
@@ -79,20 +103,24 @@ def checked(name: str, values: Array, scales: object) -> Quantized:
             too many columns.
         RuntimeError: other than one scale for each row.
     """
-    _check_columns(name, values)
+    _check_columns(f"{who}: {name}", values)
     beside = f"{name}{SUFFIX}"
     if scales is None:
-        raise ValueError(f"expected {beside!r} beside {name!r} of int8, which is missing")
+        raise ValueError(f"{who}: expected {beside!r} beside {name!r} of int8, which is missing")
     if not isinstance(scales, np.ndarray):
-        raise TypeError(f"{beside} must be a NumPy array, got {type(scales).__name__}")
+        raise TypeError(f"{who}: {beside} must be a NumPy array, got {type(scales).__name__}")
     if scales.dtype != np.float32:
-        raise ValueError(f"{beside}: expected dtype float32, got {scales.dtype}")
+        raise ValueError(f"{who}: {beside}: expected dtype float32, got {scales.dtype}")
     if scales.shape != values.shape[:1]:
-        raise RuntimeError(f"{beside}: expected shape {values.shape[:1]}, got {scales.shape}")
-    if not (np.isfinite(scales) & (scales >= 0)).all():
-        raise ValueError(f"{beside}: expected finite numbers from 0 on")
+        expected, got = values.shape[:1], scales.shape
+        raise RuntimeError(f"{who}: {beside}: expected shape {expected}, got {got}")
+    if not (is_fine := np.isfinite(scales) & (scales >= 0)).all():
+        row = int(np.argmin(is_fine))
+        raise ValueError(
+            f"{who}: {beside}: expected finite numbers from 0 on, got {scales[row]} at [{row}]"
+        )
     if (values < -LARGEST).any():
-        raise ValueError(f"{name}: expected values from -127 to 127, got -128")
+        raise ValueError(f"{who}: {name}: expected values from -127 to 127, got -128")
     return Quantized(values, scales)
 
 
@@ -102,12 +130,18 @@ def _check_columns(name: str, weight: Array) -> None:
         raise ValueError(f"{name}: expected at most {MOST_COLUMNS} columns, got {columns}")
 
 
-def split(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the parameters, and the scales beside them by the parameters' names."""
+def split(parameters: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the parameters, and the scales beside them by the parameters' names.
+
+    What is no mapping is returned as it is, for whoever checks that.
+    """
+    if not isinstance(parameters, Mapping):
+        return parameters, {}
     scales = {
         str(name).removesuffix(SUFFIX): value
         for name, value in parameters.items()
-        if str(name).endswith(SUFFIX) and str(name).removesuffix(SUFFIX) in parameters
+        if str(name).endswith(SUFFIX) and "weight_" in str(name)
+        if str(name).removesuffix(SUFFIX) in parameters
     }
     rest = {name: value for name, value in parameters.items() if name not in _named(scales)}
     return rest, scales

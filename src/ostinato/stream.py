@@ -35,8 +35,6 @@ State: TypeAlias = "Array | tuple[Array, ...]"
 # What the arrays of a stream are by its dtype, and the engine's number of that (csrc/cpu/engine.h).
 _ARRAYS = {"float32": "float32", "float64": "float64", "int8": "float32"}
 _NUMBERS = {"float32": 0, "float64": 1}
-# Rows of 8 bits that one row is multiplied as.
-_PLANES = {"int8": 1, "int16": 2}
 # Of a layer, in the order of `_core.Stream.load`, where the scales of the weights come last.
 _PARTS = "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"
 _WEIGHTS = tuple(part for part in _PARTS if part.startswith("weight"))
@@ -106,9 +104,9 @@ class Stream:
         dtype: "float32" or "float64", the parameters' own; or "int8": float32 in and out, and
             weights of 8 bits with one scale for each row, made of float32 parameters or given as
             such (int8 under torch's name, their scales (rows,) under `weight_ih_l0_scale`, ...).
-        activations: what int8 weights are multiplied with, "int8" or "int16": input and state,
-            quantised at each step by the largest number of their row (docs/deploying.md). Products
-            are summed exactly; gates and states are float32.
+        activations: what int8 weights are multiplied with, "int8" (None) or "int16": input and
+            state, quantised at each step by the largest number of their row (docs/deploying.md).
+            Products are summed exactly; gates and states are float32.
         prefix: what stands before the names in `parameters`, such as "encoder.gru.".
 
     Calls, with B left out everywhere where batch is None:
@@ -155,20 +153,17 @@ class Stream:
         nonlinearity: str = "tanh",
         batch: int | None = None,
         dtype: str = "float32",
-        activations: str = "int8",
+        activations: str | None = None,
         prefix: str = "",
     ) -> None:
-        words = {"kind": kind, "nonlinearity": nonlinearity, "dtype": dtype}
-        for name, value in (words | {"activations": activations, "prefix": prefix}).items():
+        words = {"kind": kind, "nonlinearity": nonlinearity, "dtype": dtype, "prefix": prefix}
+        for name, value in words.items():
             if not isinstance(value, str):
                 _reject_type(name, "a str", value)
         cell = _cell_of(kind, nonlinearity)
-        for name, value, known in (
-            ("dtype", dtype, _ARRAYS),
-            ("activations", activations, _PLANES),
-        ):
-            if value not in known:
-                raise ValueError(f"Stream: {name} must be one of {', '.join(known)}, got {value!r}")
+        if dtype not in _ARRAYS:
+            raise ValueError(f"Stream: dtype must be one of {', '.join(_ARRAYS)}, got {dtype!r}")
+        activations = quantized.activations_for("Stream", dtype, activations)
         if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int)):
             _reject_type("batch", "an int or None", batch)
         if batch is not None and batch < 0:
@@ -181,7 +176,7 @@ class Stream:
         self._core = _core.Stream(
             cell.number,
             _NUMBERS[_ARRAYS[dtype]],
-            _PLANES[activations] if is_int8 else 0,
+            quantized.PLANES[activations] if is_int8 else 0,
             (self._plan.layers, self._rows, sizes.input, sizes.hidden, sizes.projection),
             batch is not None,
             np.ndarray,
@@ -199,7 +194,7 @@ class Stream:
         *,
         batch: int | None = None,
         dtype: str | None = None,
-        activations: str = "int8",
+        activations: str | None = None,
     ) -> Stream:
         """Make a stream of a module, ours, torch.nn's or frozen, with its weights as they are now.
 
@@ -209,7 +204,7 @@ class Stream:
                 infers. A cell's parameters get the names of a layer's: `weight_ih_l0`.
             batch: how many sequences are under way, or None for one without a dimension of its own.
             dtype: None for the module's own, or "int8" for weights of 8 bits.
-            activations: as for a new stream.
+            activations: as for a new stream; None for those of a frozen module of 8 bits.
 
         Raises:
             TypeError: no such module.
@@ -224,6 +219,8 @@ class Stream:
         parameters = _parameters_of(module)
         if dtype is None:
             dtype = str(parameters["weight_ih_l0"].dtype).removeprefix("torch.")
+        if activations is None and f"weight_ih_l0{quantized.SUFFIX}" in parameters:
+            activations = module.setting.activations
         return cls(kind, parameters, batch=batch, dtype=dtype, activations=activations)
 
     def __call__(self, x: Any) -> Any:
@@ -322,7 +319,8 @@ class Stream:
 
     def __reduce__(self) -> tuple[Any, ...]:
         options = {"batch": self._batch, "dtype": self._dtype_name, "prefix": self._prefix}
-        options["activations"] = self._activations
+        if self._plan.is_int8:
+            options["activations"] = self._activations
         return _restored, (type(self), self._plan.cell.name, self.parameters, options, self.state)
 
     # ---- what the fast path declined ----
@@ -458,13 +456,16 @@ def _read(
     is_int8: bool,
 ) -> tuple[_Plan, _Arrays]:
     """Check the parameters by name; return what they make, and them."""
+    if not is_int8:
+        _reject_int8(parameters, prefix)
     given, scales = quantized.split(parameters) if is_int8 else (parameters, {})
     found: _Arrays = {}
 
     def convert(name: str, value: Any) -> Array:
         array = found[name] = _to_array(name, value)
         # What is wrong with its shape is said of int8 as of float.
-        return array.astype(dtype) if is_int8 and array.dtype == np.int8 else array
+        is_weight = name.removeprefix(prefix).startswith("weight")
+        return array.astype(dtype) if is_int8 and is_weight and array.dtype == np.int8 else array
 
     names, call, sizes = read_parameters("Stream", cell.name, given, prefix, convert)
     if sizes.directions > 1:
@@ -491,13 +492,20 @@ def _read(
     return plan, arrays
 
 
+def _reject_int8(parameters: Any, prefix: str) -> None:
+    """Say how weights of 8 bits are given; all else is said of them as of any array."""
+    name = f"{prefix}weight_ih_l0"
+    weight = parameters.get(name) if isinstance(parameters, Mapping) else None
+    if str(getattr(weight, "dtype", "")).removeprefix("torch.") == "int8":
+        raise ValueError(f"Stream: {name}: expected floats, got int8; pass dtype='int8'")
+
+
 def _quantised(name: str, weight: Array, scales: Any) -> quantized.Quantized:
-    label = f"Stream: {name}"
     if weight.dtype == np.int8:
-        return quantized.checked(label, weight, _to_plain(scales))
+        return quantized.checked("Stream", name, weight, _to_plain(scales))
     if scales is not None:
-        raise ValueError(f"{label}: expected int8 beside its scales, got {weight.dtype}")
-    return quantized.quantise(label, weight)
+        raise ValueError(f"Stream: {name}: expected int8 beside its scales, got {weight.dtype}")
+    return quantized.quantise(f"Stream: {name}", weight)
 
 
 def _described(plan: _Plan) -> str:
@@ -548,7 +556,8 @@ def _to_array(name: str, value: Any) -> Array:
     if _is_tensor(value):
         torch = sys.modules["torch"]
         if value.dtype not in (torch.float32, torch.float64, torch.int8):
-            raise ValueError(f"Stream: {name}: expected float32 or float64, got {value.dtype}")
+            expected = "float32, float64 or, with dtype='int8', int8"
+            raise ValueError(f"Stream: {name}: expected {expected}, got {value.dtype}")
         value = _to_plain(value)
     if not (isinstance(value, np.ndarray) and value.dtype == np.int8):
         check_array("Stream", name, value)
